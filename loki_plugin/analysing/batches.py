@@ -1,0 +1,120 @@
+"""How many prompts at once: a budget measured at start, halved when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..anatomy import Anatomy
+from .engine import attribute_batch
+
+LOG = logging.getLogger("loki_plugin")
+
+# On a CPU more prompts per batch stop paying once the matrices fill the cores' caches.
+_CPU_BYTES = 1 << 30
+# What a first estimate may claim of the free memory; the rest is for what it does not foresee.
+_SHARE = 0.6
+
+
+def prompt_bytes(anatomy: Anatomy, length: int, n_steps: int, itemsize: int) -> int:
+    """Estimated bytes one prompt of `length` tokens holds at the peak.
+
+    The stack keeps for its backward about 12 H-wide and 5 I-wide tensors per row and layer, over
+    S·L·(L+1)/2 row-layers; the prefix keeps K and V (at most 2 H per token and layer) and works on
+    about 6 I-wide tensors at a time.
+    """
+    h, i, layers = anatomy.hidden_size, anatomy.intermediate_size, anatomy.num_layers
+    rows = n_steps * layers * (layers + 1) // 2
+    stack = rows * (12 * h + 5 * i)
+    prefix = length * (2 * h * layers + 6 * i)
+    return itemsize * (stack + prefix)
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes the analysis may use on `device`: a share of what is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(_SHARE * (free + reusable))
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(_CPU_BYTES, int(_SHARE * pages))
+
+
+def plan(lengths: Sequence[int], batch_size: int | str, costs: Sequence[int], budget: int):
+    """Cut consecutive prompts into batches: [(start, stop), ...].
+
+    `auto` fills each batch up to `budget` bytes; a single prompt may exceed it.
+    """
+    batches, start, used = [], 0, 0
+    for i in range(len(lengths)):
+        full = i - start >= batch_size if batch_size != "auto" else used + costs[i] > budget
+        if i > start and full:
+            batches.append((start, i))
+            start, used = i, 0
+        used += costs[i]
+    return [*batches, (start, len(lengths))] if len(lengths) else []
+
+
+def attribute_many(
+    model: nn.Module,
+    anatomy: Anatomy,
+    prompts: list[torch.Tensor],
+    targets: list[int | None],
+    nodes: list[float],
+    weights: list[float],
+    batch_size: int | str = "auto",
+    kernel=attribute_batch,
+) -> Iterator[torch.Tensor]:
+    """Scores of many prompts, in their order, batch by batch: tensors [b, L, H] on the CPU.
+
+    `model` must be inside `quiet(model)`. Neighbours share a batch, so sort prompts by length.
+    A batch that does not fit is halved and done again; what is done stays done.
+
+    Raises:
+        RuntimeError: one prompt alone does not fit.
+    """
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    device = model.get_input_embeddings().weight.device
+    costs = [prompt_bytes(anatomy, len(p), len(nodes), parameter.itemsize) for p in prompts]
+    todo = plan([len(p) for p in prompts], batch_size, costs, memory_budget(device))[::-1]
+    while todo:
+        start, stop = todo.pop()
+        try:
+            scores = kernel(
+                model, anatomy, prompts[start:stop], targets[start:stop], nodes, weights
+            )
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            if stop - start == 1:
+                raise RuntimeError(
+                    f"one calibration prompt of {len(prompts[start])} tokens does not fit into"
+                    " memory; lower `calibration.max_tokens` or `attribution.steps`"
+                ) from error
+            scores = None
+        if scores is None:  # outside the handler, whose traceback keeps the batch's tensors alive
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            middle = (start + stop) // 2
+            # Every later batch is cut as small: the one that failed was planned like them.
+            todo = [piece for batch in todo for piece in _cut(batch, middle - start)]
+            todo += [(middle, stop), (start, middle)]
+            LOG.info("loki: out of memory, going on with %d prompts at once", middle - start)
+            continue
+        yield scores.cpu()
+
+
+def _cut(batch: tuple[int, int], size: int) -> list[tuple[int, int]]:
+    """Pieces of at most `size` prompts, last first."""
+    start, stop = batch
+    return [(i, min(i + size, stop)) for i in range(start, stop, size)][::-1]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,283 @@
+"""The growing stack: all (layer, step) pairs of a batch of prompts in one pass upwards.
+
+Attention is causal, so replacing the last token's down-projection output at layer l changes nothing
+at earlier positions. Each (layer, step) pair is one more token at the prompt's last position, alive
+from layer l upwards, that attends to the kept prefix and to itself. Work per prompt: T + S·(L+1)/2
+token-forwards instead of the obvious loop's L·S·T. It is exact, not an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from ..anatomy import Anatomy, linear_sizes
+from . import attention
+from .attention import AttentionState, PrefixDone
+
+# Rows of float32 logits held at once: 64 MiB of them, so that a 152k vocabulary never
+# materialises L·S·B x V.
+_LOGIT_BYTES = 64 << 20
+
+
+def attribute_batch(
+    model: nn.Module,
+    anatomy: Anatomy,
+    prompts: list[torch.Tensor],
+    targets: list[int | None],
+    nodes: list[float],
+    weights: list[float],
+) -> torch.Tensor:
+    """Scores of one batch: z_l[j] · Σ_k w_k ∂p/∂z_l[j] at z_l = α_k z_l -> [B, L, H].
+
+    `model` must be inside `quiet(model)`. `prompts` are 1-D id tensors without padding; a target
+    of None is the model's own arg-max. The result is on the model's device, float32 (float64 for
+    a float64 model).
+    """
+    device = model.get_input_embeddings().weight.device
+    lengths = torch.tensor([len(p) for p in prompts])
+    # Padding stands on the right, after every real token, where causal attention never looks.
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
+    last = (lengths - 1).to(device)
+    state = AttentionState(
+        last=last,
+        final_layer=anatomy.num_layers - 1,
+        uniform=bool((lengths == lengths[0]).all()),
+    )
+    with state, ExitStack() as hooks:
+        if _implementation(model) == "sdpa":
+            hooks.enter_context(attention.SdpaCalls())
+        for i, layer in enumerate(anatomy.layers):
+            hooks.enter_context(_removing(layer.register_forward_pre_hook(_at(state, i))))
+        _run_prefix(anatomy, state, ids)
+        state.mode = "stack"
+        stack = _Stack(anatomy, state, nodes, len(prompts))
+        hooks.enter_context(stack.hooked())
+        with torch.enable_grad():
+            hidden = anatomy.decoder(
+                input_ids=ids.gather(1, last[:, None]),
+                position_ids=last[:, None],
+                use_cache=False,
+            ).last_hidden_state
+            hidden = hidden.reshape(len(prompts), -1, hidden.shape[-1])  # GPT-2 flattens the rows
+    upstream, p = _head_gradient(model, anatomy, hidden.detach(), targets)
+    grads = torch.autograd.grad(hidden, stack.leaves, upstream)
+    # ∂p = p · ∂log p: the backward carries log p, which no half precision underflows.
+    w = torch.tensor(weights, dtype=p.dtype).to(p.device)
+    factors = w * p[:, 1:].view(len(prompts), -1, len(nodes))  # [B, L, S]
+    scores = [
+        z[:, 0].to(p.dtype) * torch.einsum("bs,bsh->bh", factors[:, i].to(g.device), g.to(p.dtype))
+        for i, (z, g) in enumerate(zip(stack.outputs, grads, strict=True))
+    ]
+    return torch.stack([s.to(device) for s in scores], 1)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients, our attention; all put back on the way out."""
+    training = [m for m in model.modules() if m.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
+    settings = [(c, c._attn_implementation_internal) for c in configs.values()]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for config, _ in settings:
+            config._attn_implementation_internal = _implementation(model)
+        yield
+    finally:
+        for config, value in settings:
+            config._attn_implementation_internal = value
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def _implementation(model: nn.Module) -> str:
+    """Our entry in transformers' attention interface, or the plain call that we intercept."""
+    return attention.NAME if model._supports_attention_backend else "sdpa"
+
+
+def _has_attention_setting(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+
+
+def _at(state: AttentionState, index: int):
+    def enter_layer(module, args):
+        state.layer = index
+
+    return enter_layer
+
+
+@contextmanager
+def _removing(handle):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        try:
+            anatomy.decoder(input_ids=ids, use_cache=False)
+        except PrefixDone:
+            return
+    raise ValueError(
+        f"model family '{anatomy.decoder.config.model_type}' does not attend through transformers'"
+        " attention interface or scaled_dot_product_attention in every layer (seen in layers"
+        f" {sorted(state.keys)}), so its keys and values cannot be kept; loki cannot analyse it"
+    )
+
+
+class _Stack:
+    """Grows the stack: row 0 is the plain last token, then S rows for each layer passed."""
+
+    def __init__(self, anatomy, state, nodes, batch):
+        self.anatomy, self.state, self.nodes, self.batch = anatomy, state, nodes, batch
+        self.leaves: list[torch.Tensor] = []  # per layer α_k·z_l, [B, S, H], requires grad
+        self.outputs: list[torch.Tensor] = []  # per layer z_l, [B, 1, H]
+        self._memo: dict[nn.Module, torch.Tensor] = {}
+
+    @contextmanager
+    def hooked(self):
+        with ExitStack() as stack:
+            for layer, down in zip(self.anatomy.layers, self.anatomy.down, strict=True):
+                linears = _linears(layer)
+                for module in linears:
+                    stack.enter_context(_removing(module.register_forward_hook(self._remember)))
+                hook = layer.register_forward_hook(self._grow(down, linears), with_kwargs=True)
+                stack.enter_context(_removing(hook))
+            yield
+
+    def _remember(self, module, args, output):
+        if self.state.mode == "stack":
+            rows = output.view(self.batch, -1, output.shape[-1])  # OPT flattens batch and rows
+            self._memo[module] = rows[:, :1].detach()
+
+    def _grow(self, down, linears):
+        def grow(layer, args, kwargs, output):
+            if self.state.mode != "stack":
+                return output
+            first = output[0] if isinstance(output, tuple) else output
+            z = self._memo[down]
+            alpha = torch.tensor(self.nodes, dtype=z.dtype).to(z.device, non_blocking=True)
+            leaf = (alpha[:, None] * z).requires_grad_()  # [B, S, H]
+            self.outputs.append(z)
+            self.leaves.append(leaf)
+            new = self._replay(layer, args, kwargs, down, linears, leaf)
+            grown = torch.cat([first, new], 1)
+            return (grown, *output[1:]) if isinstance(output, tuple) else grown
+
+        return grow
+
+    def _replay(self, layer, args, kwargs, down, linears, leaf):
+        """The layer's own code on S copies of row 0, with `leaf` as down-projection output.
+
+        Every linear answers with what it answered for row 0, so only norms and residual sums are
+        computed: whatever the family does between its linears is exact, and costs next to nothing.
+        """
+        steps = leaf.shape[1]
+        answers = {m: self._memo[m].expand(-1, steps, -1) for m in linears}
+        answers[down] = leaf.clone()  # Falcon adds to it in place
+        if args:
+            args = (args[0][:, :1].detach().expand(-1, steps, -1), *args[1:])
+        else:
+            hidden = kwargs["hidden_states"][:, :1].detach().expand(-1, steps, -1)
+            kwargs = {**kwargs, "hidden_states": hidden}
+        self.state.mode = "replay"
+        try:
+            with _answering(answers):
+                output = layer(*args, **kwargs)
+        finally:
+            self.state.mode = "stack"
+            self._memo.clear()
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in layer.named_modules():
+        if linear_sizes(module) and not any(name.startswith(n + ".") for n in found):
+            found[name] = module
+    return list(found.values())
+
+
+@contextmanager
+def _answering(answers: dict[nn.Module, torch.Tensor]):
+    """For the duration, each module's forward returns the given [B, S, F] tensor."""
+    saved = {m: m.__dict__.get("forward") for m in answers}
+    try:
+        for module, answer in answers.items():
+            module.forward = _answer(answer)
+        yield
+    finally:
+        for module, forward in saved.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _answer(tensor):
+    def forward(x, *_, **__):
+        return tensor if x.dim() == 3 else tensor.reshape(-1, tensor.shape[-1])
+
+    return forward
+
+
+def _head_gradient(model, anatomy, hidden, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """∂(Σ log p)/∂hidden and p of every stack row, through the model's own head.
+
+    Returns [B, 1 + L·S, H] and [B, 1 + L·S].
+    """
+    with _decoder_returns(anatomy.decoder) as head:
+        with torch.no_grad():
+            base = head(model, hidden[:, :1])[:, 0]  # [B, V]
+        y = _targets(targets, base)
+        flat = hidden.flatten(0, 1)
+        rows_y = y.repeat_interleave(hidden.shape[1])[:, None]
+        upstream, p = torch.empty_like(flat), []
+        chunk = max(1, _LOGIT_BYTES // (4 * base.shape[-1]))
+        for start in range(0, len(flat), chunk):
+            part = flat[start : start + chunk].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = head(model, part[None])[0]
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                log_p = logits.to(wide).log_softmax(-1).gather(1, rows_y[start : start + chunk])
+                upstream[start : start + chunk] = torch.autograd.grad(log_p.sum(), part)[0]
+            p.append(log_p.detach().exp())
+    return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
+
+
+def _targets(targets: list[int | None], logits: torch.Tensor) -> torch.Tensor:
+    predicted = logits.argmax(-1)
+    given = torch.tensor([-1 if t is None else t for t in targets]).to(predicted.device)
+    return torch.where(given < 0, predicted, given)
+
+
+@contextmanager
+def _decoder_returns(decoder: nn.Module):
+    """Run the model's head alone: its decoder is short-circuited to hand back given states."""
+    saved = decoder.__dict__.get("forward")
+
+    def head(model, hidden):
+        # The widest of the output classes: GPT-2 reads `cross_attentions` from it.
+        states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        decoder.forward = lambda *_, **__: states
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits
+
+    try:
+        yield head
+    finally:
+        if saved is None:
+            decoder.__dict__.pop("forward", None)
+        else:
+            decoder.forward = saved

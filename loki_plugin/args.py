@@ -1,0 +1,110 @@
+"""The `loki:` block of the YAML: every default stated once, unknown fields are errors."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
+
+Strategy = Literal[
+    "layer_balanced", "global_lowest", "global_highest", "layer_highest", "random"
+]
+Rule = Literal["left", "right", "midpoint", "trapezoid", "gauss-legendre"]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _not_bool(value):
+    if isinstance(value, bool):
+        raise ValueError(f"got {value!r}, expected a number")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_not_bool)]
+
+
+class CalibrationArgs(_Block):
+    """Where the calibration prompts come from."""
+
+    source: str = Field(
+        "builtin",
+        min_length=1,
+        description="`builtin` (shipped with the package), `mmlu` (cais/mmlu), a path to a"
+        " .jsonl/.csv/.parquet/.txt file, or the path of any `datasets` data set",
+    )
+    samples_per_subject: Count | None = Field(
+        None, ge=1, description="prompts per subject; null = all (50 for `mmlu`, as the paper)"
+    )
+    target: Literal["predicted", "gold"] = Field(
+        "predicted", description="the token y: the model's own arg-max, or the gold answer"
+    )
+    max_tokens: Count | None = Field(
+        None, ge=2, description="prompts longer than this many tokens are dropped and counted"
+    )
+    few_shot: Count = Field(0, ge=0, description="solved examples put before each question")
+    columns: dict[str, str] | None = Field(
+        None,
+        description="for a data set of your own: which of its columns hold `question`, `choices`,"
+        " `answer`, `subject`, or `prompt`, `target`, or `text`",
+    )
+    split: str | None = Field(None, description="split of a hub data set; null = test, else train")
+    seed: Count = Field(0, ge=0, description="seed of the draw when fewer samples are taken")
+
+
+class AttributionArgs(_Block):
+    """How the attributions are integrated."""
+
+    steps: Count = Field(7, ge=1, description="integration steps S")
+    rule: Rule = Field("left", description="quadrature rule")
+    path: Literal["token", "sequence"] = Field(
+        "token", description="scale the last token's output, or the whole sequence's"
+    )
+    batch_size: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
+        "auto", description="prompts per batch; `auto` fits the free memory"
+    )
+
+
+class LokiConfig(_Block):
+    """The `loki:` block."""
+
+    quota: Annotated[Decimal, BeforeValidator(lambda v: _quota(v))] = Field(
+        Decimal(10), gt=0, le=100, description="percent of the rows of every layer that train"
+    )
+    rank: Count | None = Field(
+        None, ge=1, description="null = dense (the paper's LoKI); an integer = LoKI* of that rank"
+    )
+    strategy: Strategy = Field("layer_balanced", description="how rows are chosen from scores")
+    magnitude: bool = Field(False, description="rank |score| instead of the signed score")
+    seed: Count = Field(0, ge=0, description="seed of the `random` strategy")
+    rows: str | None = Field(None, description="a rows file; skips analysing and selecting")
+    exclude: list[str] = Field(
+        default_factory=list, description="rows files whose rows must not train again"
+    )
+    calibration: CalibrationArgs = Field(default_factory=CalibrationArgs)
+    attribution: AttributionArgs = Field(default_factory=AttributionArgs)
+    cache_dir: str | None = Field(
+        None, description="where score logs are kept; null = the platform's user cache folder"
+    )
+    lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the rows")
+    report: bool = Field(True, description="write loki_report.json into output_dir")
+
+    @field_serializer("quota", when_used="json")
+    def _plain_quota(self, value: Decimal) -> int | float:
+        return int(value) if value == int(value) else float(value)
+
+
+def _quota(value):
+    # YAML gives 2.5 as a binary float; its shortest decimal form is what the user wrote.
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise ValueError(f"got {value!r}, expected a number of percent, e.g. 10 or 2.5")
+    return Decimal(str(value))
+
+
+class LokiArgs(BaseModel):
+    """What Axolotl merges into its own schema (`BasePlugin.get_input_args`)."""
+
+    # None stays None: Axolotl keeps this schema for later runs that do not list the plugin.
+    loki: LokiConfig | None = None

@@ -1,0 +1,5 @@
+"""Implanting: train the selected rows and nothing else."""
+
+from .adapter import implant
+
+__all__ = ["implant"]

@@ -1,0 +1,246 @@
+"""LoKI as a constraint on LoRA: ΔW = B·A, the rows of B outside the selection equal to zero.
+
+Dense: r = alpha = k, B is the frozen one-hot selector of the k rows, A [k, I] starts at zero and
+trains, so row j of the update is a row of A. Low-rank (LoKI*): A [r, I] and the selected rows of
+B [H, r] train. Both are ordinary PEFT LoRA adapters on disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..anatomy import Anatomy, find_anatomy
+from ..rows import RowSelection
+
+
+class RowScatter(nn.Linear):
+    """A lora_B that writes only the selected rows of its output; all others are exact zeros.
+
+    Owns an ordinary `weight` [H, r], so that what is saved is an ordinary LoRA adapter.
+    `rows` [k] lives outside the state dict.
+    """
+
+    def __init__(self, weight: nn.Parameter, rows: torch.Tensor):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", None)
+        self.register_buffer("rows", rows.to(weight.device), persistent=False)
+
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
+        """[..., k] -> [..., H], zero outside the rows."""
+        out = values.new_zeros(*values.shape[:-1], self.out_features)
+        return out.index_copy(-1, self.rows, values)
+
+
+class RowSelector(RowScatter):
+    """Dense form: the one-hot weight is never multiplied; column i goes to row rows[i]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scatter(x)
+
+
+class RowMask(RowScatter):
+    """Low-rank form: only the selected rows of the weight are used, so only they get gradients."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scatter(nn.functional.linear(x, self.weight[self.rows]))
+
+
+def lora_settings(anatomy: Anatomy, model: nn.Module, counts: list[int], rank: int | None) -> dict:
+    """The `LoraConfig` fields that carry a selection with `counts` rows per layer.
+
+    Scaling is 1 in every layer (alpha = r). Layers without rows are not targeted.
+
+    Raises:
+        ValueError: rank < 1 or rank >= the rows of the fullest layer.
+    """
+    fullest = max(counts)
+    if rank is not None and not 1 <= rank < fullest:
+        raise ValueError(
+            f"rank = {rank}, but {fullest} rows train per layer; a low-rank update needs"
+            f" 1 <= rank < {fullest}. Leave `rank` out for the dense form"
+        )
+    used = [name for name, count in zip(anatomy.names, counts, strict=True) if count]
+    ranks = {n: rank or c for n, c in zip(anatomy.names, counts, strict=True) if c}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: r for name, r in ranks.items() if r != common}
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": _shortest_target(model, used),
+        "fan_in_fan_out": 1 in anatomy.row_dims,
+        "lora_dropout": 0.0,
+    }
+
+
+def _shortest_target(model: nn.Module, used: list[str]) -> list[str]:
+    """One suffix such as `down_proj` when it names exactly these modules, else all full names."""
+    parts = used[0].split(".")
+    everything = [name for name, _ in model.named_modules()]
+    for depth in range(1, len(parts)):
+        suffix = ".".join(parts[-depth:])
+        if [n for n in everything if n == suffix or n.endswith("." + suffix)] == used:
+            return [suffix]
+    return used
+
+
+def implant(
+    model: nn.Module,
+    rows: RowSelection | list[torch.Tensor] | list[list[int]],
+    rank: int | None = None,
+) -> PeftModel:
+    """Wrap `model` so that only the selected rows of its down-projections can change.
+
+    ΔW_l = B_l·A_l with B_l zero outside rows[l]; at the start ΔW = 0. Works on 16/32-bit and on
+    bitsandbytes 8-bit and 4-bit bases, and in any trainer that takes a `PeftModel`.
+
+    Args:
+        model: a Hugging Face causal LM without an adapter.
+        rows: L lists of row indices (see `select_rows`) or a `RowSelection`.
+        rank: None for the dense form (L·k·I trainable parameters), or the rank r < k of LoKI*.
+
+    Raises:
+        ValueError: rows that do not fit the model, a rank out of range, an unsupported family.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "implant() got a PeftModel; merge or unload its adapter first, or pass the base model"
+        )
+    selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
+    selection = selection.check(model)
+    anatomy = find_anatomy(model)
+    settings = lora_settings(anatomy, model, selection.counts, rank)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **settings))
+    install(wrapped, selection, rank)
+    return wrapped
+
+
+def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: bool = True):
+    """Put the constraint into a PEFT model whose LoRA targets the selected down-projections.
+
+    Args:
+        model: wrapped with `lora_settings` of the same selection and rank.
+        fresh: True starts the update at zero; False keeps loaded A (and B), after checking that
+            they obey the constraint, and freezes B again (PEFT's loading unfreezes it).
+
+    Raises:
+        ValueError: a targeted layer is not LoRA, has another rank, or (fresh=False) the loaded
+            adapter was trained on other rows.
+    """
+    adapter = model.active_adapter
+    anatomy = find_anatomy(model)
+    found = 0
+    for i, (module, rows) in enumerate(zip(anatomy.down, selection.rows, strict=True)):
+        if not len(rows):
+            continue
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_B:
+            raise ValueError(f"layer {i}: {anatomy.names[i]} carries no LoRA adapter '{adapter}'")
+        found += 1
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        expected = rank or len(rows)
+        if module.r[adapter] != expected or module.scaling[adapter] != 1:
+            raise ValueError(
+                f"layer {i}: the adapter has r = {module.r[adapter]} and scaling"
+                f" {module.scaling[adapter]}, expected r = {expected} and scaling 1; it was made"
+                " with other rows or another rank"
+            )
+        kind = RowSelector if rank is None else RowMask
+        constrained = kind(b.weight, rows)
+        with torch.no_grad():
+            if fresh and rank is None:
+                a.weight.zero_()
+                constrained.weight.copy_(_one_hot(rows, b.weight))
+            elif fresh:
+                constrained.weight.zero_()
+        problem = _violation(constrained)
+        if problem:
+            raise ValueError(
+                f"layer {i}: {problem}. The adapter was trained on other rows: use the"
+                " loki_rows.json that stands beside it"
+            )
+        module.lora_B[adapter] = constrained
+    total = sum(isinstance(m, LoraLayer) for m in model.modules())
+    if total != found:
+        raise ValueError(
+            f"{total} modules carry LoRA, expected only the {found} selected down-projections"
+        )
+    freeze(model)
+
+
+def constrained_modules(model: nn.Module) -> Iterable[tuple[str, RowScatter]]:
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, RowScatter))
+
+
+def freeze(model: nn.Module) -> None:
+    """Only lora_A, and in the low-rank form lora_B, require gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and ".lora_A." in name)
+    for _, module in constrained_modules(model):
+        module.weight.requires_grad_(isinstance(module, RowMask))
+
+
+def check(model: nn.Module) -> None:
+    """Check the constraint: every B as installed, and nothing else trainable.
+
+    Raises:
+        RuntimeError: with the first violation; the adapter must not be used.
+    """
+    ours = {id(m.weight) for _, m in constrained_modules(model) if isinstance(m, RowMask)}
+    if not any(True for _ in constrained_modules(model)):
+        raise RuntimeError("no row constraint is installed in this model")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_A." not in name and id(parameter) not in ours:
+            raise RuntimeError(f"{name} is trainable, but LoKI trains selected rows only")
+    for name, module in constrained_modules(model):
+        problem = _violation(module)
+        if problem:
+            raise RuntimeError(f"{name}: {problem}; a frozen row was changed")
+
+
+def _one_hot(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    selector = torch.zeros_like(like)
+    selector[rows.to(like.device), torch.arange(len(rows), device=like.device)] = 1
+    return selector
+
+
+def _violation(module: RowScatter) -> str | None:
+    weight = module.weight.detach()
+    if weight.is_meta:
+        return None
+    if isinstance(module, RowSelector):
+        if not torch.equal(weight, _one_hot(module.rows, weight)):
+            return "lora_B is not the one-hot selector of the rows"
+        return None
+    outside = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+    outside[module.rows] = False
+    touched = (weight != 0).any(1) & outside
+    if touched.any():
+        return f"lora_B has non-zero rows outside the selection: {touched.nonzero()[:5, 0].tolist()}"
+    return None
+
+
+def trainable_share(model: nn.Module) -> tuple[int, int]:
+    """(trainable parameters that take part, all parameters of the base model).
+
+    In the low-rank form only the selected rows of B count: the others never move.
+    """
+    trainable = sum(p.numel() for n, p in model.named_parameters() if ".lora_A." in n)
+    for _, module in constrained_modules(model):
+        if isinstance(module, RowMask):
+            trainable += len(module.rows) * module.in_features
+    base = sum(_numel(p) for n, p in model.named_parameters() if ".lora_" not in n)
+    return trainable, base
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two weights in a byte
+    return parameter.numel() if state is None else state.shape.numel()

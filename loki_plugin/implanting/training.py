@@ -1,0 +1,78 @@
+"""The optimizer phase: what the trainer may touch, resuming, and the rows beside checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
+
+from ..rows import FILE_NAME, RowSelection
+from . import adapter
+
+
+def prepare_trainer(
+    trainer: Trainer, selection: RowSelection, lr_scale: float, resume_from: str | None
+) -> None:
+    """Guard a trainer whose model carries the row constraint.
+
+    Wraps `create_optimizer`: before it, everything but our parameters is frozen again and checked;
+    after it, every group's learning rate is multiplied by `lr_scale` (the scheduler, built later,
+    starts from it). Each checkpoint gets the rows file.
+
+    Raises:
+        ValueError: `resume_from` is a checkpoint of other rows.
+        RuntimeError: a parameter that is not ours is trainable.
+    """
+    check_resume(resume_from, selection)
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args, **kwargs):
+        adapter.freeze(trainer.model)
+        adapter.check(trainer.model)
+        known = trainer.optimizer is not None
+        optimizer = create(*args, **kwargs)
+        if not known:
+            for group in optimizer.param_groups:
+                group["lr"] *= lr_scale
+        return optimizer
+
+    adapter.check(trainer.model)
+    trainer.create_optimizer = create_optimizer
+    trainer.add_callback(RowsBesideCheckpoints(selection))
+
+
+class RowsBesideCheckpoints(TrainerCallback):
+    """A checkpoint without its rows could be resumed with others."""
+
+    def __init__(self, selection: RowSelection):
+        self.selection = selection
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.selection.save(folder / FILE_NAME)
+
+
+def check_resume(checkpoint: str | None, selection: RowSelection) -> None:
+    """Refuse to mix two selections in one adapter."""
+    if not checkpoint:
+        return
+    file = Path(checkpoint) / FILE_NAME
+    if not file.exists():
+        raise ValueError(
+            f"checkpoint '{checkpoint}' has no {FILE_NAME}, so it cannot be told whether it was"
+            " trained on the same rows; copy the rows file of its run there, or start afresh"
+        )
+    earlier = RowSelection.load(file)
+    if earlier == selection:
+        return
+    if earlier.num_layers != selection.num_layers:
+        detail = f"{earlier.num_layers} layers instead of {selection.num_layers}"
+    else:
+        pairs = zip(earlier.rows, selection.rows, strict=True)
+        differ = sum(a.tolist() != b.tolist() for a, b in pairs)
+        detail = f"{differ} of {selection.num_layers} layers have other rows"
+    raise ValueError(
+        f"checkpoint '{checkpoint}' was trained on other rows ({detail}); resuming would mix two"
+        f" selections. Set `loki.rows: {file}` to go on with its rows, or start afresh"
+    )

@@ -1,0 +1,194 @@
+"""The hand-over between selecting and implanting: which rows train, in one small JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .anatomy import find_anatomy
+from .fingerprint import fingerprint, same_model
+
+FILE_NAME = "loki_rows.json"
+FORMAT = "loki_rows"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """For each of L layers the sorted indices of the rows of the down-projection that train.
+
+    Attributes:
+        rows: L LongTensors of sorted distinct indices in [0, H); a layer may be empty.
+        hidden_size: H, or None when it is not known (the bare list form without a model).
+        fingerprint: of the model the rows were selected on, or None (bare list form).
+        made: how the scores and the selection were made; free JSON, for the record.
+
+    Raises:
+        ValueError: an index out of range or a duplicate (layer and index named), or no row at all.
+    """
+
+    rows: Sequence[torch.Tensor | Iterable[int]]
+    hidden_size: int | None = None
+    fingerprint: dict[str, str] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        rows = [
+            _checked(layer, i, self.hidden_size) for i, layer in enumerate(self.rows)
+        ]
+        if not any(len(r) for r in rows):
+            raise ValueError(
+                f"a row selection needs at least one row, got {len(rows)} layers with none"
+            )
+        object.__setattr__(self, "rows", rows)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.rows)
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows per layer, L integers."""
+        return [len(r) for r in self.rows]
+
+    def __eq__(self, other):
+        return (
+            isinstance(other, RowSelection)
+            and self.num_layers == other.num_layers
+            and all(torch.equal(a, b) for a, b in zip(self.rows, other.rows, strict=True))
+        )
+
+    __hash__ = None
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the file atomically, so that a reader never sees half of it."""
+        path = Path(path)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "fingerprint": self.fingerprint,
+            "made": self.made,
+            "rows": [r.tolist() for r in self.rows],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> RowSelection:
+        """Read a rows file: ours, or the bare list of lists that the LoKI authors publish.
+
+        Raises:
+            ValueError: missing file, not JSON, wrong form, or a failed check of the rows.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(
+                f"rows file '{path}' cannot be read ({error.strerror}); `loki.rows` takes a"
+                f" {FILE_NAME}, or leave it out to run the analysis"
+            ) from error
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise ValueError(f"rows file '{path}' is not JSON: {error}") from error
+        try:
+            return cls._from_json(content)
+        except ValueError as error:
+            raise ValueError(f"rows file '{path}': {error}") from error
+
+    @classmethod
+    def _from_json(cls, content: Any) -> RowSelection:
+        if isinstance(content, list):
+            return cls(rows=content, made={"source": "bare list of lists"})
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(
+                f'expected an object with "format": "{FORMAT}" or a list of lists of integers,'
+                f" got {_short(content)}"
+            )
+        if content.get("version") != VERSION:
+            raise ValueError(
+                f"format version {content.get('version')!r}, this package reads {VERSION};"
+                " update loki_plugin or make the file again"
+            )
+        missing = [k for k in ("rows", "num_layers", "hidden_size") if k not in content]
+        if missing:
+            raise ValueError(f"the fields {missing} are missing; make the file again")
+        if not isinstance(content["rows"], list):
+            raise ValueError(f"`rows` must be a list of lists, got {_short(content['rows'])}")
+        if len(content["rows"]) != content["num_layers"]:
+            raise ValueError(
+                f"`rows` has {len(content['rows'])} layers but num_layers is"
+                f" {content['num_layers']}; the file is damaged, make it again"
+            )
+        return cls(
+            rows=content["rows"],
+            hidden_size=content["hidden_size"],
+            fingerprint=content.get("fingerprint"),
+            made=content.get("made") or {},
+        )
+
+    def check(self, model: torch.nn.Module) -> RowSelection:
+        """Check that the rows belong to `model`; returns the selection with `hidden_size` known.
+
+        Raises:
+            ValueError: another layer count or hidden size, an index out of range, or another
+                model by fingerprint.
+        """
+        anatomy = find_anatomy(model)
+        layers, hidden = anatomy.num_layers, anatomy.hidden_size
+        if self.num_layers != layers or self.hidden_size not in (None, hidden):
+            raise ValueError(
+                f"rows file was made for {self.num_layers} layers x"
+                f" {self.hidden_size or 'unknown'} rows, this model has {layers} x {hidden};"
+                " leave `loki.rows` out to run the analysis for it"
+            )
+        if self.fingerprint is not None:
+            difference = same_model(self.fingerprint, fingerprint(model))
+            if difference:
+                raise ValueError(
+                    f"rows file was made for another model: {difference}. Leave `loki.rows` out"
+                    " to run the analysis on this one, or, if you mean to carry the rows over,"
+                    " pass them as a bare list of lists"
+                )
+        return RowSelection(self.rows, hidden, self.fingerprint, self.made)
+
+
+def _checked(layer: Any, i: int, hidden_size: int | None) -> torch.Tensor:
+    if isinstance(layer, torch.Tensor):
+        layer = layer.tolist()
+    if not isinstance(layer, Iterable) or isinstance(layer, str | bytes | dict):
+        raise ValueError(f"layer {i}: expected a list of row indices, got {_short(layer)}")
+    values = list(layer)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"layer {i}: row index {value!r} is not an integer")
+        if value < 0 or (hidden_size is not None and value >= hidden_size):
+            limit = "the hidden size" if hidden_size is None else hidden_size
+            raise ValueError(f"layer {i}: row index {value} is outside [0, {limit})")
+    ordered = sorted(values)
+    for a, b in zip(ordered, ordered[1:], strict=False):
+        if a == b:
+            raise ValueError(f"layer {i}: row {a} is listed twice")
+    return torch.tensor(ordered, dtype=torch.long)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

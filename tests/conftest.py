@@ -1,0 +1,151 @@
+"""Shared fixtures: small models of real families with real tokenizers, made here."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+import pytest
+import torch
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(folder, chat_template: str | None = CHATML):
+    """A byte-level BPE tokenizer with ChatML tokens, saved to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["say the number and the answer, please"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A Llama of 3 layers x 64 rows (I = 128) with its tokenizer, in float32 safetensors."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="150KB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A chat data set of 64 exchanges."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    with path.open("w") as file:
+        for i in range(64):
+            messages = [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"number {i} it is"},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """A small calibration file, so that end-to-end runs spend seconds on analysing."""
+    path = tmp_path_factory.mktemp("calibration") / "questions.jsonl"
+    with path.open("w") as file:
+        for i in range(8):
+            record = {
+                "subject": "arithmetic",
+                "question": f"What is {i} plus 1?",
+                "choices": [str(i + 1), str(i + 2), str(i + 3), str(i + 4)],
+                "answer": 0,
+            }
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture
+def run_config(base, dataset, questions, tmp_path):
+    """The YAML of a short run as a dict; a test changes what it is about."""
+    return {
+        "base_model": str(base),
+        "plugins": ["loki"],
+        "adapter": "loki",
+        "loki": {
+            "quota": 10,
+            "calibration": {"source": str(questions)},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "datasets": [
+            {
+                "path": str(dataset),
+                "ds_type": "json",
+                "type": "chat_template",
+                "field_messages": "messages",
+                "message_property_mappings": {"role": "role", "content": "content"},
+            }
+        ],
+        "chat_template": "tokenizer_default",
+        "output_dir": str(tmp_path / "out"),
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+        "sequence_len": 128,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "learning_rate": 0.02,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "seed": 1,
+    }
+
+
+@pytest.fixture
+def train():
+    """Run Axolotl's own load_cfg and do_train in this process."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+    from axolotl.utils.dict import DictDefault
+
+    def run(config: dict):
+        cfg = load_cfg(DictDefault(json.loads(json.dumps(config))))
+        do_train(cfg, TrainerCliArgs())
+        return cfg
+
+    return run

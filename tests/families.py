@@ -1,0 +1,115 @@
+"""Tiny random models of the supported families, by their real transformers classes."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
+GQA = COMMON | {"num_key_value_heads": 2}
+SLIDING = {"sliding_window": 4}
+
+# family -> (model_type, settings); every entry exercises what its family adds to Llama.
+FAMILIES = {
+    "llama": ("llama", GQA),
+    "llama3-rope": (
+        "llama",
+        GQA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "qwen2": ("qwen2", GQA),
+    "qwen2-sliding": (
+        "qwen2",
+        GQA | SLIDING | {"use_sliding_window": True, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", GQA | {"head_dim": 16}),
+    "mistral-sliding": ("mistral", GQA | SLIDING),
+    "gemma2": ("gemma2", GQA | SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "gemma3_text",
+        GQA | SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    ),
+    "phi": ("phi", COMMON | {"partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", GQA | {"pad_token_id": 0}),
+    "phi4": ("phi3", GQA | {"pad_token_id": 0, "partial_rotary_factor": 0.5}),
+    "granite": (
+        "granite",
+        GQA
+        | {
+            "residual_multiplier": 0.3,
+            "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.4,
+        },
+    ),
+    "olmo2": ("olmo2", GQA),
+    "smollm3": ("smollm3", GQA | {"no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "cohere": ("cohere", GQA | {"logit_scale": 0.5}),
+    "cohere2": ("cohere2", GQA | SLIDING | {"logit_scale": 0.5}),
+    "glm4": ("glm4", GQA | {"head_dim": 12, "pad_token_id": 0}),
+    "starcoder2": ("starcoder2", GQA | {"use_bias": True}),
+    "stablelm": ("stablelm", GQA | {"partial_rotary_factor": 0.5}),
+    "gpt_neox": ("gpt_neox", COMMON | {"use_parallel_residual": True}),
+    "gpt_neox-sequential": ("gpt_neox", COMMON | {"use_parallel_residual": False}),
+    "opt": (
+        "opt",
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"}
+        | {"ffn_dim": 80, "word_embed_proj_dim": 48},
+    ),
+    "opt-post-norm": (
+        "opt",
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"}
+        | {"ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 48, "n_inner": 80, "n_layer": 3, "n_head": 4, "vocab_size": 97}
+        | {"n_positions": 64},
+    ),
+    "falcon": (
+        "falcon",
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"}
+        | {"ffn_hidden_size": 80, "multi_query": True, "alibi": False},
+    ),
+    "falcon-alibi": (
+        "falcon",
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"}
+        | {"ffn_hidden_size": 80, "multi_query": False, "alibi": True, "parallel_attn": False},
+    ),
+    "falcon-new": (
+        "falcon",
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"}
+        | {"ffn_hidden_size": 80, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+}
+
+
+def tiny(family: str, attention: str = "eager", dtype=torch.float32, seed: int = 0):
+    """A model with weights large enough that scores are far above rounding."""
+    model_type, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            elif parameter.dim() == 1:  # norms and biases: not at their trivial initial values
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
