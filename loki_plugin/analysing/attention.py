@@ -128,39 +128,120 @@ def _keep(state, key, value, mask):
 
 def _stack(state, query, key, value, scaling, softcap, sinks):
     """softmax over [visible prefix keys, the query's own key] for n queries per prompt."""
-    b, heads, n, d = query.shape
-    prefix_k, prefix_v = state.keys[state.layer], state.values[state.layer]
-    visible = state.visible[state.layer]
-    if state.uniform:  # all prompts end at the same t: keys t.. are simply cut off
-        length = int(prefix_k.shape[2]) - 1
-        prefix_k, prefix_v = prefix_k[:, :, :length], prefix_v[:, :, :length]
-        visible = None if visible is None else visible[..., :length]
-    kv = prefix_k.shape[1]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    # Queries that share a key head are stacked, so that grouped attention is one product.
-    grouped = query.reshape(b, kv, -1, d)
-    scores = (grouped @ prefix_k.transpose(2, 3)).to(wide).view(b, heads, n, -1)
-    groups = heads // kv
-    own_k, own_v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    own = (query.to(wide) * own_k.to(wide)).sum(-1, keepdim=True)
-    scores = torch.cat([scores, own], -1) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if visible is not None:
-        head, tail = scores[..., :-1], scores[..., -1:]
-        if visible.dtype == torch.bool:
-            head = head.masked_fill(~visible, float("-inf"))
-        else:
-            head, tail = head + visible, tail + state.own_bias[state.layer]
-        scores = torch.cat([head, tail], -1)
-    if sinks is not None:
-        sink = sinks.to(wide).view(1, heads, 1, 1).expand(b, -1, n, 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].to(query.dtype)
-    else:
-        weights = scores.softmax(-1).to(query.dtype)
-    before = weights[..., :-1].reshape(b, kv, groups * n, -1) @ prefix_v
-    out = before.view(b, heads, n, -1) + weights[..., -1:] * own_v
+    i = state.layer
+    bias = state.visible[i]
+    if bias is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=wide).masked_fill_(~bias, float("-inf"))
+        bias = bias.to(wide)
+    last = None if state.uniform else state.last.to(query.device)
+    own_bias = state.own_bias[i]
+    out = _StackAttention.apply(
+        query, key, value, state.keys[i], state.values[i], bias, own_bias, last, scaling, softcap,
+        sinks,
+    )  # fmt: skip
     return out.transpose(1, 2)
+
+
+class _StackAttention(torch.autograd.Function):
+    """Attention of n tokens that all stand at position t = `last`: prefix keys j < t, then itself.
+
+    The kept keys include the plain token's own at index t; its score and its weight are replaced
+    by each query's own, so that no tensor of scores is concatenated or sliced.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, keys, values, bias, own_bias, last, scaling, softcap, sinks):
+        b, heads, n, d = q.shape
+        kv, length = keys.shape[1:3]
+        groups = heads // kv
+        wide = torch.promote_types(q.dtype, torch.float32)
+        # Queries that share a key head are stacked, so that grouped attention is one product.
+        scores = q.reshape(b, kv, groups * n, d) @ keys.transpose(2, 3)
+        scores = scores.to(wide).view(b, kv, groups, n, length)
+        own = (q.view(b, kv, groups, n, d).to(wide) * k.to(wide)[:, :, None]).sum(-1, keepdim=True)
+        _put(scores, last, own)
+        scores *= scaling
+        if softcap is not None:
+            scores.div_(softcap).tanh_()
+            slope = 1 - scores.square()
+            scores *= softcap
+        else:
+            slope = None
+        if bias is not None:
+            own = _take(scores, last)
+            if own_bias is not None:
+                own = own + _grouped(own_bias, kv)
+            scores += _grouped(bias, kv)
+            _put(scores, last, own)
+        if sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            sink = sinks.to(wide).view(1, kv, groups, 1, 1).expand(b, -1, -1, n, 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].contiguous()
+        own = _take(weights, last).clone()
+        _put(weights, last, 0)
+        out = (weights.to(q.dtype).view(b, kv, groups * n, length) @ values).view(
+            b, kv, groups, n, -1
+        )
+        out += (own * v.to(wide)[:, :, None]).to(out.dtype)
+        ctx.save_for_backward(q, k, v, keys, values, weights, own, slope, last)
+        ctx.scaling = scaling
+        return out.view(b, heads, n, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, keys, values, weights, own, slope, last = ctx.saved_tensors
+        b, kv, groups, n, length = weights.shape
+        wide = weights.dtype
+        grad = grad.contiguous().view(b, kv, groups, n, -1)
+        by_weight = (grad.view(b, kv, groups * n, -1) @ values.transpose(2, 3)).to(wide)
+        by_weight = by_weight.view(b, kv, groups, n, length)
+        wide_grad = grad.to(wide)
+        by_own = (wide_grad * v.to(wide)[:, :, None]).sum(-1, keepdim=True)
+        # softmax backward over the prefix keys and the own key (and a sink, whose share is constant)
+        _put(by_weight, last, 0)
+        by_weight *= weights
+        mean = by_weight.sum(-1, keepdim=True) + by_own * own
+        by_score = by_weight.addcmul_(weights, mean, value=-1)
+        by_own_score = own * (by_own - mean)
+        if slope is not None:
+            by_own_score = by_own_score * _take(slope, last)
+            by_score *= slope
+        by_score *= ctx.scaling
+        by_own_score = by_own_score * ctx.scaling
+        d = q.shape[-1]
+        grad_q = (by_score.to(q.dtype).view(b, kv, groups * n, length) @ keys).view(
+            b, kv, groups, n, d
+        )
+        grad_q += (by_own_score * k.to(wide)[:, :, None]).to(q.dtype)
+        grad_k = (by_own_score * q.view(b, kv, groups, n, d).to(wide)).sum(2).to(k.dtype)
+        grad_v = (own * wide_grad).sum(2).to(v.dtype)
+        return grad_q.view_as(q), grad_k, grad_v, *[None] * 8
+
+
+def _put(tensor, last, value):
+    """Write the column of each prompt's own key: index t_b of the last axis."""
+    if last is None:
+        tensor[..., -1:] = value
+        return
+    index = last.view(-1, *[1] * (tensor.dim() - 1)).expand(*tensor.shape[:-1], 1)
+    if isinstance(value, torch.Tensor):
+        tensor.scatter_(-1, index, value)
+    else:
+        tensor.scatter_(-1, index, float(value))
+
+
+def _take(tensor, last):
+    if last is None:
+        return tensor[..., -1:]
+    return tensor.gather(-1, last.view(-1, *[1] * (tensor.dim() - 1)).expand(*tensor.shape[:-1], 1))
+
+
+def _grouped(bias, kv):
+    """[B, 1 or heads, 1, T] -> [B, 1 or kv, 1 or groups, 1, T]."""
+    return bias.unsqueeze(2) if bias.shape[1] == 1 else bias.unflatten(1, (kv, -1))
 
 
 def _eager(query, key, value, mask, scaling, softcap, sinks):

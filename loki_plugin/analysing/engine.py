@@ -249,10 +249,14 @@ def _head_gradient(model, anatomy, hidden, targets) -> tuple[torch.Tensor, torch
             part = flat[start : start + chunk].detach().requires_grad_()
             with torch.enable_grad():
                 logits = head(model, part[None])[0]
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                log_p = logits.to(wide).log_softmax(-1).gather(1, rows_y[start : start + chunk])
-                upstream[start : start + chunk] = torch.autograd.grad(log_p.sum(), part)[0]
-            p.append(log_p.detach().exp())
+            # ∂log p/∂logits = onehot(y) - softmax(logits), written over the softmax itself.
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            by_logits = logits.detach().to(wide).softmax(-1)
+            of_y = rows_y[start : start + chunk]
+            p.append(by_logits.gather(1, of_y))
+            by_logits.neg_().scatter_(1, of_y, 1 - p[-1])
+            by_logits = by_logits.to(logits.dtype)
+            upstream[start : start + chunk] = torch.autograd.grad(logits, part, by_logits)[0]
     return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
 
 
