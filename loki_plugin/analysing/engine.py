@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..anatomy import Anatomy, linear_sizes
+from ..quantised import quantised_modules, unpack
 from . import attention
 from .attention import AttentionState, PrefixDone
 
@@ -79,12 +80,17 @@ def attribute_batch(
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter gradients, our attention; all put back on the way out."""
-    training = [m for m in model.modules() if m.training]
+    training = {id(m) for m in model.modules() if m.training}
     trainable = [p for p in model.parameters() if p.requires_grad]
     configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
     settings = [(c, c._attn_implementation_internal) for c in configs.values()]
+    unpack(model)
     try:
         model.eval()
+        for module in quantised_modules(model):
+            # They have no dropout, and compute as they will train: in evaluation, on a CPU, 4-bit
+            # weights would repack themselves and lose their gradient, 8-bit ones round their input.
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(False)
         for config, _ in settings:
@@ -95,8 +101,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = value
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+        for module in model.modules():
+            module.training = id(module) in training
 
 
 def _implementation(model: nn.Module) -> str:

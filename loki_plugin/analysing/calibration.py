@@ -1,0 +1,201 @@
+"""Calibration prompts: whose next-token prediction stands for general knowledge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from .sources import Record, load_records
+
+LOG = logging.getLogger("loki_plugin")
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One calibration prompt.
+
+    Attributes:
+        ids: its token ids, without padding.
+        target: the token y, or None for the model's own arg-max.
+        subject: for drawing per subject; "" where the source has none.
+        key: sha256 over ids and target.
+    """
+
+    ids: tuple[int, ...]
+    target: int | None = None
+    subject: str = ""
+    key: str = field(init=False)
+
+    def __post_init__(self):
+        content = json.dumps([self.ids, self.target])
+        object.__setattr__(self, "key", hashlib.sha256(content.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The prompts of one analysis, in canonical order: by length, then by key.
+
+    Attributes:
+        prompts: N prompts.
+        dropped: how many were longer than `max_tokens`; they are never truncated.
+        source: where they came from, for the record.
+    """
+
+    prompts: list[Prompt]
+    dropped: int
+    source: str
+
+    @property
+    def hash(self) -> str:
+        """sha256 over all prompts; independent of the order in the source."""
+        return hashlib.sha256("".join(p.key for p in self.prompts).encode()).hexdigest()
+
+
+def load_prompts(
+    tokenizer,
+    source: str = "builtin",
+    samples_per_subject: int | None = None,
+    target: str = "predicted",
+    max_tokens: int | None = None,
+    few_shot: int = 0,
+    columns: dict[str, str] | None = None,
+    split: str | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Read a calibration source and turn it into token ids.
+
+    Multiple-choice questions become the paper's prompt, through the tokenizer's chat template
+    where it has one, else as plain text. See `CalibrationArgs` for the settings.
+
+    Raises:
+        ValueError: a source that cannot be read, a faulty record (file and line named), no prompt
+            left, or `target="gold"` where a record has none.
+    """
+    records = load_records(source, columns, split)
+    drawn = _draw(records, samples_per_subject or (50 if source == "mmlu" else None), seed)
+    shots = _few_shots(records, few_shot, seed) if few_shot else {}
+    prompts: dict[str, Prompt] = {}
+    dropped = 0
+    for record in drawn:
+        ids, gold = _encode(tokenizer, record, shots.get(id(record), []), seed)
+        if target == "gold" and gold is None:
+            raise ValueError(
+                f"{record.where}: calibration.target is 'gold', but the record has no `target`;"
+                " add it or use target: predicted"
+            )
+        if max_tokens is not None and len(ids) > max_tokens:
+            dropped += 1
+            continue
+        prompt = Prompt(tuple(ids), gold if target == "gold" else None, record.subject)
+        prompts[prompt.key] = prompt
+    if not prompts:
+        raise ValueError(
+            f"calibration source '{source}' gives no prompt"
+            + (f": all {dropped} are longer than max_tokens = {max_tokens}" if dropped else "")
+        )
+    if dropped:
+        LOG.info("loki: %d calibration prompts longer than %d tokens dropped", dropped, max_tokens)
+    ordered = sorted(prompts.values(), key=lambda p: (len(p.ids), p.key))
+    return Calibration(ordered, dropped, source)
+
+
+def question_text(subject: str, question: str, choices: list[str]) -> str:
+    """The user message of the paper's analysis for one multiple-choice question."""
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    return (
+        f"There is a single choice question about {subject.replace('_', ' ').title()}."
+        " Answer the question by replying A, B, C or D.\n"
+        f"Question: {question}\nChoices:\n" + "\n".join(lines) + "\nAnswer: \n"
+    )
+
+
+def _draw(records: list[Record], count: int | None, seed: int) -> list[Record]:
+    if count is None:
+        return records
+    groups = defaultdict(list)
+    for record in records:
+        groups[record.subject].append(record)
+    drawn, short = [], {}
+    for subject, members in groups.items():
+        if len(members) < count:
+            short[subject] = len(members)
+            drawn += members
+        else:
+            drawn += random.Random(f"{seed}/{subject}").sample(members, count)
+    if short:
+        LOG.info(
+            "loki: %d of %d subjects have fewer than samples_per_subject = %d records; all of"
+            " theirs are used (smallest: %d)",
+            len(short),
+            len(groups),
+            count,
+            min(short.values()),
+        )
+    return drawn
+
+
+def _few_shots(records: list[Record], count: int, seed: int) -> dict[int, list[Record]]:
+    """For each question, solved examples of its own subject, never the question itself."""
+    groups = defaultdict(list)
+    for record in records:
+        if record.question is not None:
+            groups[record.subject].append(record)
+    shots = {}
+    for subject, members in groups.items():
+        if len(members) <= count:
+            raise ValueError(
+                f"calibration.few_shot = {count} needs more than {count} questions per subject;"
+                f" subject '{subject}' has {len(members)}"
+            )
+        # One draw per subject, so that its prompts share the examples as a prefix.
+        pool = random.Random(f"{seed}/shots/{subject}").sample(members, count + 1)
+        for record in members:
+            shots[id(record)] = [p for p in pool if p is not record][:count]
+    return shots
+
+
+def _encode(tokenizer, record: Record, shots: list[Record], seed: int):
+    """Token ids of the prompt and the gold target, or None."""
+    if record.text is not None:
+        ids = tokenizer(record.text)["input_ids"]
+        if len(ids) < 2:
+            raise ValueError(f"{record.where}: a text of fewer than two tokens cannot be cut")
+        cut = random.Random(f"{seed}/{record.text}").randrange(1, len(ids))
+        return ids[:cut], ids[cut]
+    if record.question is None:
+        if record.target is None:
+            return _chat(tokenizer, [("user", record.prompt)]), None
+        return _with_answer(tokenizer, [("user", record.prompt)], record.target)
+    messages: list[tuple[str, str]] = []
+    for shot in shots:
+        messages.append(("user", question_text(shot.subject, shot.question, shot.choices)))
+        messages.append(("assistant", LETTERS[shot.answer]))
+    messages.append(("user", question_text(record.subject, record.question, record.choices)))
+    return _with_answer(tokenizer, messages, LETTERS[record.answer])
+
+
+def _with_answer(tokenizer, messages, answer: str):
+    """The gold token is the first one that the answer adds behind the prompt."""
+    ids = _chat(tokenizer, messages)
+    added = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not added:
+        raise ValueError(f"the target {answer!r} has no token")
+    return ids, added[0]
+
+
+def _chat(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        chat: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in messages]
+        encoded = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+    # Without a template the messages stand one after another, each ended by a line break.
+    text = "".join(c if c.endswith("\n") else c + "\n" for _, c in messages)
+    return list(tokenizer(text)["input_ids"])
