@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
 
-Strategy = Literal[
-    "layer_balanced", "global_lowest", "global_highest", "layer_highest", "random"
-]
+Strategy = Literal["layer_balanced", "global_lowest", "global_highest", "layer_highest", "random"]
 Rule = Literal["left", "right", "midpoint", "trapezoid", "gauss-legendre"]
 
 

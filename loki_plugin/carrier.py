@@ -237,9 +237,7 @@ class Run:
     def prepare_trainer(self, cfg, trainer) -> None:
         from .implanting.training import prepare_trainer
 
-        prepare_trainer(
-            trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg)
-        )
+        prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
 
     def finish(self, cfg, model) -> None:
         """Verify the constraint and write `loki_report.json`."""

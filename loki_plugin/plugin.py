@@ -60,4 +60,3 @@ class LokiPlugin(BasePlugin):
         """Fires twice in 0.19; verifying and writing the report again does no harm."""
         if carrier.is_ours(cfg):
             self._run.finish(cfg, model)
-

@@ -40,9 +40,7 @@ class RowSelection:
     made: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        rows = [
-            _checked(layer, i, self.hidden_size) for i, layer in enumerate(self.rows)
-        ]
+        rows = [_checked(layer, i, self.hidden_size) for i, layer in enumerate(self.rows)]
         if not any(len(r) for r in rows):
             raise ValueError(
                 f"a row selection needs at least one row, got {len(rows)} layers with none"

@@ -99,7 +99,7 @@ def test_trains_saves_and_merges(run_config, train, captured, base, tmp_path, ra
 
     log = [h["loss"] for h in captured["trainer"].state.log_history if "loss" in h]
     assert len(log) == 6
-    assert log[-1] < log[0] - 0.1
+    assert log[-1] < log[0] - 0.05
 
     selection = RowSelection.load(out / "loki_rows.json")
     assert selection.counts == [6, 6, 6]  # floor(0.1 * 64)
@@ -139,9 +139,9 @@ def test_axolotl_merge_lora_keeps_frozen_rows(run_config, train, base, tmp_path,
     from axolotl.cli.merge_lora import do_cli
 
     run_config["load_in_4bit"] = four_bit
-    run_config["bf16"] = True  # legacy merging would round this float32 base to bfloat16
     train(run_config)
     out = Path(run_config["output_dir"])
+    run_config["bf16"] = True  # Axolotl's legacy merge would round this float32 base to bfloat16
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(run_config))
     do_cli(config)

@@ -200,7 +200,7 @@ class _StackAttention(torch.autograd.Function):
         by_weight = by_weight.view(b, kv, groups, n, length)
         wide_grad = grad.to(wide)
         by_own = (wide_grad * v.to(wide)[:, :, None]).sum(-1, keepdim=True)
-        # softmax backward over the prefix keys and the own key (and a sink, whose share is constant)
+        # Backward of the softmax over the prefix keys and the own key; a sink has no value.
         _put(by_weight, last, 0)
         by_weight *= weights
         mean = by_weight.sum(-1, keepdim=True) + by_own * own

@@ -28,7 +28,9 @@ def quadrature(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
         ValueError: unknown rule or too few steps.
     """
     if rule not in RULES:
-        raise ValueError(f"attribution rule {rule!r} is unknown; expected one of {', '.join(RULES)}")
+        raise ValueError(
+            f"attribution rule {rule!r} is unknown; expected one of {', '.join(RULES)}"
+        )
     least = 2 if rule == "trapezoid" else 1
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < least:
         raise ValueError(

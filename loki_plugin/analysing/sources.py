@@ -132,9 +132,7 @@ def _hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
         ) from error
     wanted = split or ("test" if "test" in found else "train")
     if wanted not in found:
-        raise ValueError(
-            f"calibration.split '{wanted}' is not in '{path}'; it has {sorted(found)}"
-        )
+        raise ValueError(f"calibration.split '{wanted}' is not in '{path}'; it has {sorted(found)}")
     return ((f"{path}[{wanted}][{i}]", row) for i, row in enumerate(found[wanted]))
 
 

@@ -224,7 +224,9 @@ def _violation(module: RowScatter) -> str | None:
     outside[module.rows] = False
     touched = (weight != 0).any(1) & outside
     if touched.any():
-        return f"lora_B has non-zero rows outside the selection: {touched.nonzero()[:5, 0].tolist()}"
+        return (
+            f"lora_B has non-zero rows outside the selection: {touched.nonzero()[:5, 0].tolist()}"
+        )
     return None
 
 
