@@ -144,7 +144,7 @@ def test_axolotl_merge_lora_keeps_frozen_rows(run_config, train, base, tmp_path,
     run_config["bf16"] = True  # Axolotl's legacy merge would round this float32 base to bfloat16
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(run_config))
-    do_cli(config)
+    do_cli(str(config))
     assert_only_rows_changed(base, out / "merged", RowSelection.load(out / "loki_rows.json"))
 
 

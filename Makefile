@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine, each with its own set-up:
+#   make demo    the main job, offline once installed
+#   make test    the whole test suite
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Plain `torch` may bring gigabytes of CUDA; set TORCH to the build you want, e.g.
+#   make demo TORCH="torch==2.13.0 --index-url <the CUDA index of your choice>"
+TORCH ?= torch==2.13.0
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE = 1
+export AXOLOTL_DO_NOT_TRACK = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint format bench clean
+
+demo: $(STAMP)
+	$(BIN)/python -m loki_plugin.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.attribution
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "loki_plugin needs Python 3.11 or newer; set PYTHON="'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .ruff_cache
