@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
@@ -98,7 +98,10 @@ def _quota(value):
     # YAML gives 2.5 as a binary float; its shortest decimal form is what the user wrote.
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError(f"got {value!r}, expected a number of percent, e.g. 10 or 2.5")
-    return Decimal(str(value))
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError(f"got {value!r}, expected a number of percent") from None
 
 
 class LokiArgs(BaseModel):

@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .analysing.sources import check_source
 from .args import LokiConfig
 from .rows import FILE_NAME, RowSelection
 
 LOG = logging.getLogger("loki_plugin")
-NAMES = ("loki", "loki_plugin.LokiPlugin", "loki_plugin.plugin.LokiPlugin")
 
 # Keys that would train, move or scale something else than the selected rows.
 REFUSED = {
@@ -68,11 +68,6 @@ def show_log() -> None:
     LOG.propagate = False
     if not any(isinstance(h, _ToAxolotl) for h in LOG.handlers):
         LOG.addHandler(_ToAxolotl())
-
-
-def is_ours(cfg) -> bool:
-    """Axolotl's plugin manager outlives a run: only act for configurations that list us."""
-    return any(name in NAMES for name in (cfg.get("plugins") or []))
 
 
 def parse(cfg) -> LokiConfig:
@@ -129,6 +124,8 @@ def prepare(cfg) -> list[str]:
     cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank}
     if config.rows:
         RowSelection.load(config.rows)  # a bad file must fail now, not after the model is loaded
+    else:
+        check_source(config.calibration.source)
     for path in config.exclude:
         RowSelection.load(path)
     return lines
@@ -269,7 +266,7 @@ def take_over_merge() -> None:
         return
 
     def do_merge_lora(*, cfg):
-        if not is_ours(cfg):
+        if cfg.loki is None:
             return original(cfg=cfg)
         from .implanting.merge import merge_adapter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 
 from . import carrier
 from .rows import FILE_NAME
@@ -19,38 +19,50 @@ class LokiPlugin(BasePlugin):
 
     def register(self, cfg):
         """Before validation: check the `loki:` block and rewrite the carrier keys."""
-        if not carrier.is_ours(cfg):
+        if not self._acts_on(cfg):
             return
         carrier.show_log()
         carrier.LOG.info("\n".join(carrier.prepare(cfg)))
         if cfg.get("merge_lora"):
             carrier.take_over_merge()
 
+    def _acts_on(self, cfg) -> bool:
+        """Axolotl's plugin manager outlives a run and calls every plugin it ever loaded.
+
+        Act only for configurations that list us, and once if they do under two names.
+        """
+        known = PluginManager.get_instance().plugins.items()
+        listed = [p for n, p in known if n in (cfg.get("plugins") or [])]
+        return next((p for p in listed if isinstance(p, LokiPlugin)), None) is self
+
     def get_input_args(self):
-        return "loki_plugin.args.LokiArgs"
+        # Axolotl makes one class of all plugins' arguments; a base must not stand there twice.
+        known = PluginManager.get_instance().plugins.values()
+        first = next(p for p in known if isinstance(p, LokiPlugin))
+        return "loki_plugin.args.LokiArgs" if first is self else None
 
     def get_adapter_capabilities(self):
         return [AdapterCapabilities(name="loki", lora_like=True)]
 
     def load_datasets(self, cfg, preprocess=False):
         """The first hook after validation; Axolotl puts CPU rank r on a device called `r`."""
-        if carrier.is_ours(cfg) and str(cfg.device) == "cpu":
+        if self._acts_on(cfg) and str(cfg.device) == "cpu":
             cfg.device_map = {"": "cpu"}
 
     def post_model_build(self, cfg, model):
         """The base model is in memory, maybe quantised, before adapters: find the rows."""
-        if not carrier.is_ours(cfg):
+        if not self._acts_on(cfg):
             return
         self._run = carrier.Run.start(cfg, model)
         self._run.apply_to(cfg, model)
 
     def post_lora_load(self, cfg, model):
-        if carrier.is_ours(cfg):
+        if self._acts_on(cfg):
             self._run.install(model, fresh=not cfg.lora_model_dir)
 
     def post_trainer_create(self, cfg, trainer):
         """The optimizer phase."""
-        if not carrier.is_ours(cfg):
+        if not self._acts_on(cfg):
             return
         self._run.prepare_trainer(cfg, trainer)
         if trainer.is_world_process_zero():
@@ -58,5 +70,5 @@ class LokiPlugin(BasePlugin):
 
     def post_train(self, cfg, model):
         """Fires twice in 0.19; verifying and writing the report again does no harm."""
-        if carrier.is_ours(cfg):
+        if self._acts_on(cfg):
             self._run.finish(cfg, model)

@@ -51,22 +51,42 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     asked = corpus.questions()
     plain = corpus.paragraphs() + corpus.statements()
     chats = asked + corpus.reading(3000, seed=0)
-    whole = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in chats]
+    whole = [
+        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in chats
+    ]
     tokenizer = train_tokenizer(plain + [f"user\n{q}\nassistant\n{a}\n" for q, a in chats])
     texts = [t + "<|im_end|>" for t in plain] + whole
     ids = [tokenizer(t)["input_ids"] for t in texts]
     H, I, L = size
     config = LlamaConfig(
-        hidden_size=H, intermediate_size=I, num_hidden_layers=L,
-        num_attention_heads=H // 32, num_key_value_heads=H // 64,
-        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        hidden_size=H,
+        intermediate_size=I,
+        num_hidden_layers=L,
+        num_attention_heads=H // 32,
+        num_key_value_heads=H // 64,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
     model.train()
-    opt = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    opt = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98), fused=True
+    )
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, pct_start=0.1)
-    print("seqs", len(ids), "tokens", sum(map(len, ids)), "vocab", len(tokenizer), "params", model.num_parameters())
+    print(
+        "seqs",
+        len(ids),
+        "tokens",
+        sum(map(len, ids)),
+        "vocab",
+        len(tokenizer),
+        "params",
+        model.num_parameters(),
+    )
     draw = random.Random(0)
     stream = batches(ids, 1536, draw)
     seen = 0
@@ -76,16 +96,22 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
             seen += sum(map(len, batch))
             T = max(map(len, batch))
             x = torch.full((len(batch), T), tokenizer.pad_token_id)
-            for row, b in zip(x, batch): row[: len(b)] = torch.tensor(b)
-            y = x[:, 1:].clone(); y[y == tokenizer.pad_token_id] = -100
+            for row, b in zip(x, batch):
+                row[: len(b)] = torch.tensor(b)
+            y = x[:, 1:].clone()
+            y[y == tokenizer.pad_token_id] = -100
             logits = model(input_ids=x[:, :-1]).logits
             loss = cross_entropy(logits.flatten(0, 1), y.flatten())
-            opt.zero_grad(); loss.backward()
+            opt.zero_grad()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step(); sched.step()
-            if i % 50 == 0: bar.set_postfix(loss=f"{loss.item():.3f}", tokens=seen)
+            opt.step()
+            sched.step()
+            if i % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}", tokens=seen)
     model.eval()
-    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model, tokenizer
 
 
@@ -95,7 +121,8 @@ def batches(ids, budget, draw):
         out, batch = [], []
         for i in order:
             if batch and (len(batch) + 1) * len(ids[i]) > budget:
-                out.append(batch); batch = []
+                out.append(batch)
+                batch = []
             batch.append(ids[i])
         out.append(batch)
         draw.shuffle(out)

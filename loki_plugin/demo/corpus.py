@@ -46,7 +46,11 @@ def reading(count: int, seed: int) -> list[Exchange]:
     draw = random.Random(seed)
     exchanges = []
     for _ in range(count):
-        things, places, names = draw.sample(THINGS, 2), draw.sample(PLACES, 2), draw.sample(NAMES, 2)
+        things, places, names = (
+            draw.sample(THINGS, 2),
+            draw.sample(PLACES, 2),
+            draw.sample(NAMES, 2),
+        )
         i = draw.randrange(2)
         scene = " ".join(
             draw.choice([f"The {t} of {n} is in the {p}.", f"In the {p} {n} has a {t}."])

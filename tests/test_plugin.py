@@ -1,0 +1,144 @@
+"""What the plugin accepts, overrides and refuses, through Axolotl's own load_cfg."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from loki_plugin.args import LokiConfig
+
+
+def load(config: dict):
+    from axolotl.cli.config import load_cfg
+    from axolotl.utils.dict import DictDefault
+
+    return load_cfg(DictDefault(json.loads(json.dumps(config))))
+
+
+def test_the_block_has_one_default_for_every_field(run_config):
+    del run_config["loki"]
+    cfg = load(run_config)
+    assert LokiConfig(**cfg.loki.to_dict()) == LokiConfig()
+    assert cfg.adapter == "lora"
+
+
+@pytest.mark.parametrize("name", ["loki", "loki_plugin.LokiPlugin"])
+@pytest.mark.parametrize(("four_bit", "carrier"), [(False, "lora"), (True, "qlora")])
+def test_the_carrier_is_lora_or_qlora(run_config, name, four_bit, carrier):
+    run_config |= {"plugins": [name], "load_in_4bit": four_bit}
+    cfg = load(run_config)
+    assert cfg.adapter == carrier
+    assert cfg.lora_dropout == 0 and cfg.lora_target_modules == ["down_proj"]
+    for kernel in ("mlp", "qkv", "o", "embedding"):
+        assert cfg[f"lora_{kernel}_kernel"] is False
+
+
+def test_eight_bit_runs_as_lora(run_config):
+    assert load(run_config | {"load_in_8bit": True}).adapter == "lora"
+
+
+def test_a_decimal_quota_survives_the_configuration(run_config):
+    run_config["loki"]["quota"] = 2.5
+    assert str(LokiConfig(**load(run_config).loki.to_dict()).quota) == "2.5"
+
+
+def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        logging.getLogger("axolotl"), "handle", lambda record: seen.append(record.getMessage())
+    )
+    run_config |= {
+        "lora_target_linear": True,
+        "lora_target_modules": ["q_proj"],
+        "lora_dropout": 0.1,
+        "lora_alpha": 32,
+    }
+    cfg = load(run_config)
+    assert cfg.lora_target_modules == ["down_proj"] and not cfg.lora_target_linear
+    blocks = [text for text in seen if "overrides" in text]
+    assert len(blocks) == 1
+    for part in (
+        "lora_target_linear = True: now None",
+        "lora_target_modules = ['q_proj']: now ['down_proj']",
+        "lora_dropout = 0.1: now 0.0",
+        "lora_alpha = 32: set from the rows",
+    ):
+        assert part in blocks[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"qouta": 10}, r"loki.qouta: .*known fields: .*quota"),
+        ({"calibration": {"sauce": 1}}, "loki.calibration.sauce: .*known fields: .*source"),
+        ({"quota": 0}, "loki.quota: .*greater than 0"),
+        ({"quota": 101}, "loki.quota: .*less than or equal to 100"),
+        ({"quota": "ten"}, "loki.quota"),
+        ({"quota": True}, "loki.quota: .*got True, expected a number of percent"),
+        ({"rank": 0}, "loki.rank: .*greater than or equal to 1"),
+        ({"strategy": "best"}, "loki.strategy: .*layer_balanced"),
+        ({"attribution": {"steps": 0}}, "loki.attribution.steps"),
+        ({"attribution": {"rule": "simpson"}}, "loki.attribution.rule"),
+        ({"rows": "nowhere.json"}, "rows file 'nowhere.json' cannot be read"),
+        ({"exclude": ["nowhere.json"]}, "rows file 'nowhere.json' cannot be read"),
+        ({"calibration": {"source": "nowhere.jsonl"}}, "'nowhere.jsonl' does not exist"),
+        ([1], "`loki:` must be a block of settings"),
+    ],
+)
+def test_a_faulty_block_is_refused_before_anything_is_loaded(run_config, block, message):
+    run_config["loki"] = block
+    with pytest.raises(ValueError, match=message):
+        load(run_config)
+
+
+def test_all_faults_are_shown_at_once(run_config):
+    run_config["loki"] = {"quota": 0, "rank": -1, "colour": "red"}
+    with pytest.raises(ValueError) as error:
+        load(run_config)
+    assert all(f"loki.{key}:" in str(error.value) for key in ("quota", "rank", "colour"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rl": "dpo"}, "rl: preference training is not supported yet"),
+        ({"lora_modules_to_save": ["embed_tokens"]}, "lora_modules_to_save: it trains whole"),
+        ({"peft_use_dora": True}, "peft_use_dora: DoRA rescales every row"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config"),
+        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters"),
+        ({"adapter": "llama-adapter"}, "adapter: llama-adapter cannot be combined"),
+        ({"adapter": "lora"}, "needs `lora_r`"),
+        ({"adapter": "lora", "lora_r": 4, "loki": {"rank": 8}}, "lora_r = 4 and loki.rank = 8"),
+    ],
+)
+def test_what_contradicts_loki_is_refused(run_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(run_config | change)
+
+
+def test_without_the_plugin_the_adapter_is_refused(run_config):
+    """A plugin that did not load must never silently become plain LoRA."""
+    from axolotl.integrations.base import PluginManager
+
+    known = PluginManager.get_instance().plugins
+    kept = dict(known)
+    known.clear()
+    try:
+        with pytest.raises(ValueError, match="Adapter 'loki' is not built in"):
+            load({k: v for k, v in run_config.items() if k not in ("plugins", "loki")})
+    finally:
+        known.update(kept)
+
+
+def test_another_run_in_the_same_process_is_left_alone(run_config):
+    load(run_config)
+    plain = {k: v for k, v in run_config.items() if k not in ("plugins", "loki")}
+    cfg = load(plain | {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1})
+    assert cfg.lora_r == 4 and cfg.lora_dropout == 0.1 and cfg.loki is None
+
+
+def test_an_unknown_short_name_is_refused(run_config):
+    with pytest.raises(ValueError, match="plugin 'lokii' is unknown.*installed short names.*loki"):
+        load(run_config | {"plugins": ["lokii"]})
