@@ -68,3 +68,33 @@ def _replace(leaf, length):
         return flat.view(output.shape)
 
     return hook
+
+
+def obvious(model, down, ids, nodes, weights):
+    """What every published implementation does: per layer, S copies of the whole prompt.
+
+    One prompt `ids` [T]; logits at the last token only. Returns [L, H]. The benchmark's baseline.
+    """
+    with torch.no_grad():
+        outputs, handles = {}, []
+        for i, module in enumerate(down):
+            handles.append(module.register_forward_hook(_keep(outputs, i, len(ids))))
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+    y = int(logits.argmax())
+    alpha = torch.tensor(nodes)[:, None]
+    scores = []
+    for i, module in enumerate(down):
+        leaf = (alpha * outputs[i]).requires_grad_()  # [S, H]
+
+        def replace(module, args, output, leaf=leaf):
+            return torch.cat([output[:, :-1], leaf[:, None]], 1)
+
+        handle = module.register_forward_hook(replace)
+        copies = ids.expand(len(nodes), -1)
+        p = model(input_ids=copies, use_cache=False, logits_to_keep=1).logits[:, -1].softmax(-1)
+        handle.remove()
+        (grad,) = torch.autograd.grad(p[:, y].sum(), leaf)
+        scores.append(outputs[i] * (torch.tensor(weights)[:, None] * grad).sum(0))
+    return torch.stack(scores)

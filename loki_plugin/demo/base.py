@@ -50,13 +50,19 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     torch.manual_seed(0)
     asked = corpus.questions()
     plain = corpus.paragraphs() + corpus.statements()
-    chats = asked + corpus.reading(3000, seed=0)
-    whole = [
-        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in chats
-    ]
-    tokenizer = train_tokenizer(plain + [f"user\n{q}\nassistant\n{a}\n" for q, a in chats])
-    texts = [t + "<|im_end|>" for t in plain] + whole
-    ids = [tokenizer(t)["input_ids"] for t in texts]
+    tokenizer = train_tokenizer(plain + [f"user\n{q}\nassistant\n{a}\n" for q, a in asked + corpus.reading(500, 0)])
+    def enc(chats):
+        out = []
+        for q, a in chats:
+            p = tokenizer(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+            e = tokenizer(f"{a}<|im_end|>\n")["input_ids"]
+            out.append((p + e, PROMPT_LOSS and 1 or len(p)))
+        return out
+    plain_ids = [(tokenizer(t + "<|im_end|>")["input_ids"], 1) for t in plain]
+    asked_ids = enc(asked)
+    def epoch(n):
+        return plain_ids * 2 + asked_ids + enc(corpus.reading(READING, n))
+    ids = epoch(0)
     H, I, L = size
     config = LlamaConfig(
         hidden_size=H,
@@ -74,32 +80,31 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     model = LlamaForCausalLM(config)
     model.train()
     opt = torch.optim.AdamW(
-        model.parameters(), lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98), fused=True
+        model.parameters(), lr=LR, weight_decay=0.05, betas=(0.9, 0.98), fused=True
     )
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, pct_start=0.1)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=steps, pct_start=0.1)
     print(
         "seqs",
         len(ids),
         "tokens",
-        sum(map(len, ids)),
+        sum(len(i) for i,_ in ids),
         "vocab",
         len(tokenizer),
         "params",
         model.num_parameters(),
     )
     draw = random.Random(0)
-    stream = batches(ids, 1536, draw)
+    stream = batches(epoch, TOKENS, draw)
     seen = 0
     with tqdm(range(steps)) as bar:
         for i in bar:
             batch = next(stream)
-            seen += sum(map(len, batch))
-            T = max(map(len, batch))
-            x = torch.full((len(batch), T), tokenizer.pad_token_id)
-            for row, b in zip(x, batch):
-                row[: len(b)] = torch.tensor(b)
-            y = x[:, 1:].clone()
-            y[y == tokenizer.pad_token_id] = -100
+            seen += sum(len(b) for b, _ in batch)
+            T = max(len(b) for b, _ in batch)
+            x = torch.full((len(batch), T), tokenizer.pad_token_id); y = torch.full((len(batch), T), -100)
+            for j, (b, start) in enumerate(batch):
+                x[j, : len(b)] = torch.tensor(b); y[j, start:len(b)] = x[j, start:len(b)]
+            y = y[:, 1:]
             logits = model(input_ids=x[:, :-1]).logits
             loss = cross_entropy(logits.flatten(0, 1), y.flatten())
             opt.zero_grad()
@@ -115,14 +120,16 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     return model, tokenizer
 
 
-def batches(ids, budget, draw):
+PROMPT_LOSS=False; READING=400; TOKENS=1024; LR=3e-3
+def batches(epoch, budget, draw):
+    n=0
     while True:
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]) + draw.random() * 4)
+        ids = epoch(n); n+=1
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]) + draw.random() * 4)
         out, batch = [], []
         for i in order:
-            if batch and (len(batch) + 1) * len(ids[i]) > budget:
-                out.append(batch)
-                batch = []
+            if batch and (len(batch) + 1) * len(ids[i][0]) > budget:
+                out.append(batch); batch = []
             batch.append(ids[i])
         out.append(batch)
         draw.shuffle(out)
