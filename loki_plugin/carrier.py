@@ -170,6 +170,7 @@ class Run:
     config: LokiConfig
     selection: RowSelection
     facts: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
 
     @classmethod
     def start(cls, cfg, model) -> Run:
@@ -218,9 +219,11 @@ class Run:
         cfg.lora_fan_in_fan_out = settings["fan_in_fan_out"]
 
     def install(self, model, fresh: bool) -> None:
+        from .fingerprint import fingerprint
         from .implanting.adapter import install, trainable_share
 
         install(model, self.selection, self.config.rank, fresh)
+        self.base = fingerprint(model)
         trainable, base = trainable_share(model)
         self.facts.update(trainable_parameters=trainable, base_parameters=base)
         LOG.info(
@@ -237,12 +240,24 @@ class Run:
         prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
 
     def finish(self, cfg, model) -> None:
-        """Verify the constraint and write `loki_report.json`."""
+        """Verify constraint and base weights, and write `loki_report.json`."""
+        from .fingerprint import fingerprint
         from .implanting.adapter import check
         from .reporting import write_report
 
         check(model)
-        LOG.info("loki: verified, no row outside the selection has changed")
+        if any(hasattr(p, "device_mesh") for p in model.parameters()):
+            LOG.info("loki: verified the adapter; the sharded base was not checksummed")
+        else:
+            after = fingerprint(model)
+            # Training cannot reach packed weights, but evaluation repacks them on some CPUs.
+            exact = self.base["quantisation"].startswith("none")
+            if any(after[k] != self.base[k] for k in ("identity", "weights")[: 1 + exact]):
+                raise RuntimeError(
+                    "weights of the base model have changed during training; the adapter belongs"
+                    " to a base that no longer exists, do not use it"
+                )
+            LOG.info("loki: verified, nothing outside the selected rows has changed")
         if self.config.report and int(os.environ.get("RANK", "0")) == 0:
             write_report(Path(cfg.output_dir), self.config, self.selection, self.facts)
 

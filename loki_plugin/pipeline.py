@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .analysing.attribute import KERNELS
 from .analysing.batches import attribute_many
 from .analysing.calibration import load_prompts
 from .analysing.engine import quiet
@@ -55,6 +56,7 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
             nodes,
             weights,
             attribution.batch_size,
+            KERNELS[attribution.path],
         ):
             parts.append(scores)
             bar.update(len(scores))

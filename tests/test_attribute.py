@@ -43,8 +43,10 @@ def test_equals_the_loop_in_float64(family):
     with Exact():
         truth = loop(model, find_anatomy(model).down, ids, nodes, weights)
         scores = attribute(model, *pad(ids, "left"), n_steps=4)
+        alone = attribute(model, ids[2][None], n_steps=4)
     assert scores.dtype == torch.float64 and scores.shape == (3, 3, 48)
     assert error(scores, truth) <= 1e-10
+    assert error(alone, truth[2:]) <= 1e-10  # equal lengths take a path without padding
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -170,7 +170,7 @@ class _StackAttention(torch.autograd.Function):
         else:
             slope = None
         if bias is not None:
-            own = _take(scores, last)
+            own = _take(scores, last).clone()
             if own_bias is not None:
                 own = own + _grouped(own_bias, kv)
             scores += _grouped(bias, kv)

@@ -7,8 +7,11 @@ from torch import nn
 
 from ..anatomy import find_anatomy
 from .batches import attribute_many
-from .engine import quiet
+from .engine import attribute_batch, quiet
 from .quadrature import quadrature
+from .sequence import attribute_sequences
+
+KERNELS = {"token": attribute_batch, "sequence": attribute_sequences}
 
 
 def attribute(
@@ -33,7 +36,8 @@ def attribute(
         targets: [B] token ids y; None: the model's own arg-max prediction.
         n_steps: S, integration steps.
         rule: see `quadrature`.
-        path: "token" replaces z_l at the last token only.
+        path: "token" scales z_l at the last token only, from zero; "sequence" scales it at all
+            positions, from its value on a prompt of token id 0 (the authors' Captum variant).
 
     Returns:
         [B, L, H] on the CPU, float32 (float64 for a float64 model). Against a plain loop in the
@@ -43,8 +47,8 @@ def attribute(
         ValueError: shapes that do not fit, an empty prompt, padding in the middle, a target
             outside the vocabulary, an unknown rule or path, an unsupported model family.
     """
-    if path != "token":
-        raise ValueError(f"attribution path {path!r} is unknown; expected 'token'")
+    if path not in KERNELS:
+        raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(KERNELS)}")
     nodes, weights = quadrature(rule, n_steps)
     anatomy = find_anatomy(model)
     prompts = unpad(input_ids, attention_mask)
@@ -58,6 +62,7 @@ def attribute(
             [wanted[b] for b in order],
             nodes,
             weights,
+            kernel=KERNELS[path],
         )
         scores = torch.cat(list(parts))
     return scores[torch.tensor(order).argsort()]

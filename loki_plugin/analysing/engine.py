@@ -50,11 +50,8 @@ def attribute_batch(
         uniform=bool((lengths == lengths[0]).all()),
     )
     with state, ExitStack() as hooks:
-        if _implementation(model) == "sdpa":
-            hooks.enter_context(attention.SdpaCalls())
-        for i, layer in enumerate(anatomy.layers):
-            hooks.enter_context(_removing(layer.register_forward_pre_hook(_at(state, i))))
-        _run_prefix(anatomy, state, ids)
+        hooks.enter_context(watched(model, anatomy, state))
+        run_prefix(anatomy, state, ids)
         state.mode = "stack"
         stack = _Stack(anatomy, state, nodes, len(prompts))
         hooks.enter_context(stack.hooked())
@@ -65,7 +62,8 @@ def attribute_batch(
                 use_cache=False,
             ).last_hidden_state
             hidden = hidden.reshape(len(prompts), -1, hidden.shape[-1])  # GPT-2 flattens the rows
-    upstream, p = _head_gradient(model, anatomy, hidden.detach(), targets)
+    y = resolve_targets(model, anatomy, hidden[:, :1].detach(), targets)
+    upstream, p = head_gradient(model, anatomy, hidden.detach(), y)
     grads = torch.autograd.grad(hidden, stack.leaves, upstream)
     # ∂p = p · ∂log p: the backward carries log p, which no half precision underflows.
     w = torch.tensor(weights, dtype=p.dtype).to(p.device)
@@ -114,6 +112,17 @@ def _has_attention_setting(module: nn.Module) -> bool:
     return hasattr(getattr(module, "config", None), "_attn_implementation_internal")
 
 
+@contextmanager
+def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterator[None]:
+    """Tell `state` which layer runs, and catch plain attention calls where the family has them."""
+    with ExitStack() as stack:
+        if _implementation(model) == "sdpa":
+            stack.enter_context(attention.SdpaCalls())
+        for i, layer in enumerate(anatomy.layers):
+            stack.enter_context(removing(layer.register_forward_pre_hook(_at(state, i))))
+        yield
+
+
 def _at(state: AttentionState, index: int):
     def enter_layer(module, args):
         state.layer = index
@@ -122,14 +131,14 @@ def _at(state: AttentionState, index: int):
 
 
 @contextmanager
-def _removing(handle):
+def removing(handle):
     try:
         yield
     finally:
         handle.remove()
 
 
-def _run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> None:
+def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> None:
     with torch.no_grad():
         try:
             anatomy.decoder(input_ids=ids, use_cache=False)
@@ -155,11 +164,11 @@ class _Stack:
     def hooked(self):
         with ExitStack() as stack:
             for layer, down in zip(self.anatomy.layers, self.anatomy.down, strict=True):
-                linears = _linears(layer)
+                linears = linears_of(layer)
                 for module in linears:
-                    stack.enter_context(_removing(module.register_forward_hook(self._remember)))
+                    stack.enter_context(removing(module.register_forward_hook(self._remember)))
                 hook = layer.register_forward_hook(self._grow(down, linears), with_kwargs=True)
-                stack.enter_context(_removing(hook))
+                stack.enter_context(removing(hook))
             yield
 
     def _remember(self, module, args, output):
@@ -177,37 +186,45 @@ class _Stack:
             leaf = (alpha[:, None] * z).requires_grad_()  # [B, S, H]
             self.outputs.append(z)
             self.leaves.append(leaf)
-            new = self._replay(layer, args, kwargs, down, linears, leaf)
-            grown = torch.cat([first, new], 1)
+            rows = leaf.shape[1]
+            answers = {m: self._memo[m].expand(-1, rows, -1) for m in linears}
+            answers[down] = leaf.clone()  # Falcon adds to it in place
+            row = hidden_of(args, kwargs)[:, :1].detach().expand(-1, rows, -1)
+            grown = torch.cat([first, replay(self.state, layer, args, kwargs, row, answers)], 1)
+            self._memo.clear()
             return (grown, *output[1:]) if isinstance(output, tuple) else grown
 
         return grow
 
-    def _replay(self, layer, args, kwargs, down, linears, leaf):
-        """The layer's own code on S copies of row 0, with `leaf` as down-projection output.
 
-        Every linear answers with what it answered for row 0, so only norms and residual sums are
-        computed: whatever the family does between its linears is exact, and costs next to nothing.
-        """
-        steps = leaf.shape[1]
-        answers = {m: self._memo[m].expand(-1, steps, -1) for m in linears}
-        answers[down] = leaf.clone()  # Falcon adds to it in place
-        if args:
-            args = (args[0][:, :1].detach().expand(-1, steps, -1), *args[1:])
-        else:
-            hidden = kwargs["hidden_states"][:, :1].detach().expand(-1, steps, -1)
-            kwargs = {**kwargs, "hidden_states": hidden}
-        self.state.mode = "replay"
-        try:
-            with _answering(answers):
-                output = layer(*args, **kwargs)
-        finally:
-            self.state.mode = "stack"
-            self._memo.clear()
-        return output[0] if isinstance(output, tuple) else output
+def hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
 
 
-def _linears(layer: nn.Module) -> list[nn.Module]:
+def call(layer: nn.Module, args: tuple, kwargs: dict, hidden: torch.Tensor) -> torch.Tensor:
+    """Call a layer as it was called, on other hidden states; returns hidden states."""
+    if args:
+        output = layer(hidden, *args[1:], **kwargs)
+    else:
+        output = layer(**{**kwargs, "hidden_states": hidden})
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replay(state: AttentionState, layer, args, kwargs, hidden, answers) -> torch.Tensor:
+    """The layer's own code on `hidden` where every linear answers with what it is given.
+
+    Only norms and residual sums are computed: whatever the family does between its linears is
+    exact, and costs next to nothing.
+    """
+    mode, state.mode = state.mode, "replay"
+    try:
+        with answering(answers):
+            return call(layer, args, kwargs, hidden)
+    finally:
+        state.mode = mode
+
+
+def linears_of(layer: nn.Module) -> list[nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
         if linear_sizes(module) and not any(name.startswith(n + ".") for n in found):
@@ -216,7 +233,7 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _answering(answers: dict[nn.Module, torch.Tensor]):
+def answering(answers: dict[nn.Module, torch.Tensor]):
     """For the duration, each module's forward returns the given [B, S, F] tensor."""
     saved = {m: m.__dict__.get("forward") for m in answers}
     try:
@@ -238,38 +255,38 @@ def _answer(tensor):
     return forward
 
 
-def _head_gradient(model, anatomy, hidden, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """∂(Σ log p)/∂hidden and p of every stack row, through the model's own head.
+def resolve_targets(model, anatomy, hidden, targets: list[int | None]) -> torch.Tensor:
+    """The tokens y [B]: as given, or the arg-max behind the final states `hidden` [B, 1, H]."""
+    with _decoder_returns(anatomy.decoder) as head, torch.no_grad():
+        predicted = head(model, hidden)[:, 0].argmax(-1)
+    given = torch.tensor([-1 if t is None else t for t in targets]).to(predicted.device)
+    return torch.where(given < 0, predicted, given)
 
-    Returns [B, 1 + L·S, H] and [B, 1 + L·S].
+
+def head_gradient(model, anatomy, hidden, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """∂(Σ log p)/∂hidden and p = softmax(logits)[y] of n rows per prompt, by the model's own head.
+
+    `hidden` [B, n, H] -> [B, n, H] and [B, n].
     """
+    flat = hidden.flatten(0, 1)
+    of_y = y.repeat_interleave(hidden.shape[1])[:, None]
+    upstream, p = torch.empty_like(flat), []
+    text_config = model.config.get_text_config()
+    chunk = max(1, _LOGIT_BYTES // (4 * text_config.vocab_size))
     with _decoder_returns(anatomy.decoder) as head:
-        with torch.no_grad():
-            base = head(model, hidden[:, :1])[:, 0]  # [B, V]
-        y = _targets(targets, base)
-        flat = hidden.flatten(0, 1)
-        rows_y = y.repeat_interleave(hidden.shape[1])[:, None]
-        upstream, p = torch.empty_like(flat), []
-        chunk = max(1, _LOGIT_BYTES // (4 * base.shape[-1]))
-        for start in range(0, len(flat), chunk):
-            part = flat[start : start + chunk].detach().requires_grad_()
+        for part in range(0, len(flat), chunk):
+            rows = slice(part, part + chunk)
+            states = flat[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = head(model, part[None])[0]
+                logits = head(model, states[None])[0]
             # ∂log p/∂logits = onehot(y) - softmax(logits), written over the softmax itself.
             wide = torch.promote_types(logits.dtype, torch.float32)
             by_logits = logits.detach().to(wide).softmax(-1)
-            of_y = rows_y[start : start + chunk]
-            p.append(by_logits.gather(1, of_y))
-            by_logits.neg_().scatter_(1, of_y, 1 - p[-1])
+            p.append(by_logits.gather(1, of_y[rows]))
+            by_logits.neg_().scatter_(1, of_y[rows], 1 - p[-1])
             by_logits = by_logits.to(logits.dtype)
-            upstream[start : start + chunk] = torch.autograd.grad(logits, part, by_logits)[0]
+            upstream[rows] = torch.autograd.grad(logits, states, by_logits)[0]
     return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
-
-
-def _targets(targets: list[int | None], logits: torch.Tensor) -> torch.Tensor:
-    predicted = logits.argmax(-1)
-    given = torch.tensor([-1 if t is None else t for t in targets]).to(predicted.device)
-    return torch.where(given < 0, predicted, given)
 
 
 @contextmanager

@@ -50,7 +50,10 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     torch.manual_seed(0)
     asked = corpus.questions()
     plain = corpus.paragraphs() + corpus.statements()
-    tokenizer = train_tokenizer(plain + [f"user\n{q}\nassistant\n{a}\n" for q, a in asked + corpus.reading(500, 0)])
+    tokenizer = train_tokenizer(
+        plain + [f"user\n{q}\nassistant\n{a}\n" for q, a in asked + corpus.reading(500, 0)]
+    )
+
     def enc(chats):
         out = []
         for q, a in chats:
@@ -58,10 +61,13 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
             e = tokenizer(f"{a}<|im_end|>\n")["input_ids"]
             out.append((p + e, PROMPT_LOSS and 1 or len(p)))
         return out
+
     plain_ids = [(tokenizer(t + "<|im_end|>")["input_ids"], 1) for t in plain]
     asked_ids = enc(asked)
+
     def epoch(n):
-        return plain_ids * 2 + asked_ids + enc(corpus.reading(READING, n))
+        return plain_ids * TEXT + asked_ids + enc(corpus.reading(READING, n))
+
     ids = epoch(0)
     H, I, L = size
     config = LlamaConfig(
@@ -87,7 +93,7 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
         "seqs",
         len(ids),
         "tokens",
-        sum(len(i) for i,_ in ids),
+        sum(len(i) for i, _ in ids),
         "vocab",
         len(tokenizer),
         "params",
@@ -98,14 +104,9 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     seen = 0
     with tqdm(range(steps)) as bar:
         for i in bar:
-            batch = next(stream)
-            seen += sum(len(b) for b, _ in batch)
-            T = max(len(b) for b, _ in batch)
-            x = torch.full((len(batch), T), tokenizer.pad_token_id); y = torch.full((len(batch), T), -100)
-            for j, (b, start) in enumerate(batch):
-                x[j, : len(b)] = torch.tensor(b); y[j, start:len(b)] = x[j, start:len(b)]
-            y = y[:, 1:]
-            logits = model(input_ids=x[:, :-1]).logits
+            x, y, pos = next(stream)
+            seen += int((pos > 0).sum())
+            logits = model(input_ids=x, position_ids=pos).logits
             loss = cross_entropy(logits.flatten(0, 1), y.flatten())
             opt.zero_grad()
             loss.backward()
@@ -120,17 +121,33 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
     return model, tokenizer
 
 
-PROMPT_LOSS=False; READING=400; TOKENS=1024; LR=3e-3
+OUT = "/tmp/exp_base"
+TEXT = 2
+PROMPT_LOSS = False
+READING = 400
+TOKENS = 1024
+LR = 3e-3
+ROWS = 5
+WIDTH = 192
+
+
 def batches(epoch, budget, draw):
-    n=0
+    n = 0
+    rows = []
     while True:
-        ids = epoch(n); n+=1
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]) + draw.random() * 4)
-        out, batch = [], []
-        for i in order:
-            if batch and (len(batch) + 1) * len(ids[i][0]) > budget:
-                out.append(batch); batch = []
-            batch.append(ids[i])
-        out.append(batch)
-        draw.shuffle(out)
-        yield from out
+        ids = epoch(n)
+        n += 1
+        draw.shuffle(ids)
+        for d in ids:
+            if not rows or len(rows[-1][0]) + len(d[0]) > WIDTH:
+                if len(rows) == ROWS:
+                    yield tuple(
+                        torch.tensor([r[k] + [(0, -100, 0)[k]] * (WIDTH - len(r[k])) for r in rows])
+                        for k in range(3)
+                    )
+                    rows = []
+                rows.append(([], [], []))
+            x, start = d
+            rows[-1][0].extend(x)
+            rows[-1][1].extend([-100] * (start - 1) + x[start:] + [-100])
+            rows[-1][2].extend(range(len(x)))
