@@ -106,7 +106,7 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
         for i in bar:
             x, y, pos = next(stream)
             seen += int((pos > 0).sum())
-            logits = model(input_ids=x, position_ids=pos).logits
+            logits = model(input_ids=x, position_ids=pos, use_cache=False).logits
             loss = cross_entropy(logits.flatten(0, 1), y.flatten())
             opt.zero_grad()
             loss.backward()

@@ -46,15 +46,12 @@ def reading(count: int, seed: int) -> list[Exchange]:
     draw = random.Random(seed)
     exchanges = []
     for _ in range(count):
-        things, places, names = (
-            draw.sample(THINGS, 2),
-            draw.sample(PLACES, 2),
-            draw.sample(NAMES, 2),
-        )
-        i = draw.randrange(2)
+        n = draw.choice([1, 2])
+        things, places, names = (draw.sample(x, n) for x in (THINGS, PLACES, NAMES))
+        i = draw.randrange(n)
         scene = " ".join(
-            draw.choice([f"The {t} of {n} is in the {p}.", f"In the {p} {n} has a {t}."])
-            for t, p, n in zip(things, places, names, strict=True)
+            draw.choice([f"The {t} of {m} is in the {p}.", f"In the {p} {m} has a {t}."])
+            for t, p, m in zip(things, places, names, strict=True)
         )
         question, answer = draw.choice(
             [

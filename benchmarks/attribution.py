@@ -1,0 +1,274 @@
+"""Seconds per prompt of the attribution: ours, the obvious loop, and the authors' code.
+
+    python -m benchmarks.attribution                      # ours against the obvious loop
+    python -m benchmarks.attribution --reference CLONE    # and the authors' releases from a clone
+    python -m benchmarks.attribution --growth             # cost by number of prompts and by T
+
+The obvious loop (tests/reference.py) runs, per layer, S copies of the whole prompt in one batch,
+with logits at the last token only. All in one process, on one model with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.machine import PeakMemory, best_seconds, describe, matmul_rate
+from loki_plugin.analysing.batches import attribute_many
+from loki_plugin.analysing.engine import quiet
+from loki_plugin.analysing.quadrature import quadrature
+from loki_plugin.anatomy import find_anatomy
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT.parent / "tests"))
+from reference import obvious  # noqa: E402
+
+FIRST_RELEASE = "44f67d9:src/loki/kva/kva_llama.py"
+CAPTUM_RELEASE = "a63aec3:src/loki/core/base_kva_model.py"
+SHAPES = ((24, 128), (24, 256), (32, 512))
+
+
+def build(layers: int, options) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.kv_heads or options.hidden // 64,
+        vocab_size=options.vocabulary,
+        max_position_embeddings=8192,
+    )
+    with torch.device(options.device):
+        model = LlamaForCausalLM._from_config(
+            config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def flops(layers: int, length: int, steps: int, options) -> float:
+    """Multiplications and additions that one prompt cannot do without (times two).
+
+    Prefix: T tokens through L - 1 layers, the last layer's keys and values. Stack: 1 + S·l rows
+    into layer l, forwards and (but for the plain row) backwards. Head: L·S rows, both ways.
+    """
+    h, i = options.hidden, options.intermediate
+    kv = 64 * (options.kv_heads or h // 64)
+    layer = 2 * (2 * h * h + 2 * h * kv + 3 * h * i)
+    prefix = length * ((layers - 1) * layer + 4 * h * kv) + 2 * h * length**2 * (layers - 1)
+    forward = sum(1 + steps * m for m in range(layers))
+    backward = sum(steps * m for m in range(layers))
+    stack = (forward + backward) * (layer + 4 * length * h)
+    return prefix + stack + 2 * layers * steps * 2 * options.vocabulary * h
+
+
+def ours(model, prompts, steps, batch_size):
+    nodes, weights = quadrature("left", steps)
+    with quiet(model):
+        parts = attribute_many(
+            model, find_anatomy(model), prompts, [None] * len(prompts), nodes, weights, batch_size
+        )
+        return torch.cat(list(parts))
+
+
+def authors(clone: str, what: str, name: str):
+    """A module of the authors' repository, read from a clone; none of it is kept here."""
+    source = subprocess.run(
+        ["git", "-C", clone, "show", what], check=True, capture_output=True, text=True
+    ).stdout
+    file = Path(tempfile.mkdtemp()) / f"{name}.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_release(clone, model, ids, steps):
+    theirs = authors(clone, FIRST_RELEASE, "first_release").KVALlamaForCausalLM(model.config)
+    theirs.load_state_dict(model.state_dict())
+    theirs = theirs.eval().to(model.device, model.dtype)
+    mask = torch.ones_like(ids)[None]
+
+    def run():
+        with torch.enable_grad():
+            logits = theirs(-1, input_ids=ids[None], attention_mask=mask)
+            theirs.forward_with_partitioning(-1, steps, int(logits.argmax()))
+        scores = torch.stack([g.float() for g in theirs.integrated_gradients])
+        theirs.clean()
+        return scores
+
+    return run
+
+
+def captum_release(clone, model, ids, steps):
+    base = authors(clone, CAPTUM_RELEASE, "captum_release").BaseKVAModel
+
+    class Theirs(base):
+        def __init__(self):
+            self.model, self.lm_head, self.config = model.model, model.lm_head, model.config
+            self.integrated_gradients = [None] * model.config.num_hidden_layers
+            for layer in model.model.layers:  # as their own constructor leaves the model
+                layer.mlp.down_proj.weight.requires_grad_(True)
+
+        def _get_down_proj_layer(self, layer_idx):
+            return self.model.layers[layer_idx].mlp.down_proj
+
+    theirs = Theirs()
+    y = int(model(input_ids=ids[None]).logits[0, -1].argmax())
+
+    def run():
+        scores = theirs.compute_integrated_gradients(
+            ids[None], torch.ones_like(ids)[None], -1, y, steps
+        )
+        return torch.stack([s.float() for s in scores])
+
+    return run
+
+
+def compare(layers, length, options):
+    """Rows of the table for one shape."""
+    device = torch.device(options.device)
+    model = build(layers, options)
+    down = find_anatomy(model).down
+    prompts = list(torch.randint(0, options.vocabulary, (options.prompts, length), device=device))
+    nodes, weights = quadrature("left", options.steps)
+    rate = matmul_rate(
+        1024, options.hidden, options.intermediate, getattr(torch, options.dtype), device
+    )
+    floor = flops(layers, length, options.steps, options) / rate
+    with PeakMemory(device) as memory:
+        scores = ours(model, prompts, options.steps, options.batch)[0].to(device)
+    seconds = best_seconds(
+        lambda: ours(model, prompts, options.steps, options.batch), device, options.repeat
+    ) / len(prompts)
+    yield _row("ours", layers, length, options, seconds, seconds, memory.peak, 0.0, floor, rate)
+    rivals = {"obvious loop": lambda: obvious(model, down, prompts[0], nodes, weights)}
+    if options.reference:
+        arguments = (options.reference, model, prompts[0], options.steps)
+        rivals["authors' first release"] = first_release(*arguments)
+        rivals["authors' Captum release"] = captum_release(*arguments)
+    for name, run in rivals.items():
+        with PeakMemory(device) as memory:
+            theirs = run()
+        best = best_seconds(run, device, 1) if options.repeat > 1 else None
+        difference = None
+        if "Captum" not in name:  # which attributes along another path
+            difference = float((theirs.to(device) - scores).abs().max() / scores.abs().max())
+        if best is None:
+            best = best_seconds(run, device, 1)
+        yield _row(
+            name, layers, length, options, best, seconds, memory.peak, difference, floor, rate
+        )
+
+
+def _row(name, layers, length, options, seconds, ours_seconds, peak, difference, floor, rate):
+    return {
+        "what": name,
+        "L": layers,
+        "T": length,
+        "S": options.steps,
+        "dtype": options.dtype,
+        "prompts": options.prompts if name == "ours" else 1,
+        "seconds_per_prompt": round(seconds, 4),
+        "times_slower_than_ours": round(seconds / ours_seconds, 1),
+        "percent_of_floor": round(100 * floor / seconds, 1) if name == "ours" else "",
+        "peak_MiB": round(peak / 2**20),
+        "relative_difference": "" if difference is None else f"{difference:.1e}",
+        "matmul_GFLOP_per_s": round(rate / 1e9),
+    }
+
+
+def growth(options):
+    """Seconds by number of prompts (at T = 128) and by T (8 prompts), L = 24."""
+    device = torch.device(options.device)
+    model = build(24, options)
+    rows = []
+    for prompts, length in [(n, 128) for n in (4, 8, 16, 32)] + [
+        (8, t) for t in (32, 64, 128, 256, 512)
+    ]:
+        ids = list(torch.randint(0, options.vocabulary, (prompts, length), device=device))
+        seconds = best_seconds(
+            lambda ids=ids: ours(model, ids, options.steps, options.batch), device, options.repeat
+        )
+        rows.append({"prompts": prompts, "T": length, "seconds": round(seconds, 3)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def plot(rows, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, chosen, key, label in (
+        (axes[0], rows[:4], "prompts", "prompts (T = 128)"),
+        (axes[1], rows[4:], "T", "T, tokens per prompt (8 prompts)"),
+    ):
+        axis.plot([r[key] for r in chosen], [r["seconds"] for r in chosen], "o-")
+        axis.set(xlabel=label, ylabel="seconds", xlim=(0, None), ylim=(0, None))
+    figure.savefig(path, dpi=110)
+
+
+def write(rows, name: str, options) -> None:
+    results = ROOT / "results"
+    results.mkdir(exist_ok=True)
+    with (results / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
+    shape = f"H = {options.hidden}, I = {options.intermediate}, V = {options.vocabulary}"
+    given = [a for a in sys.argv[1:]]
+    if options.reference:
+        given[given.index(options.reference)] = "CLONE"
+    about = [
+        f"{describe(torch.device(options.device))}. {shape}, random weights.",
+        f"Command: `python -m benchmarks.attribution {' '.join(given)}`".replace(" `", "`"),
+    ]
+    (results / f"{name}.md").write_text("\n\n".join(about) + "\n\n" + "\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", help="a clone of the LoKI authors' repository")
+    parser.add_argument("--growth", action="store_true", help="cost by prompts and by T instead")
+    parser.add_argument("--shapes", default=";".join(f"{a},{b}" for a, b in SHAPES), help="L,T;...")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--batch", default="auto")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1408)
+    parser.add_argument("--kv-heads", type=int)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    options.batch = options.batch if options.batch == "auto" else int(options.batch)
+    if options.growth:
+        rows = growth(options)
+        write(rows, "attribution_growth", options)
+        plot(rows, ROOT / "results" / "attribution_growth.png")
+        return
+    rows = []
+    for shape in options.shapes.split(";"):
+        for row in compare(*map(int, shape.split(",")), options):
+            print(row, flush=True)
+            rows.append(row)
+            write(rows, "attribution", options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a figure needs beside it: hardware, versions, the machine's matmul rate, peak memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from importlib.metadata import version
+
+import torch
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name(device)
+    else:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        chip = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers"))
+    return f"{chip}; Python {platform.python_version()}, {packages}"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_seconds(run, device: torch.device, repeat: int) -> float:
+    """The fastest of `repeat` runs after one warm-up: noise only ever adds time."""
+    run()
+    best = float("inf")
+    for _ in range(repeat):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def matmul_rate(n: int, h: int, i: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the best of many [n, H] x [H, I] products, the shape that the layers multiply."""
+    a = torch.randn(n, h, dtype=dtype, device=device)
+    w = torch.randn(i, h, dtype=dtype, device=device)
+    seconds = best_seconds(lambda: torch.nn.functional.linear(a, w), device, 50)
+    return 2 * n * h * i / seconds
+
+
+class PeakMemory:
+    """Peak bytes above the start: allocated memory on a GPU, resident memory on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.peak = device, 0
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+        else:
+            self._start, self._on = _resident(), True
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self):
+        while self._on:
+            self.peak = max(self.peak, _resident() - self._start)
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device) - self._start
+        else:
+            self._on = False
+            self._thread.join()
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
