@@ -122,6 +122,10 @@ def prepare(cfg) -> list[str]:
             lines.append(f"loki: overrides {key} = {given!r}: {reason}")
         cfg[key] = value
     cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank}
+    if config.rows and config.exclude:
+        raise ValueError(
+            "loki.rows and loki.exclude disagree: rows from a file are used as they are; give one"
+        )
     if config.rows:
         RowSelection.load(config.rows)  # a bad file must fail now, not after the model is loaded
     else:

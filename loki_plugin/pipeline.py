@@ -32,6 +32,7 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
     """
     anatomy = find_anatomy(model)
     quota_to_count(config.quota, anatomy.hidden_size)
+    excluded = [RowSelection.load(path).check_shape(anatomy) for path in config.exclude]
     calibration = load_prompts(tokenizer, **config.calibration.model_dump())
     attribution = config.attribution
     nodes, weights = quadrature(attribution.rule, attribution.steps)
@@ -64,10 +65,20 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
     LOG.info(
         "loki: analysed in %.1f s (%.1f ms per prompt)", seconds, 1000 * seconds / len(prompts)
     )
-    rows = select_rows(parts, config.quota, config.strategy)
+    rows = select_rows(
+        parts,
+        config.quota,
+        config.strategy,
+        magnitude=config.magnitude,
+        exclude=[s.rows for s in excluded],
+        seed=config.seed,
+    )
     made = {
         "quota": str(config.quota),
         "strategy": config.strategy,
+        "magnitude": config.magnitude,
+        "seed": config.seed,
+        "exclude": config.exclude,
         "attribution": attribution.model_dump(),
         "calibration": {
             **config.calibration.model_dump(exclude_none=True),

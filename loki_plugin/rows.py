@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .anatomy import find_anatomy
+from .anatomy import Anatomy, find_anatomy
 from .fingerprint import fingerprint, same_model
 
 FILE_NAME = "loki_rows.json"
@@ -149,14 +149,7 @@ class RowSelection:
             ValueError: another layer count or hidden size, an index out of range, or another
                 model by fingerprint.
         """
-        anatomy = find_anatomy(model)
-        layers, hidden = anatomy.num_layers, anatomy.hidden_size
-        if self.num_layers != layers or self.hidden_size not in (None, hidden):
-            raise ValueError(
-                f"rows file was made for {self.num_layers} layers x"
-                f" {self.hidden_size or 'unknown'} rows, this model has {layers} x {hidden};"
-                " leave `loki.rows` out to run the analysis for it"
-            )
+        selection = self.check_shape(find_anatomy(model))
         if self.fingerprint is not None:
             difference = same_model(self.fingerprint, fingerprint(model))
             if difference:
@@ -165,6 +158,17 @@ class RowSelection:
                     " to run the analysis on this one, or, if you mean to carry the rows over,"
                     " pass them as a bare list of lists"
                 )
+        return selection
+
+    def check_shape(self, anatomy: Anatomy) -> RowSelection:
+        """Check sizes and indices only; the rows of an earlier fine-tune need no more."""
+        layers, hidden = anatomy.num_layers, anatomy.hidden_size
+        if self.num_layers != layers or self.hidden_size not in (None, hidden):
+            raise ValueError(
+                f"rows file was made for {self.num_layers} layers x"
+                f" {self.hidden_size or 'unknown'} rows, this model has {layers} x {hidden};"
+                " leave `loki.rows` out to run the analysis for it"
+            )
         return RowSelection(self.rows, hidden, self.fingerprint, self.made)
 
 

@@ -84,6 +84,7 @@ def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_con
         ({"rows": "nowhere.json"}, "rows file 'nowhere.json' cannot be read"),
         ({"exclude": ["nowhere.json"]}, "rows file 'nowhere.json' cannot be read"),
         ({"calibration": {"source": "nowhere.jsonl"}}, "'nowhere.jsonl' does not exist"),
+        ({"rows": "a.json", "exclude": ["b.json"]}, "loki.rows and loki.exclude disagree"),
         ([1], "`loki:` must be a block of settings"),
     ],
 )

@@ -125,3 +125,68 @@ def test_a_bad_score_in_a_later_chunk_is_named_by_its_prompt():
     bad[3, 1, 7] = float("inf")
     with pytest.raises(ValueError, match="prompt 8, layer 1, row 7 is inf"):
         select_rows([good, bad], 10)
+
+
+# Two prompts, two layers of four rows.
+SCORES = torch.tensor([[[4.0, -3, 2, 1], [-8, 7, -6, 5]], [[4.0, -3, 1, 2], [-8, 7, -6, 5]]])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "magnitude", "rows"),
+    [
+        ("layer_balanced", False, [[1], [0]]),
+        ("layer_balanced", True, [[2], [3]]),  # |1|, |2| tie in votes and mean: lower index
+        ("layer_highest", False, [[0], [1]]),
+        ("layer_highest", True, [[0], [0]]),
+        ("global_lowest", False, [[], [0, 2]]),
+        ("global_highest", False, [[], [1, 3]]),
+        ("global_lowest", True, [[2, 3], []]),
+        ("global_highest", True, [[], [0, 1]]),
+    ],
+)
+def test_every_strategy_by_hand(strategy, magnitude, rows):
+    found = select_rows(SCORES, 25, strategy, magnitude=magnitude)
+    assert lists(found) == rows
+
+
+def test_random_rows_depend_on_the_seed_alone():
+    scores = torch.randn(3, 2, 100)
+    rows = lists(select_rows(scores, 10, "random", seed=5))
+    assert rows == lists(select_rows(torch.zeros(1, 2, 100), 10, "random", seed=5))
+    assert rows != lists(select_rows(scores, 10, "random", seed=6)) and rows[0] != rows[1]
+    assert [len(set(r)) for r in rows] == [10, 10]
+    assert rows[0] == [4, 7, 8, 19, 23, 29, 31, 48, 88, 99]  # the same on every machine
+
+
+@pytest.mark.parametrize("strategy", ["layer_balanced", "global_lowest", "random"])
+def test_excluded_rows_are_never_chosen_and_the_count_stays(strategy):
+    scores = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(0))
+    first = select_rows(scores, 25, strategy)
+    second = select_rows(scores, 25, strategy, exclude=[first])
+    third = select_rows(scores, 25, strategy, exclude=[first, second])
+    for a, b in ((first, second), (first, third), (second, third)):
+        assert not any(set(x.tolist()) & set(y.tolist()) for x, y in zip(a, b, strict=True))
+    assert sum(map(len, first)) == sum(map(len, second)) == sum(map(len, third)) == 20
+    if strategy == "layer_balanced":  # what is left is ranked as if the others were not there
+        for layer, rows in enumerate(first):
+            kept = [j for j in range(40) if j not in rows]
+            again = select_rows(scores[:, layer : layer + 1, kept], 33.34)
+            assert [kept[j] for j in again[0]] == second[layer].tolist()
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        ([[[1]]], "exclusion 0 has 1 layers, the scores have 2"),
+        ([[[1], [4]]], r"exclusion 0, layer 1: row 4 is outside \[0, 4\)"),
+        ([[[0, 1], []], [[2, 3], []]], "layer 0 has only 0 rows left .* the quota takes 1"),
+    ],
+)
+def test_exclusions_that_do_not_fit_are_named(exclude, message):
+    with pytest.raises(ValueError, match=message):
+        select_rows(SCORES, 25, exclude=exclude)
+
+
+def test_an_unknown_strategy_is_named():
+    with pytest.raises(ValueError, match="'best' is unknown; expected layer_balanced"):
+        select_rows(SCORES, 25, "best")
