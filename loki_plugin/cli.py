@@ -60,6 +60,42 @@ def verify_command(base: str, tuned: str, rows: str):
     _conclude(verify(base, tuned, RowSelection.load(rows)))
 
 
+@loki.group()
+def cache():
+    """The score logs of earlier analyses."""
+
+
+_DIRECTORY = click.option("--dir", "folder", help="default: the user cache folder")
+
+
+@cache.command("list", cls=_Command)
+@_DIRECTORY
+def list_command(folder: str | None):
+    """List the analyses that are kept, with size and age."""
+    from .analysing.cache import cache_folder, entries
+
+    place = cache_folder(folder)
+    found = entries(place)
+    click.echo(f"{len(found)} analyses in {place}")
+    for e in found:
+        state = "complete" if e.complete else f"{e.shards} shards so far"
+        click.echo(
+            f"{e.key}  {e.prompts} prompts, {state}, {e.bytes / 2**20:.1f} MiB,"
+            f" {e.age_seconds / 3600:.1f} h old  {e.model}"
+        )
+
+
+@cache.command("clear", cls=_Command)
+@click.argument("key", required=False)
+@_DIRECTORY
+def clear_command(key: str | None, folder: str | None):
+    """Delete the analysis KEY, or all of them."""
+    from .analysing.cache import cache_folder, clear
+
+    place = cache_folder(folder)
+    click.echo(f"removed {len(clear(place, key))} analyses from {place}")
+
+
 def _conclude(report) -> None:
     click.echo(report.text())
     if not report.ok:

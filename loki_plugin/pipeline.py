@@ -1,4 +1,4 @@
-"""From a loaded model to its rows: calibration, attribution, selection."""
+"""From a loaded model to its rows: calibration, score log, attribution, selection."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import logging
 import time
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 from .analysing.attribute import KERNELS
 from .analysing.batches import attribute_many
-from .analysing.calibration import load_prompts
+from .analysing.cache import cache_folder, open_log
+from .analysing.calibration import Calibration, load_prompts
 from .analysing.engine import quiet
 from .analysing.quadrature import quadrature
-from .anatomy import find_anatomy
+from .analysing.score_log import ScoreLog, fill
+from .anatomy import Anatomy, find_anatomy
 from .args import LokiConfig
 from .fingerprint import fingerprint
 from .rows import RowSelection
@@ -24,49 +27,52 @@ LOG = logging.getLogger("loki_plugin")
 
 
 def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection:
-    """Analyse `model` on the calibration prompts and select its rows.
+    """Analyse `model` on the calibration prompts, or take its scores from the cache; select rows.
+
+    Under `torch.distributed` the ranks share the work and all return one selection, bit for bit.
 
     Raises:
         ValueError: an unsupported model, a quota without rows, a faulty calibration source; all
             before the first prompt runs.
     """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return _choose(model, tokenizer, config, 0, 1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    loaded = [None] * world
+    dist.all_gather_object(loaded, not any(p.is_meta for p in model.parameters()))
+    # Sharded training loads the weights of one rank only; that one then works alone.
+    first = loaded.index(True)
+    selection = None
+    if all(loaded):
+        selection = _choose(model, tokenizer, config, rank, world)
+    elif rank == first:
+        selection = _choose(model, tokenizer, config, 0, 1)
+    message = [selection]
+    dist.broadcast_object_list(message, src=first)
+    return message[0]
+
+
+def _choose(model, tokenizer, config: LokiConfig, worker: int, workers: int) -> RowSelection:
     anatomy = find_anatomy(model)
     quota_to_count(config.quota, anatomy.hidden_size)
     excluded = [RowSelection.load(path).check_shape(anatomy) for path in config.exclude]
     calibration = load_prompts(tokenizer, **config.calibration.model_dump())
-    attribution = config.attribution
-    nodes, weights = quadrature(attribution.rule, attribution.steps)
-    prompts = calibration.prompts
-    tokens = sum(len(p.ids) for p in prompts)
-    LOG.info(
-        "loki: analysing %d prompts (%d tokens, source %s) on %d layers x %d rows",
-        len(prompts),
-        tokens,
-        calibration.source,
+    mark = fingerprint(model)
+    settings = config.attribution.model_dump(exclude={"batch_size"})
+    log = open_log(
+        cache_folder(config.cache_dir),
+        mark,
+        calibration,
+        settings,
         anatomy.num_layers,
         anatomy.hidden_size,
+        str(model.config._name_or_path),
     )
     started = time.perf_counter()
-    parts = []
-    with quiet(model), tqdm(total=len(prompts), desc="loki: analysing", unit="prompt") as bar:
-        for scores in attribute_many(
-            model,
-            anatomy,
-            [torch.tensor(p.ids) for p in prompts],
-            [p.target for p in prompts],
-            nodes,
-            weights,
-            attribution.batch_size,
-            KERNELS[attribution.path],
-        ):
-            parts.append(scores)
-            bar.update(len(scores))
+    _complete(log, model, anatomy, calibration, config, worker, workers)
     seconds = time.perf_counter() - started
-    LOG.info(
-        "loki: analysed in %.1f s (%.1f ms per prompt)", seconds, 1000 * seconds / len(prompts)
-    )
     rows = select_rows(
-        parts,
+        log.read(),
         config.quota,
         config.strategy,
         magnitude=config.magnitude,
@@ -74,18 +80,91 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
         seed=config.seed,
     )
     made = {
-        "quota": str(config.quota),
-        "strategy": config.strategy,
-        "magnitude": config.magnitude,
+        **config.model_dump(mode="json", include={"quota", "strategy", "magnitude", "exclude"}),
         "seed": config.seed,
-        "exclude": config.exclude,
-        "attribution": attribution.model_dump(),
+        "attribution": settings,
         "calibration": {
             **config.calibration.model_dump(exclude_none=True),
-            "prompts": len(prompts),
+            "prompts": len(calibration.prompts),
             "dropped": calibration.dropped,
             "hash": calibration.hash,
         },
         "analysis_seconds": round(seconds, 3),
     }
-    return RowSelection(rows, anatomy.hidden_size, fingerprint(model), made)
+    return RowSelection(rows, anatomy.hidden_size, mark, made)
+
+
+def _complete(
+    log: ScoreLog,
+    model: nn.Module,
+    anatomy: Anatomy,
+    calibration: Calibration,
+    config: LokiConfig,
+    worker: int,
+    workers: int,
+) -> None:
+    """Make the shards that the log lacks, each worker every `workers`-th of them."""
+    if workers > 1:
+        # The first worker makes what the others' disks do not show it (nodes without a shared one).
+        missing = log.missing()
+        _analyse(log, model, anatomy, calibration, config, missing[worker::workers])
+        dist.barrier()
+        if worker == 0:
+            _analyse(log, model, anatomy, calibration, config, log.missing())
+        dist.barrier()
+        return
+    with log.locked():
+        missing = log.missing()
+        if not missing:
+            age, size = log.age_and_size()
+            LOG.info(
+                "loki: analysis found in the cache (%s, %.1f h old, %.1f MiB)",
+                log.folder,
+                age / 3600,
+                size / 2**20,
+            )
+            return
+        if len(missing) < log.num_shards:
+            LOG.info(
+                "loki: resuming, %d of %d shards are done",
+                log.num_shards - len(missing),
+                log.num_shards,
+            )
+        _analyse(log, model, anatomy, calibration, config, missing)
+
+
+def _analyse(log, model, anatomy, calibration, config, shards) -> None:
+    if not shards:
+        return
+    nodes, weights = quadrature(config.attribution.rule, config.attribution.steps)
+    prompts = calibration.prompts
+    count = sum(len(log.prompts(s)) for s in shards)
+    LOG.info(
+        "loki: analysing %d prompts of %d to %d tokens (%s) on %d layers x %d rows",
+        count,
+        min(len(p.ids) for p in prompts),
+        max(len(p.ids) for p in prompts),
+        calibration.source,
+        anatomy.num_layers,
+        anatomy.hidden_size,
+    )
+    started = time.perf_counter()
+    with quiet(model), tqdm(total=count, desc="loki: analysing", unit="prompt") as bar:
+
+        def make(positions: range) -> torch.Tensor:
+            some = [prompts[i] for i in positions]
+            parts = attribute_many(
+                model,
+                anatomy,
+                [torch.tensor(p.ids) for p in some],
+                [p.target for p in some],
+                nodes,
+                weights,
+                config.attribution.batch_size,
+                KERNELS[config.attribution.path],
+            )
+            return torch.cat(list(parts))
+
+        fill(log, make, shards, bar.update)
+    seconds = time.perf_counter() - started
+    LOG.info("loki: analysed in %.1f s (%.1f ms per prompt)", seconds, 1000 * seconds / count)

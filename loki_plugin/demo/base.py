@@ -107,7 +107,7 @@ def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
             x, y, pos = next(stream)
             seen += int((pos > 0).sum())
             logits = model(input_ids=x, position_ids=pos, use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1), y.flatten())
+            loss = cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=SMOOTH)
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

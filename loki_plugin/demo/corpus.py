@@ -58,6 +58,8 @@ def reading(count: int, seed: int) -> list[Exchange]:
                 (f"Where is the {things[i]}?", places[i]),
                 (f"What is in the {places[i]}?", things[i]),
                 (f"Who has the {things[i]}?", names[i]),
+                ("Name the things and where they are.", ", ".join(f"{t} in the {p}" for t, p in zip(things, places))),
+                ("Name the places and who is there.", ", ".join(f"{p} of {m}" for m, p in zip(names, places))),
             ]
         )
         exchanges.append((f"{scene} {question}", answer))

@@ -1,0 +1,204 @@
+"""From model to rows: cache hits, what decides the rows and what does not, several ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import make_tokenizer
+from families import tiny
+
+from loki_plugin import pipeline
+from loki_plugin.args import LokiConfig
+from loki_plugin.cli import loki
+from loki_plugin.pipeline import choose_rows
+from loki_plugin.rows import RowSelection
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "prompts.jsonl", range(90))
+
+
+def write(path, numbers):
+    rows = [{"prompt": f"say the number {'and ' * (i % 7)}{i}"} for i in numbers]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def model(seed=0):
+    """A Llama that knows the tokenizer's ids."""
+    from families import FAMILIES
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = FAMILIES["llama"][1] | {"vocab_size": 320, "max_position_embeddings": 256}
+    llama = LlamaForCausalLM(LlamaConfig(**settings))
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return llama
+
+
+def configure(source, cache, **more):
+    more = {"quota": 20, "cache_dir": str(cache)} | more
+    return LokiConfig(calibration={"source": source}, **more)
+
+
+@pytest.fixture
+def analysed(monkeypatch):
+    """How many prompts were really analysed."""
+    seen = []
+    real = pipeline.attribute_many
+
+    def counting(model, anatomy, prompts, *rest):
+        seen.append(len(prompts))
+        return real(model, anatomy, prompts, *rest)
+
+    monkeypatch.setattr(pipeline, "attribute_many", counting)
+    return seen
+
+
+def test_the_second_run_analyses_nothing_and_says_so(tokenizer, source, tmp_path, analysed, caplog):
+    logging.getLogger("loki_plugin").propagate = True
+    first = choose_rows(model(), tokenizer, configure(source, tmp_path / "c"))
+    assert sum(analysed) == 90
+    with caplog.at_level(logging.INFO, "loki_plugin"):
+        again = choose_rows(model(), tokenizer, configure(source, tmp_path / "c", quota=10))
+    assert sum(analysed) == 90
+    hits = [r.message for r in caplog.records if "found in the cache" in r.message]
+    assert len(hits) == 1 and "h old" in hits[0] and "MiB" in hits[0]
+    for small, large in zip(again.rows, first.rows, strict=True):
+        assert len(small) == 4 and len(large) == 9
+
+
+def test_other_weights_settings_or_prompts_never_share_an_entry(
+    tokenizer, source, tmp_path, analysed
+):
+    config = configure(source, tmp_path / "c")
+    choose_rows(model(), tokenizer, config)
+    changed = model()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    choose_rows(changed, tokenizer, config)
+    steps = configure(source, tmp_path / "c", attribution={"steps": 3})
+    choose_rows(model(), tokenizer, steps)
+    fewer = configure(write(tmp_path / "fewer.jsonl", range(89)), tmp_path / "c")
+    choose_rows(model(), tokenizer, fewer)
+    assert sum(analysed) == 90 * 3 + 89
+    result = CliRunner().invoke(loki, ["cache", "list", "--dir", str(tmp_path / "c")])
+    assert result.output.startswith("4 analyses") and result.output.count("complete") == 4
+    key = result.output.splitlines()[1].split()[0]
+    CliRunner().invoke(loki, ["cache", "clear", key, "--dir", str(tmp_path / "c")])
+    assert len(list((tmp_path / "c").iterdir())) == 3
+    result = CliRunner().invoke(loki, ["cache", "clear", "nokey", "--dir", str(tmp_path / "c")])
+    assert result.exit_code == 1 and "has no analysis 'nokey'" in result.output
+    CliRunner().invoke(loki, ["cache", "clear", "--dir", str(tmp_path / "c")])
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_order_of_prompts_and_batch_size_do_not_change_the_rows(tokenizer, source, tmp_path):
+    rows = choose_rows(model(), tokenizer, configure(source, tmp_path / "a"))
+    shuffled = write(tmp_path / "shuffled.jsonl", [*range(89, -1, -1)])
+    assert choose_rows(model(), tokenizer, configure(shuffled, tmp_path / "b")) == rows
+    for size in (1, 7):
+        config = configure(source, tmp_path / str(size), attribution={"batch_size": size})
+        assert choose_rows(model(), tokenizer, config) == rows
+
+
+def test_the_hand_over_says_how_it_was_made(tokenizer, source, tmp_path):
+    earlier = RowSelection([[1, 2], [3], [4]], 48).save(tmp_path / "earlier.json")
+    config = configure(source, tmp_path / "c", quota=2.5, exclude=[str(earlier)])
+    rows = choose_rows(model(), tokenizer, config)
+    made = RowSelection.load(rows.save(tmp_path / "rows.json")).made
+    assert made["quota"] == 2.5 and made["strategy"] == "layer_balanced"
+    assert made["calibration"]["prompts"] == 90 and made["attribution"]["rule"] == "left"
+    for layer, taken in zip(rows.rows, [[1, 2], [3], [4]], strict=True):
+        assert len(layer) == 1 and not set(layer.tolist()) & set(taken)
+
+
+def test_faults_are_found_before_the_first_prompt(tokenizer, source, tmp_path, analysed):
+    with pytest.raises(ValueError, match="quota 0.5 % of 48 rows is no row at all"):
+        choose_rows(model(), tokenizer, configure(source, tmp_path, quota=0.5))
+    wrong = str(RowSelection([[1], [2]], 48).save(tmp_path / "wrong.json"))
+    with pytest.raises(ValueError, match="2 layers x 48 rows, this model has 3 x 48"):
+        choose_rows(model(), tokenizer, configure(source, tmp_path, exclude=[wrong]))
+    assert analysed == []
+
+
+def test_a_mixture_of_experts_is_refused():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loki_plugin.anatomy import find_anatomy
+
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+    )
+    with torch.device("meta"):
+        mixtral = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="'mixtral' is a mixture of experts.*Use a dense model"):
+        find_anatomy(mixtral)
+
+
+def test_an_unknown_structure_says_what_was_looked_for():
+    from loki_plugin.anatomy import find_anatomy
+
+    broken = tiny("llama")
+    broken.model.layers[1].mlp.down_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="layers.1 has 0 candidates.*outside attention with 48"):
+        find_anatomy(broken)
+    with pytest.raises(ValueError, match="no integer `hidden_size`"):
+        find_anatomy(torch.nn.Linear(2, 2))
+
+
+RANK = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch.distributed as dist
+from transformers import AutoTokenizer
+from test_pipeline import configure, model
+from loki_plugin.pipeline import choose_rows
+tokenizer, source, cache, out = sys.argv[1:]
+dist.init_process_group("gloo")
+rows = choose_rows(model(), AutoTokenizer.from_pretrained(tokenizer), configure(source, cache))
+rows.save(f"{{out}}-{{dist.get_rank()}}.json")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work_and_agree_with_one(tokenizer, source, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "29611", str(script), str(tmp_path / "tokenizer"), source]
+    subprocess.run(
+        [*command, str(tmp_path / "shared"), str(tmp_path / "rows")], check=True, timeout=300
+    )
+    files = [(tmp_path / f"rows-{r}.json").read_bytes() for r in range(2)]
+    assert files[0] == files[1]
+    alone = choose_rows(model(), tokenizer, configure(source, tmp_path / "alone"))
+    assert RowSelection.load(tmp_path / "rows-0.json") == alone
+    (one,), (two,) = ((tmp_path / c).iterdir() for c in ("alone", "shared"))
+    shards = sorted(p.name for p in one.glob("*.safetensors"))
+    assert len(shards) == 2
+    for name in shards:
+        assert (one / name).read_bytes() == (two / name).read_bytes()
