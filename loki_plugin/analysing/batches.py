@@ -45,19 +45,19 @@ def memory_budget(device: torch.device) -> int:
     return min(_CPU_BYTES, int(_SHARE * pages))
 
 
-def plan(lengths: Sequence[int], batch_size: int | str, costs: Sequence[int], budget: int):
-    """Cut consecutive prompts into batches: [(start, stop), ...].
+def plan(batch_size: int | str, costs: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Cut consecutive prompts into batches of about equal size: [(start, stop), ...].
 
-    `auto` fills each batch up to `budget` bytes; a single prompt may exceed it.
+    `auto` makes as few batches as keep each within `budget` bytes; one prompt alone may exceed it.
     """
-    batches, start, used = [], 0, 0
-    for i in range(len(lengths)):
-        full = i - start >= batch_size if batch_size != "auto" else used + costs[i] > budget
-        if i > start and full:
-            batches.append((start, i))
-            start, used = i, 0
-        used += costs[i]
-    return [*batches, (start, len(lengths))] if len(lengths) else []
+    count = len(costs)
+    if batch_size == "auto":
+        largest = max(1, budget // max(costs))
+    else:
+        largest = batch_size
+    batches = -(-count // largest)
+    cuts = [count * i // batches for i in range(batches + 1)]
+    return list(zip(cuts, cuts[1:], strict=False))
 
 
 def attribute_many(
@@ -81,7 +81,7 @@ def attribute_many(
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     device = model.get_input_embeddings().weight.device
     costs = [prompt_bytes(anatomy, len(p), len(nodes), parameter.itemsize) for p in prompts]
-    todo = plan([len(p) for p in prompts], batch_size, costs, memory_budget(device))[::-1]
+    todo = plan(batch_size, costs, memory_budget(device))[::-1]
     while todo:
         start, stop = todo.pop()
         try:
