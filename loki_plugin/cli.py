@@ -13,7 +13,7 @@ class _Command(click.Command):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -58,6 +58,93 @@ def verify_command(base: str, tuned: str, rows: str):
     from .rows import RowSelection
 
     _conclude(verify(base, tuned, RowSelection.load(rows)))
+
+
+def _scores_options(command):
+    """SCORES and how rows are chosen from them, as `stability` and `select` take them."""
+    options = [
+        click.argument("scores", required=False),
+        click.option("--dir", "folder", help="cache folder; default: the user cache folder"),
+        click.option("--quota", default="10", show_default=True, help="percent of rows"),
+        click.option("--strategy", default="layer_balanced", show_default=True),
+        click.option("--magnitude", is_flag=True, help="rank |score|"),
+        click.option("--exclude", multiple=True, help="a rows file whose rows are not taken"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@loki.command(cls=_Command)
+@_scores_options
+@click.option("--rounds", default=10, show_default=True, help="resamples")
+@click.option("--plot", type=click.Path(dir_okay=False), help="draw the figure into this file")
+def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot):
+    """Say whether the calibration was enough: would other prompts choose the same rows?
+
+    SCORES is an analysis of `loki cache list` (default: the newest) or the authors' HDF5 file.
+    """
+    from .stability import bootstrap_overlap, plot_stability
+
+    source = _Source(scores, folder)
+    rules = {"magnitude": magnitude, "exclude": _load_rows(exclude)}
+    found = bootstrap_overlap(
+        source.chunks, quota, strategy, **rules, prompts=source.prompts, rounds=rounds
+    )
+    click.echo(f"{source.title}, quota {quota} %, {strategy}\n{found.text()}")
+    if plot:
+        click.echo(f"figure in {plot_stability(found, plot)}")
+
+
+@loki.command("select", cls=_Command)
+@_scores_options
+@click.option("--seed", default=0, show_default=True, help="of the strategy `random`")
+@click.option("--output", default="loki_rows.json", show_default=True)
+@click.option("--positions", is_flag=True, help="write the authors' bare list of lists")
+def select_command(scores, folder, quota, strategy, magnitude, exclude, seed, output, positions):
+    """Choose rows from an analysis that is there already, without loading the model.
+
+    SCORES is an analysis of `loki cache list` (default: the newest) or the authors' HDF5 file.
+    """
+    from .exchange import write_positions
+    from .rows import RowSelection
+    from .selecting import select_rows
+
+    source = _Source(scores, folder)
+    rules = {"magnitude": magnitude, "exclude": _load_rows(exclude), "seed": seed}
+    rows = select_rows(source.chunks, quota, strategy, **rules)
+    made = {"quota": quota, "strategy": strategy, "magnitude": magnitude, "scores": source.title}
+    made |= {"exclude": list(exclude), "seed": seed}
+    selection = RowSelection(rows, source.hidden_size, source.fingerprint, made)
+    written = write_positions(selection, output) if positions else selection.save(output)
+    click.echo(f"{sum(selection.counts)} rows of {selection.num_layers} layers in {written}")
+
+
+class _Source:
+    """Scores to choose from: a score log in the cache, or the authors' HDF5 file."""
+
+    def __init__(self, name: str | None, folder: str | None):
+        if name is not None and Path(name).is_file():
+            from .exchange import Hdf5Scores
+
+            self.chunks = Hdf5Scores(name)
+            self.prompts, _, self.hidden_size = self.chunks.shape
+            self.fingerprint = None
+            self.title = f"scores of {name}"
+            return
+        from .analysing.cache import cache_folder, find_log
+
+        log = find_log(cache_folder(folder), name)
+        self.chunks = log.read()
+        self.prompts, self.hidden_size = len(log.manifest["prompts"]), log.manifest["hidden_size"]
+        self.fingerprint = log.manifest["fingerprint"]
+        self.title = f"analysis {log.folder.name} of {log.manifest['model']}"
+
+
+def _load_rows(paths) -> list:
+    from .rows import RowSelection
+
+    return [RowSelection.load(path).rows for path in paths]
 
 
 @loki.group()

@@ -52,7 +52,9 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
     return message[0]
 
 
-def _choose(model, tokenizer, config: LokiConfig, worker: int, workers: int) -> RowSelection:
+def _choose(
+    model: nn.Module, tokenizer, config: LokiConfig, worker: int, workers: int
+) -> RowSelection | None:
     anatomy = find_anatomy(model)
     quota_to_count(config.quota, anatomy.hidden_size)
     excluded = [RowSelection.load(path).check_shape(anatomy) for path in config.exclude]
@@ -71,6 +73,8 @@ def _choose(model, tokenizer, config: LokiConfig, worker: int, workers: int) -> 
     started = time.perf_counter()
     _complete(log, model, anatomy, calibration, config, worker, workers)
     seconds = time.perf_counter() - started
+    if worker:
+        return None  # its disk may lack the shards of others; the first worker selects for all
     rows = select_rows(
         log.read(),
         config.quota,
@@ -89,6 +93,7 @@ def _choose(model, tokenizer, config: LokiConfig, worker: int, workers: int) -> 
             "dropped": calibration.dropped,
             "hash": calibration.hash,
         },
+        "analysis": log.folder.name,
         "analysis_seconds": round(seconds, 3),
     }
     return RowSelection(rows, anatomy.hidden_size, mark, made)
@@ -107,6 +112,7 @@ def _complete(
     if workers > 1:
         # The first worker makes what the others' disks do not show it (nodes without a shared one).
         missing = log.missing()
+        dist.barrier()  # nobody writes while another still counts
         _analyse(log, model, anatomy, calibration, config, missing[worker::workers])
         dist.barrier()
         if worker == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from fractions import Fraction
 
 import numpy as np
@@ -31,9 +31,11 @@ def quota_to_count(quota: int | float | str | Decimal, hidden_size: int) -> int:
         raise ValueError(f"quota is a percentage in (0, 100], got {quota}")
     count = percent * hidden_size // 100
     if count == 0:
+        # Rounded up, so that the quota we advise does train a row.
+        smallest = Context(prec=4, rounding=ROUND_CEILING).divide(Decimal(100), hidden_size)
         raise ValueError(
-            f"quota {quota} % of {hidden_size} rows is no row at all; the smallest quota that"
-            f" trains one is {100 / hidden_size:.4g}"
+            f"quota {quota} % of {hidden_size} rows is no row at all (k = 0); the smallest quota"
+            f" that trains one is {smallest}"
         )
     return int(count)
 
@@ -44,7 +46,7 @@ def select_rows(
     strategy: str = "layer_balanced",
     *,
     magnitude: bool = False,
-    exclude: Sequence[Sequence[Iterable[int]]] = (),
+    exclude: Sequence[Sequence[Iterable[int]]] | None = None,
     seed: int = 0,
 ) -> list[torch.Tensor]:
     """Choose the rows that train, from the scores of all calibration prompts.
@@ -58,16 +60,18 @@ def select_rows(
     | `layer_balanced` | the rows of one layer; k = floor(q/100 · H) per layer (the paper's LoKI) |
     | `layer_highest` | the same, highest scores first (a control) |
     | `global_lowest`, `global_highest` | all rows of the model; k = floor(q/100 · L·H) in total |
-    | `random` | k rows per layer, drawn from `seed`; the scores are not looked at (a control) |
+    | `random` | k rows per layer, drawn from `seed`, whatever the scores (a control) |
 
     The global strategies are the paper's ablations: layers differ in their counts and may be
-    empty. (The authors scale scores to [0, 1] first, which keeps their order.)
+    empty. Scores of all layers are compared as they are: the authors first scale those of a prompt
+    to [0, 1] with one minimum and maximum for all layers, which keeps their order.
 
     Args:
         scores: [N, L, H], or an iterable of such chunks, read once; memory does not grow with N.
-        quota: percent of rows.
+        quota: percent of rows, q.
         magnitude: rank |score| instead of the signed score.
-        exclude: selections (L lists of row indices each) whose rows must not be chosen again.
+        exclude: selections (L lists of row indices each) whose rows must not be chosen again;
+            k stays what it is without them.
         seed: of `random`.
 
     Returns:
@@ -77,51 +81,94 @@ def select_rows(
         ValueError: unknown strategy, a quota without rows, empty, misshapen or non-finite scores,
             exclusions that do not fit or that leave too few rows.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is unknown; expected {', '.join(STRATEGIES)}")
-    everywhere = strategy.startswith("global")
-    votes = None
-    prompts = count = 0
-    for block in _blocks(scores):
-        if votes is None:
-            layers, hidden = block.shape[1:]
-            blocked = _blocked(exclude, layers, hidden)
-            count = quota_to_count(quota, layers * hidden if everywhere else hidden)
-            groups = (1, layers * hidden) if everywhere else (layers, hidden)
-            blocked = blocked.reshape(groups)
-            _check_room(blocked, count, everywhere)
+    election = None
+    for block in blocks(scores):
+        if election is None:
+            election = Election(block.shape[1:], quota, strategy, magnitude, exclude)
             if strategy == "random":
-                return _random(blocked, count, seed)
-            votes, whole, part = (np.zeros(groups, np.int64) for _ in range(3))
-        elif block.shape[1:] != (layers, hidden):
-            raise ValueError(
-                f"score chunks differ: [N, {layers}, {hidden}] and then {list(block.shape)}"
-            )
-        _check_finite(block, prompts)
-        prompts += len(block)
-        key = np.abs(block) if magnitude else block.copy()
-        if strategy.endswith("highest"):
-            np.negative(key, out=key)
-        key = key.reshape(len(key), *groups)
+                return _random(election.blocked, election.count, seed)
+            votes, whole, part = (np.zeros(election.groups, np.int64) for _ in range(3))
+        key = election.key(block)
         _add_exactly(key, whole, part)
-        key[:, blocked] = np.inf
-        votes += _lowest(key, count).sum(0)
-    if not prompts:
+        votes += election.vote(key).sum(0)
+    if election is None:
         raise ValueError("there are no scores to select from")
-    votes[blocked] = -1
-    chosen = np.zeros(groups, bool)
-    for mark, *ranking in zip(chosen, part, whole, -votes, strict=True):
-        mark[np.lexsort(ranking)[:count]] = True  # stable, so the lower index comes first
-    return [torch.from_numpy(m.nonzero()[0]) for m in chosen.reshape(layers, hidden)]
+    chosen = election.winners(votes, whole, part)
+    return [torch.from_numpy(m.nonzero()[0]) for m in chosen.reshape(election.shape)]
 
 
-def _blocks(scores: torch.Tensor | Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
-    for chunk in [scores] if isinstance(scores, torch.Tensor) else scores:
+class Election:
+    """Who stands against whom for how many places; `groups` are G contests of W rows each.
+
+    Raises:
+        ValueError: unknown strategy, a quota without rows, exclusions that do not fit or leave too
+            few rows.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        quota: int | float | str | Decimal,
+        strategy: str,
+        magnitude: bool = False,
+        exclude: Sequence[Sequence[Iterable[int]]] | None = None,
+    ):
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy {strategy!r} is unknown; expected {', '.join(STRATEGIES)}")
+        layers, hidden = self.shape = shape
+        everywhere = strategy.startswith("global")
+        self.groups = (1, layers * hidden) if everywhere else (layers, hidden)
+        self.count = quota_to_count(quota, self.groups[1])
+        self.blocked = _blocked(exclude or (), layers, hidden).reshape(self.groups)
+        _check_room(self.blocked, self.count, everywhere)
+        self._highest, self._magnitude = strategy.endswith("highest"), magnitude
+
+    def key(self, block: np.ndarray) -> np.ndarray:
+        """Scores [n, L, H] as a new array of keys [n, G, W]: low is good."""
+        key = np.abs(block) if self._magnitude else block.copy()
+        if self._highest:
+            np.negative(key, out=key)
+        return key.reshape(len(key), *self.groups)
+
+    def vote(self, key: np.ndarray) -> np.ndarray:
+        """Mask [n, G, W] of each prompt's `count` lowest keys; makes blocked keys infinite."""
+        key[:, self.blocked] = np.inf
+        return _lowest(key, self.count)
+
+    def winners(self, votes: np.ndarray, *sums: np.ndarray) -> np.ndarray:
+        """Mask [G, W] of the winners: most votes, then lowest sum (leading part first), index.
+
+        Blocked rows cannot win: one prompt alone has given votes to `count` others.
+        """
+        chosen = np.zeros(self.groups, bool)
+        for mark, *keys in zip(chosen, *sums[::-1], -votes, strict=True):
+            mark[np.lexsort(keys)[: self.count]] = True  # stable, so the lower index comes first
+        return chosen
+
+
+def blocks(scores: torch.Tensor | Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    """Scores as small arrays [n, L, H] of float32 (float64 stays), one shape and finite.
+
+    Raises:
+        ValueError: a chunk that is not [n, L, H] or differs from the first, or a score that is not
+            finite (prompt, layer and row named).
+    """
+    prompts, shape = 0, None
+    for chunk in [scores] if isinstance(scores, torch.Tensor | np.ndarray) else scores:
+        chunk = torch.as_tensor(chunk).detach().cpu()
         if chunk.dim() != 3 or 0 in chunk.shape[1:]:
             raise ValueError(f"scores must be [N, L, H], got {list(chunk.shape)}")
-        array = chunk.detach().cpu()
-        array = (array if array.dtype == torch.float64 else array.float()).numpy()
-        yield from (array[i : i + _BLOCK] for i in range(0, len(array), _BLOCK))
+        shape = shape or chunk.shape[1:]
+        if chunk.shape[1:] != shape:
+            raise ValueError(
+                f"score chunks differ: [N, {shape[0]}, {shape[1]}] and then {list(chunk.shape)}"
+            )
+        array = (chunk if chunk.dtype == torch.float64 else chunk.float()).numpy()
+        for i in range(0, len(array), _BLOCK):
+            block = array[i : i + _BLOCK]
+            _check_finite(block, prompts)
+            prompts += len(block)
+            yield block
 
 
 def _lowest(key: np.ndarray, count: int) -> np.ndarray:
@@ -158,9 +205,10 @@ def _blocked(exclude, layers: int, hidden: int) -> np.ndarray:
             )
         for layer, rows in enumerate(selection):
             rows = np.asarray([int(r) for r in rows], np.int64)
-            if len(rows) and not 0 <= rows.min() <= rows.max() < hidden:
+            outside = rows[(rows < 0) | (rows >= hidden)]
+            if len(outside):
                 raise ValueError(
-                    f"exclusion {i}, layer {layer}: row {rows.max()} is outside [0, {hidden})"
+                    f"exclusion {i}, layer {layer}: row {outside[0]} is outside [0, {hidden})"
                 )
             blocked[layer, rows] = True
     return blocked

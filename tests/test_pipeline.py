@@ -202,3 +202,28 @@ def test_two_ranks_share_the_work_and_agree_with_one(tokenizer, source, tmp_path
     assert len(shards) == 2
     for name in shards:
         assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_stability_and_selection_from_the_cache_need_no_model(tokenizer, source, tmp_path):
+    cache, out = str(tmp_path / "c"), tmp_path / "rows.json"
+    rows = choose_rows(model(), tokenizer, configure(source, cache))
+    runner = CliRunner()
+
+    def run(*arguments):
+        return runner.invoke(loki, [*arguments, "--dir", cache])
+
+    result = run("select", "--quota", "20", "--output", str(out))
+    assert result.exit_code == 0, result.output
+    assert RowSelection.load(out).check(model()) == rows
+    key = rows.made["analysis"]
+    result = run("select", key, "--quota", "20", "--positions", "--output", str(out))
+    assert json.loads(out.read_text()) == [r.tolist() for r in rows.rows]
+    result = run("stability", key, "--quota", "20", "--plot", str(tmp_path / "s.png"))
+    assert result.exit_code == 0, result.output
+    assert "overlap with the selection from all 90" in result.output and "enough" in result.output
+    assert (tmp_path / "s.png").stat().st_size > 0
+    result = run("stability", "nokey")
+    assert result.exit_code == 1 and "has no analysis 'nokey'" in result.output
+    next((tmp_path / "c" / key).glob("*.safetensors")).unlink()
+    result = run("select", key)
+    assert result.exit_code == 1 and "lacks 1 of 2 shards" in result.output

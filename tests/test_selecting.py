@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 
 from loki_plugin import select_rows
-from loki_plugin.selecting import quota_to_count
+from loki_plugin.selecting import STRATEGIES, quota_to_count
 
 
-def plainly(scores, k):
-    """The paper's steps 1-4, with the tie rule, in plain Python."""
-    selection = []
-    for layer in range(scores.shape[1]):
-        votes, sums = {}, {}
-        for prompt in scores[:, layer].tolist():
-            ranked = sorted(range(len(prompt)), key=lambda j: (prompt[j], j))
-            for j in ranked[:k]:
-                votes[j] = votes.get(j, 0) + 1
-            for j, value in enumerate(prompt):
-                sums[j] = sums.get(j, 0.0) + value
-        order = sorted(sums, key=lambda j: (-votes.get(j, 0), sums[j], j))
-        selection.append(sorted(order[:k]))
-    return selection
+def plainly(scores, count, strategy="layer_balanced", magnitude=False, taken=()):
+    """The paper's steps in plain Python, with the tie rule; `taken` are (layer, row) pairs.
+
+    Every prompt ranks the rows of a contest, its first `count` get a vote, and the `count` rows
+    with the most votes win.
+    """
+    prompts, layers, hidden = scores.shape
+    sign = -1 if strategy.endswith("highest") else 1
+
+    def key(n, place):
+        value = float(scores[n][place])
+        return sign * (abs(value) if magnitude else value)
+
+    contests = [[(layer, j) for j in range(hidden)] for layer in range(layers)]
+    if strategy.startswith("global"):
+        contests = [sum(contests, [])]
+    rows = [[] for _ in range(layers)]
+    for contest in contests:
+        places = [place for place in contest if place not in taken]
+        votes = dict.fromkeys(places, 0)
+        for n in range(prompts):
+            for place in sorted(places, key=lambda p: (key(n, p), p))[:count]:
+                votes[place] += 1
+        sums = {p: math.fsum(key(n, p) for n in range(prompts)) for p in places}
+        for layer, j in sorted(places, key=lambda p: (-votes[p], sums[p], p))[:count]:
+            rows[layer].append(j)
+    return [sorted(r) for r in rows]
+
+
+def as_the_authors(scores, quota, strategy):
+    """Their rule: votes after min-max scaling; equal scores and votes fall as numpy sorts them.
+
+    Returns for each contest the votes and the number of places.
+    """
+    prompts, layers, hidden = scores.shape
+    scores = scores.numpy()
+    width = layers * hidden if strategy.startswith("global") else hidden
+    count = int(width * quota / 100)
+    contests = scores.reshape(prompts, -1, width)
+    low = contests.min(-1, keepdims=True)
+    scaled = (contests - low) / (contests.max(-1, keepdims=True) - low)
+    order = np.argsort(-scaled if strategy.endswith("highest") else scaled, -1)
+    votes = np.zeros(contests.shape, int)
+    np.put_along_axis(votes, order[..., :count], 1, -1)
+    return votes.sum(0), count
 
 
 def lists(rows):
@@ -40,6 +74,37 @@ def test_equals_the_plain_statement_ties_included(seed, values):
     for quota in (2.5, 10, 30, 100):
         k = quota_to_count(quota, 40)
         assert lists(select_rows(scores, quota)) == plainly(scores, k)
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "random"])
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("values", [2, 10**6], ids="{} values".format)
+def test_every_strategy_equals_the_plain_statement(strategy, magnitude, values):
+    generator = torch.Generator().manual_seed(values)
+    scores = torch.randint(-values, values, (7, 3, 20), generator=generator) / 8
+    exclude = [[[0, 5], [], [19]], [[5, 6], [1], []]]
+    taken = {(layer, j) for rows in exclude for layer, some in enumerate(rows) for j in some}
+    k = quota_to_count(20, 60 if strategy.startswith("global") else 20)
+    found = select_rows(scores, 20, strategy, magnitude=magnitude, exclude=exclude)
+    assert lists(found) == plainly(scores, k, strategy, magnitude, taken)
+    found = select_rows(scores, 20, strategy, magnitude=magnitude)
+    assert lists(found) == plainly(scores, k, strategy, magnitude)
+
+
+@pytest.mark.parametrize("strategy", ["layer_balanced", "global_lowest", "global_highest"])
+@pytest.mark.parametrize("quota", [5, 10, 30])
+def test_equals_the_authors_rule_up_to_ties(strategy, quota):
+    scores = torch.randn(25, 4, 60, generator=torch.Generator().manual_seed(quota)).double()
+    votes, count = as_the_authors(scores, quota, strategy)
+    rows = select_rows(scores, quota, strategy)
+    chosen = np.zeros((4, 60), bool)
+    for layer, some in enumerate(rows):
+        chosen[layer, some] = True
+    for won, tally in zip(chosen.reshape(votes.shape), votes, strict=True):
+        limit = np.sort(tally)[-count]
+        assert won.sum() == count
+        assert won[tally > limit].all() and not won[tally < limit].any()
+        assert (tally > limit).sum() > 0  # not everything is a tie
 
 
 def test_by_hand():
@@ -72,6 +137,45 @@ def test_chunks_and_order_of_prompts_do_not_matter(sizes):
         assert lists(select_rows(iter(some.split(sizes)), 10)) == lists(whole)
 
 
+@pytest.mark.parametrize("strategy", ["layer_balanced", "global_highest"])
+def test_means_that_floating_point_sums_confuse(strategy):
+    # Rows 1 and 2 have the same values in another order: 1e8 + 1e-6 - 1e8 is 0 or 1e-6 as you add.
+    scores = torch.tensor([[[0, 1e8, 1e-6, 9e9]], [[0, 1e-6, -1e8, 9e9]], [[0, -1e8, 1e8, 9e9]]])
+    scores = torch.cat([scores, -scores])  # every row has mean 0, exactly
+    expected = plainly(scores, 2, strategy)
+    for order in itertools.permutations(range(6)):
+        assert lists(select_rows(scores[list(order)], 50, strategy)) == expected
+
+
+def test_the_mean_sees_small_differences_beside_large_scores():
+    scores = torch.tensor([[[1e6, 1e6, 5e6]], [[1e-9, 0.0, 5e6]]])  # rows 0 and 1: one vote each
+    assert lists(select_rows(scores, 34)) == [[1]]
+    scores = torch.tensor([[[1e6, 1e6, 5e6]], [[0.0, 0.0, 5e6]], [[1e6, 1e6 - 0.0625, 5e6]]])
+    assert lists(select_rows(scores, 34)) == [[0]]  # votes 2 and 1 count before the mean
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.long])
+def test_scores_of_other_types(kind):
+    scores = torch.randint(-3, 4, (9, 2, 30), generator=torch.Generator().manual_seed(0))
+    expected = lists(select_rows(scores.float(), 20))
+    assert lists(select_rows(scores.to(kind), 20)) == expected
+    assert lists(select_rows(scores.numpy(), 20)) == expected
+    assert lists(select_rows([s.numpy() for s in scores.split(4)], 20)) == expected
+
+
+def test_scores_are_left_as_they_were_and_read_once():
+    scores = torch.randn(9, 2, 30, generator=torch.Generator().manual_seed(0))
+    before, reads = scores.clone(), []
+
+    def chunks():
+        for chunk in scores.split(4):
+            reads.append(len(chunk))
+            yield chunk
+
+    select_rows(chunks(), 20, "layer_highest", magnitude=True, exclude=[[[1], [2]]])
+    assert reads == [4, 4, 1] and torch.equal(scores, before)
+
+
 @pytest.mark.parametrize(
     ("quota", "hidden", "count"),
     [
@@ -95,7 +199,7 @@ def test_the_count_is_exact(quota, hidden, count):
         (0, r"percentage in \(0, 100\], got 0"),
         (100.1, r"\(0, 100\], got 100.1"),
         (-5, "got -5"),
-        (1, "quota 1 % of 64 rows is no row at all; the smallest quota that trains one is 1.562"),
+        (1, r"quota 1 % of 64 rows is no row at all \(k = 0\); the smallest .* one is 1.563"),
         ("ten", "number of percent, got 'ten'"),
         (float("nan"), "nan"),
     ],
@@ -103,6 +207,14 @@ def test_the_count_is_exact(quota, hidden, count):
 def test_bad_quotas_are_named(quota, message):
     with pytest.raises(ValueError, match=message):
         select_rows(torch.randn(2, 3, 64), quota)
+
+
+@pytest.mark.parametrize("hidden", [3, 64, 896, 3584, 4096, 5120])
+def test_the_quota_that_the_error_advises_trains_one_row(hidden):
+    with pytest.raises(ValueError, match="trains one is") as caught:
+        quota_to_count("0.001", hidden)
+    advised = str(caught.value).rsplit(" ", 1)[1]
+    assert quota_to_count(advised, hidden) == 1
 
 
 @pytest.mark.parametrize(
@@ -179,6 +291,7 @@ def test_excluded_rows_are_never_chosen_and_the_count_stays(strategy):
     [
         ([[[1]]], "exclusion 0 has 1 layers, the scores have 2"),
         ([[[1], [4]]], r"exclusion 0, layer 1: row 4 is outside \[0, 4\)"),
+        ([[[1], []], [[3, -1], []]], r"exclusion 1, layer 0: row -1 is outside \[0, 4\)"),
         ([[[0, 1], []], [[2, 3], []]], "layer 0 has only 0 rows left .* the quota takes 1"),
     ],
 )

@@ -100,3 +100,27 @@ def clear(folder: Path, key: str | None = None) -> list[str]:
     for each in chosen:
         shutil.rmtree(folder / each)
     return chosen
+
+
+def find_log(folder: Path, key: str | None = None) -> ScoreLog:
+    """The complete analysis of that key, or the newest one.
+
+    Raises:
+        ValueError: no analysis of that key, or none complete.
+    """
+    for entry in entries(folder):
+        if entry.key == key or (key is None and entry.complete):
+            path = folder / entry.key
+            log = ScoreLog(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+            missing = log.missing()
+            if missing:
+                raise ValueError(
+                    f"analysis '{entry.key}' lacks {len(missing)} of {log.num_shards} shards;"
+                    " run the training or analysis that began it again, it resumes"
+                )
+            return log
+    raise ValueError(
+        f"'{folder}' has no analysis '{key}'; see `loki cache list`"
+        if key
+        else f"'{folder}' has no complete analysis; a training run with `plugins: [loki]` makes one"
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,14 +19,49 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+STEPS, ROWS, WIDTH, RATE = 600, 5, 192, 3e-3
 
 
-def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
-    messages = [{"role": "user", "content": question}]
-    return messages + ([{"role": "assistant", "content": answer}] if answer is not None else [])
+def prompt(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def make(folder: Path) -> None:
+    """Train tokenizer and model on the general texts and questions; done once per folder."""
+    if (folder / "model.safetensors").exists():
+        print(f"base model found in {folder}")
+        return
+    torch.manual_seed(0)
+    plain = corpus.paragraphs() + corpus.statements()
+    asked = corpus.questions()
+    new = [word for exchange in corpus.task("train") for word in exchange]
+    tokenizer = _tokenizer([*plain, *(prompt(q) + a for q, a in asked), *new])
+    # (ids, index of the first one that is learned): whole texts, but only answers of questions.
+    texts = [(tokenizer(t + "<|im_end|>")["input_ids"], 1) for t in plain]
+    for question, answer in asked:
+        given = tokenizer(prompt(question))["input_ids"]
+        texts.append((given + tokenizer(answer + "<|im_end|>\n")["input_ids"], len(given)))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    _train(model, texts)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,108 +81,50 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build(folder: Path, steps: int, size=(192, 512, 6)) -> dict:
-    torch.manual_seed(0)
-    asked = corpus.questions()
-    plain = corpus.paragraphs() + corpus.statements()
-    tokenizer = train_tokenizer(
-        plain + [f"user\n{q}\nassistant\n{a}\n" for q, a in asked + corpus.reading(500, 0)]
-    )
-
-    def enc(chats):
-        out = []
-        for q, a in chats:
-            p = tokenizer(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-            e = tokenizer(f"{a}<|im_end|>\n")["input_ids"]
-            out.append((p + e, PROMPT_LOSS and 1 or len(p)))
-        return out
-
-    plain_ids = [(tokenizer(t + "<|im_end|>")["input_ids"], 1) for t in plain]
-    asked_ids = enc(asked)
-
-    def epoch(n):
-        return plain_ids * TEXT + asked_ids + enc(corpus.reading(READING, n))
-
-    ids = epoch(0)
-    H, I, L = size
-    config = LlamaConfig(
-        hidden_size=H,
-        intermediate_size=I,
-        num_hidden_layers=L,
-        num_attention_heads=H // 32,
-        num_key_value_heads=H // 64,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
+def _train(model, texts: list[tuple[list[int], int]]) -> None:
     model.train()
-    opt = torch.optim.AdamW(
-        model.parameters(), lr=LR, weight_decay=0.05, betas=(0.9, 0.98), fused=True
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, weight_decay=0.05, betas=(0.9, 0.98), fused=True
     )
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=steps, pct_start=0.1)
-    print(
-        "seqs",
-        len(ids),
-        "tokens",
-        sum(len(i) for i, _ in ids),
-        "vocab",
-        len(tokenizer),
-        "params",
-        model.num_parameters(),
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=STEPS, pct_start=0.1
     )
-    draw = random.Random(0)
-    stream = batches(epoch, TOKENS, draw)
-    seen = 0
-    with tqdm(range(steps)) as bar:
-        for i in bar:
-            x, y, pos = next(stream)
-            seen += int((pos > 0).sum())
-            logits = model(input_ids=x, position_ids=pos, use_cache=False).logits
-            loss = cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=SMOOTH)
-            opt.zero_grad()
+    stream = _batches(texts, random.Random(0))
+    with tqdm(range(STEPS), desc="training the base model", unit="step") as bar:
+        for step in bar:
+            ids, labels, positions = next(stream)
+            # Without a cache and a mask, transformers keeps texts apart where positions restart.
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            # Smoothing keeps the base from growing so certain that nothing new can be learned.
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step()
-            sched.step()
-            if i % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", tokens=seen)
+            optimizer.step()
+            schedule.step()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model, tokenizer
 
 
-OUT = "/tmp/exp_base"
-TEXT = 2
-PROMPT_LOSS = False
-READING = 400
-TOKENS = 1024
-LR = 3e-3
-ROWS = 5
-WIDTH = 192
-
-
-def batches(epoch, budget, draw):
-    n = 0
-    rows = []
+def _batches(texts, draw: random.Random) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Endless batches of ROWS x WIDTH: ids, the ids to predict (or -100), and positions."""
+    rows: list[tuple[list[int], list[int], list[int]]] = []
     while True:
-        ids = epoch(n)
-        n += 1
-        draw.shuffle(ids)
-        for d in ids:
-            if not rows or len(rows[-1][0]) + len(d[0]) > WIDTH:
+        for ids, first in draw.sample(texts, len(texts)):
+            if not rows or len(rows[-1][0]) + len(ids) > WIDTH:
                 if len(rows) == ROWS:
-                    yield tuple(
-                        torch.tensor([r[k] + [(0, -100, 0)[k]] * (WIDTH - len(r[k])) for r in rows])
-                        for k in range(3)
-                    )
+                    parts = zip(zip(*rows, strict=True), (0, -100, 0), strict=True)
+                    yield tuple(_padded(part, fill) for part, fill in parts)
                     rows = []
                 rows.append(([], [], []))
-            x, start = d
-            rows[-1][0].extend(x)
-            rows[-1][1].extend([-100] * (start - 1) + x[start:] + [-100])
-            rows[-1][2].extend(range(len(x)))
+            for part, new in zip(
+                rows[-1],
+                (ids, [-100] * (first - 1) + ids[first:] + [-100], range(len(ids))),
+                strict=True,
+            ):
+                part.extend(new)
+
+
+def _padded(rows, fill: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[fill] * (WIDTH - len(row))] for row in rows])

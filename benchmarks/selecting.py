@@ -1,0 +1,99 @@
+"""Seconds and memory to select rows from a score log on disk, and to measure their stability.
+
+    python -m benchmarks.selecting
+
+Scores are random around a fixed mean per row. Each case runs in a process of its own, so that its
+memory is not another's leftovers; the log was just written, so it is in the page cache if it fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import PeakMemory, describe
+from loki_plugin.analysing.score_log import ScoreLog
+from loki_plugin.selecting import STRATEGIES, select_rows
+from loki_plugin.stability import bootstrap_overlap
+
+RESULT = Path(__file__).parent / "results" / "selecting.md"
+
+
+def manifest(options) -> dict:
+    names = [str(i) for i in range(options.prompts)]
+    return {"prompts": names, "num_layers": options.layers, "hidden_size": options.hidden}
+
+
+def fill(log: ScoreLog) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(log.shape, generator=generator)
+    for shard in range(log.num_shards):
+        noise = torch.randn(len(log.prompts(shard)), *log.shape, generator=generator)
+        log.write(shard, 1e-4 * (mean + noise))
+
+
+def measure(case: str, folder: str, options) -> dict:
+    torch.set_num_threads(options.threads)
+    log = ScoreLog(folder, manifest(options))
+    cpu = torch.device("cpu")
+    with PeakMemory(cpu) as memory:
+        start, used = time.perf_counter(), time.process_time()
+        if case == "read only":
+            for chunk in log.read():
+                chunk.sum()
+        elif case == "stability, 10 rounds":
+            bootstrap_overlap(log.read(), options.quota, prompts=options.prompts)
+        else:
+            select_rows(log.read(), options.quota, case)
+        seconds, used = time.perf_counter() - start, time.process_time() - used
+    return {
+        "what": case,
+        "seconds": f"{seconds:.2f}",
+        "cpu_seconds": f"{used:.2f}",
+        "peak_MiB": round(memory.peak / 2**20),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=2850)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--quota", type=float, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    load, rows = os.getloadavg()[0], []
+    with tempfile.TemporaryDirectory() as folder:
+        fill(ScoreLog(folder, manifest(options)))
+        for case in ("read only", *STRATEGIES, "stability, 10 rounds"):
+            # A fresh process, so that the peak is this case's alone.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows.append(pool.apply(measure, (case, folder, options)))
+            print(rows[-1], flush=True)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
+    size = f"N = {options.prompts}, L = {options.layers}, H = {options.hidden}"
+    command = " ".join(["python -m benchmarks.selecting", *sys.argv[1:]])
+    about = (
+        f"{describe(torch.device('cpu'))}, numpy {version('numpy')}; load average {load:.1f} when"
+        f" started (other work on the machine). {size}, q = {options.quota:g} %, streamed from a"
+        " score log on disk, in the page cache. `peak_MiB` is resident memory above the process's"
+        " own before the case."
+    )
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(
+        f"{about}\n\nCommand: `{command}`\n\n" + "\n".join(lines) + "\n", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()
