@@ -37,14 +37,6 @@ torch.save(logits, out)
 """
 
 
-def losses(output_dir):
-    """The training losses that Axolotl logged, in order."""
-    import re
-
-    text = (Path(output_dir) / "debug.log").read_text()
-    return [float(x) for x in re.findall(r"'loss': '?([\d.]+)", text)]
-
-
 def checkpoint(folder):
     tensors = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -167,3 +159,42 @@ def test_qlora_with_lora_r_is_low_rank(run_config, train):
     for layer, rows in enumerate(selection.rows):
         b = tensors[f"base_model.model.model.layers.{layer}.mlp.down_proj.lora_B.weight"]
         assert (b != 0).any(1).nonzero()[:, 0].tolist() == rows.tolist()
+
+
+def rows_file(path, first):
+    return str(RowSelection([range(first, first + 6)] * 3, 64).save(path))
+
+
+def test_resumes_with_the_same_rows_and_refuses_others(run_config, train, tmp_path):
+    out = Path(run_config["output_dir"])
+    run_config["loki"] = {"rows": rows_file(tmp_path / "rows.json", 4)}
+    run_config |= {"save_strategy": "steps", "save_steps": 3}
+    train(run_config)
+    whole = load_file(out / "adapter_model.safetensors")
+    again = run_config | {"resume_from_checkpoint": str(out / "checkpoint-3")}
+    again["output_dir"] = str(tmp_path / "resumed")
+    train(again)
+    resumed = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    again["loki"] = {"rows": rows_file(tmp_path / "others.json", 5)}
+    with pytest.raises(ValueError, match="other rows"):
+        train(again)
+
+
+def test_goes_on_from_an_adapter_and_keeps_its_rows(run_config, train, base, tmp_path):
+    train(run_config)
+    first = Path(run_config["output_dir"])
+    # `loki.rows` is absent and the quota another one: the adapter decides.
+    run_config |= {"lora_model_dir": str(first), "output_dir": str(tmp_path / "second")}
+    run_config["loki"]["quota"] = 50
+    train(run_config)
+    second = tmp_path / "second"
+    assert RowSelection.load(second / "loki_rows.json") == RowSelection.load(
+        first / "loki_rows.json"
+    )
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (first, second))
+    for name, tensor in before.items():
+        changed = not torch.equal(after[name], tensor)
+        assert changed == ("lora_A" in name), name
