@@ -233,12 +233,12 @@ def write(rows, name: str, options) -> None:
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
     shape = f"H = {options.hidden}, I = {options.intermediate}, V = {options.vocabulary}"
-    given = [a for a in sys.argv[1:]]
+    given = sys.argv[1:]
     if options.reference:
         given[given.index(options.reference)] = "CLONE"
     about = [
         f"{describe(torch.device(options.device))}. {shape}, random weights.",
-        f"Command: `python -m benchmarks.attribution {' '.join(given)}`".replace(" `", "`"),
+        f"Command: `{' '.join(['python -m benchmarks.attribution', *given])}`",
     ]
     (results / f"{name}.md").write_text("\n\n".join(about) + "\n\n" + "\n".join(lines) + "\n")
 

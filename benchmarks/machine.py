@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
@@ -59,6 +60,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left would hide this one's need
             self._start, self._on = _resident(), True
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()

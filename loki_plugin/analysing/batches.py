@@ -16,7 +16,7 @@ from .engine import attribute_batch
 LOG = logging.getLogger("loki_plugin")
 
 # On a CPU more prompts per batch stop paying once the matrices fill the cores' caches.
-_CPU_BYTES = 1 << 30
+_CPU_BYTES = 2 << 30
 # What a first estimate may claim of the free memory; the rest is for what it does not foresee.
 _SHARE = 0.6
 

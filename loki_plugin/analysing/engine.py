@@ -20,9 +20,9 @@ from ..quantised import quantised_modules, unpack
 from . import attention
 from .attention import AttentionState, PrefixDone
 
-# Rows of float32 logits held at once: 64 MiB of them, so that a 152k vocabulary never
-# materialises L·S·B x V.
-_LOGIT_BYTES = 64 << 20
+# Float32 logits held at once: what a cache holds, but rows enough to pay for reading the head, so
+# that a 152k vocabulary never materialises L·S·B x V.
+_LOGIT_BYTES, _LOGIT_ROWS = 16 << 20, 256
 
 
 def attribute_batch(
@@ -272,19 +272,19 @@ def head_gradient(model, anatomy, hidden, y) -> tuple[torch.Tensor, torch.Tensor
     of_y = y.repeat_interleave(hidden.shape[1])[:, None]
     upstream, p = torch.empty_like(flat), []
     text_config = model.config.get_text_config()
-    chunk = max(1, _LOGIT_BYTES // (4 * text_config.vocab_size))
+    chunk = max(_LOGIT_ROWS, _LOGIT_BYTES // (4 * text_config.vocab_size))
     with _decoder_returns(anatomy.decoder) as head:
         for part in range(0, len(flat), chunk):
             rows = slice(part, part + chunk)
             states = flat[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = head(model, states[None])[0]
+                logits = head(model, states[None])
             # ∂log p/∂logits = onehot(y) - softmax(logits), written over the softmax itself.
             wide = torch.promote_types(logits.dtype, torch.float32)
-            by_logits = logits.detach().to(wide).softmax(-1)
+            by_logits = logits[0].detach().to(wide).softmax(-1)
             p.append(by_logits.gather(1, of_y[rows]))
             by_logits.neg_().scatter_(1, of_y[rows], 1 - p[-1])
-            by_logits = by_logits.to(logits.dtype)
+            by_logits = by_logits.to(logits.dtype)[None]
             upstream[rows] = torch.autograd.grad(logits, states, by_logits)[0]
     return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
 

@@ -38,7 +38,10 @@ def statements() -> list[str]:
 
 
 def task(split: str) -> list[Exchange]:
-    """What the base does not know: invented code names; `test` asks in words `train` never uses."""
+    """What the base cannot do: say what kind of thing something is.
+
+    `test` asks about things, and in words, that `train` does not have.
+    """
     records = [json.loads(line)["messages"] for line in _read(f"skill_{split}.jsonl").splitlines()]
     return [(user["content"], assistant["content"]) for user, assistant in records]
 
