@@ -4,6 +4,13 @@
     python -m benchmarks.attribution --reference CLONE    # and the authors' releases from a clone
     python -m benchmarks.attribution --growth             # cost by number of prompts and by T
 
+On a GPU, the 8B and 0.5B shapes (add --four-bit for NF4):
+
+    python -m benchmarks.attribution --dtype bfloat16 --hidden 4096 --intermediate 14336 \\
+        --kv-heads 8 --head-size 128 --vocabulary 128256 --shapes 32,150 --prompts 200
+    python -m benchmarks.attribution --dtype bfloat16 --hidden 896 --intermediate 4864 \\
+        --kv-heads 2 --vocabulary 151936 --shapes 24,150 --prompts 200
+
 The obvious loop (tests/reference.py) runs, per layer, S copies of the whole prompt in one batch,
 with logits at the last token only. All in one process, on one model with random weights.
 """
@@ -12,17 +19,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.machine import PeakMemory, best_seconds, describe, matmul_rate, synchronize
+from benchmarks.machine import (
+    PeakMemory,
+    authors,
+    best_seconds,
+    describe,
+    matmul_rate,
+    synchronize,
+)
 from loki_plugin.analysing.batches import attribute_many
 from loki_plugin.analysing.engine import quiet
 from loki_plugin.analysing.quadrature import quadrature
@@ -43,8 +54,8 @@ def build(layers: int, options) -> LlamaForCausalLM:
         hidden_size=options.hidden,
         intermediate_size=options.intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.kv_heads or options.hidden // 64,
+        num_attention_heads=options.hidden // options.head_size,
+        num_key_value_heads=options.kv_heads or options.hidden // options.head_size,
         vocab_size=options.vocabulary,
         max_position_embeddings=8192,
     )
@@ -52,7 +63,26 @@ def build(layers: int, options) -> LlamaForCausalLM:
         model = LlamaForCausalLM._from_config(
             config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
         )
+    if options.four_bit:
+        quantise(model, getattr(torch, options.dtype))
     return model.eval().requires_grad_(False)
+
+
+def quantise(model, dtype) -> None:
+    """Every linear of the layers to NF4, as `load_in_4bit` does."""
+    import bitsandbytes as bnb
+
+    for layer in model.model.layers:
+        for name, linear in list(layer.named_modules()):
+            if not isinstance(linear, torch.nn.Linear):
+                continue
+            packed = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, False, dtype, quant_type="nf4"
+            )
+            packed.weight = bnb.nn.Params4bit(
+                linear.weight.data.cpu(), requires_grad=False, quant_type="nf4"
+            )
+            layer.set_submodule(name, packed.to(linear.weight.device))
 
 
 def flops(layers: int, length: int, steps: int, options) -> float:
@@ -62,7 +92,7 @@ def flops(layers: int, length: int, steps: int, options) -> float:
     into layer l, forwards and (but for the plain row) backwards. Head: L·S rows, both ways.
     """
     h, i = options.hidden, options.intermediate
-    kv = 64 * (options.kv_heads or h // 64)
+    kv = options.head_size * options.kv_heads if options.kv_heads else h
     layer = 2 * (2 * h * h + 2 * h * kv + 3 * h * i)
     prefix = length * ((layers - 1) * layer + 4 * h * kv) + 2 * h * length**2 * (layers - 1)
     forward = sum(1 + steps * m for m in range(layers))
@@ -78,19 +108,6 @@ def ours(model, prompts, steps, batch_size):
             model, find_anatomy(model), prompts, [None] * len(prompts), nodes, weights, batch_size
         )
         return torch.cat(list(parts))
-
-
-def authors(clone: str, what: str, name: str):
-    """A module of the authors' repository, read from a clone; none of it is kept here."""
-    source = subprocess.run(
-        ["git", "-C", clone, "show", what], check=True, capture_output=True, text=True
-    ).stdout
-    file = Path(tempfile.mkdtemp()) / f"{name}.py"
-    file.write_text(source)
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def first_release(clone, model, ids, steps):
@@ -152,7 +169,9 @@ def compare(layers, length, options):
         lambda: ours(model, prompts, options.steps, options.batch), device, options.repeat
     ) / len(prompts)
     yield _row("ours", layers, length, options, seconds, seconds, memory.peak, 0.0, floor, rate)
-    rivals = {"obvious loop": lambda: obvious(model, down, prompts[0], nodes, weights)}
+    rivals = {}
+    if not options.alone:
+        rivals["obvious loop"] = lambda: obvious(model, down, prompts[0], nodes, weights)
     if options.reference:
         arguments = (options.reference, model, prompts[0], options.steps)
         rivals["authors' first release"] = first_release(*arguments)
@@ -179,9 +198,10 @@ def _row(name, layers, length, options, seconds, ours_seconds, peak, difference,
         "L": layers,
         "T": length,
         "S": options.steps,
-        "dtype": options.dtype,
+        "dtype": options.dtype + (" NF4" if options.four_bit else ""),
         "prompts": options.prompts if name == "ours" else 1,
         "seconds_per_prompt": round(seconds, 4),
+        "minutes_for_2850": round(2850 * seconds / 60, 1),
         "times_slower_than_ours": round(seconds / ours_seconds, 1),
         "percent_of_floor": round(100 * floor / seconds, 1) if name == "ours" else "",
         "peak_MiB": round(peak / 2**20),
@@ -254,8 +274,11 @@ def main():
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1408)
     parser.add_argument("--kv-heads", type=int)
+    parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--four-bit", action="store_true", help="NF4 weights in the layers")
+    parser.add_argument("--alone", action="store_true", help="without the obvious loop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
+import subprocess
+import tempfile
 import threading
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -82,3 +86,16 @@ class PeakMemory:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def authors(clone: str, what: str, name: str):
+    """A module of the authors' repository, read from a clone; none of it is kept here."""
+    source = subprocess.run(
+        ["git", "-C", clone, "show", what], check=True, capture_output=True, text=True
+    ).stdout
+    file = Path(tempfile.mkdtemp()) / f"{name}.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

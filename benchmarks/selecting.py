@@ -1,6 +1,7 @@
 """Seconds and memory to select rows from a score log on disk, and to measure their stability.
 
-    python -m benchmarks.selecting
+    python -m benchmarks.selecting                      # seconds and memory
+    python -m benchmarks.selecting --reference CLONE    # and the authors' function beside ours
 
 Scores are random around a fixed mean per row. Each case runs in a process of its own, so that its
 memory is not another's leftovers; the log was just written, so it is in the page cache if it fits.
@@ -9,6 +10,8 @@ memory is not another's leftovers; the log was just written, so it is in the pag
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import multiprocessing
 import os
 import sys
@@ -19,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import PeakMemory, describe
+from benchmarks.machine import PeakMemory, authors, describe
 from loki_plugin.analysing.score_log import ScoreLog
 from loki_plugin.selecting import STRATEGIES, select_rows
 from loki_plugin.stability import bootstrap_overlap
 
+AUTHORS_SELECTION = "a63aec3:src/loki/selection/layer_balanced.py"
 RESULT = Path(__file__).parent / "results" / "selecting.md"
 
 
@@ -62,8 +66,35 @@ def measure(case: str, folder: str, options) -> dict:
     }
 
 
+def beside_the_authors(clone: str, quota: float) -> str:
+    """Run the authors' layer-balanced selection, from a clone of their repository, and compare."""
+    theirs = authors(clone, AUTHORS_SELECTION, "layer_balanced")
+    scores = torch.randn(300, 8, 512, generator=torch.Generator().manual_seed(0))
+    with contextlib.redirect_stdout(io.StringIO()):
+        positions = theirs.select_trainable_nodes_layer_balanced(scores.numpy(), quota)
+    ours = select_rows(scores, quota)
+    count = len(ours[0])
+    votes = torch.zeros(8, 512).index_put_(
+        (torch.arange(8)[None, :, None], scores.argsort(-1)[..., :count]),
+        torch.ones(()),
+        accumulate=True,
+    )
+    other = ties = 0
+    for mine, yours, tally in zip(ours, positions, votes, strict=True):
+        limit = tally.sort(descending=True).values[count - 1]
+        different = set(mine.tolist()) ^ set(yours)
+        other += len(different)
+        ties += sum(float(tally[j]) == float(limit) for j in different)
+    return (
+        f"The authors' function (a clone of their repository, N = 300, L = 8, H = 512): of"
+        f" {8 * count} rows {other // 2} are others; {ties} of these {other} have exactly the votes"
+        " of the last place, where their sort decides and our tie rule."
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", help="a clone of the LoKI authors' repository")
     parser.add_argument("--prompts", type=int, default=2850)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
@@ -82,7 +113,11 @@ def main():
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
     size = f"N = {options.prompts}, L = {options.layers}, H = {options.hidden}"
-    command = " ".join(["python -m benchmarks.selecting", *sys.argv[1:]])
+    given = " ".join(sys.argv[1:])
+    if options.reference:
+        lines += ["", beside_the_authors(options.reference, options.quota)]
+        given = given.replace(options.reference, "CLONE")
+    command = f"python -m benchmarks.selecting {given}".strip()
     about = (
         f"{describe(torch.device('cpu'))}, numpy {version('numpy')}; load average {load:.1f} when"
         f" started (other work on the machine). {size}, q = {options.quota:g} %, streamed from a"

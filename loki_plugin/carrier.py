@@ -129,7 +129,7 @@ def prepare(cfg) -> list[str]:
     if config.rows:
         RowSelection.load(config.rows)  # a bad file must fail now, not after the model is loaded
     else:
-        check_source(config.calibration.source)
+        check_source(config.calibration.source, config.calibration.columns)
     for path in config.exclude:
         RowSelection.load(path)
     return lines

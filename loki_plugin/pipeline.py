@@ -14,7 +14,7 @@ from .analysing.attribute import KERNELS
 from .analysing.batches import attribute_many
 from .analysing.cache import cache_folder, open_log
 from .analysing.calibration import Calibration, load_prompts
-from .analysing.engine import quiet
+from .analysing.engine import convergence_error, quiet
 from .analysing.quadrature import quadrature
 from .analysing.score_log import ScoreLog, fill
 from .anatomy import Anatomy, find_anatomy
@@ -24,6 +24,7 @@ from .rows import RowSelection
 from .selecting import quota_to_count, select_rows
 
 LOG = logging.getLogger("loki_plugin")
+_CONVERGENCE_PROMPTS = 8
 
 
 def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection:
@@ -75,6 +76,7 @@ def _choose(
     seconds = time.perf_counter() - started
     if worker:
         return None  # its disk may lack the shards of others; the first worker selects for all
+    error = _convergence(log, model, anatomy, calibration, config)
     rows = select_rows(
         log.read(),
         config.quota,
@@ -94,6 +96,7 @@ def _choose(
             "hash": calibration.hash,
         },
         "analysis": log.folder.name,
+        "convergence_error": error,
         "analysis_seconds": round(seconds, 3),
     }
     return RowSelection(rows, anatomy.hidden_size, mark, made)
@@ -137,6 +140,29 @@ def _complete(
                 log.num_shards,
             )
         _analyse(log, model, anatomy, calibration, config, missing)
+
+
+def _convergence(log: ScoreLog, model, anatomy, calibration, config: LokiConfig) -> float | None:
+    """The completeness error of the scores, on a few prompts of all lengths; kept beside them."""
+    if config.attribution.path != "token":
+        return None  # the sequence path has another baseline
+    prompts = calibration.prompts
+    some = prompts[:: -(-len(prompts) // _CONVERGENCE_PROMPTS)]
+    arguments = [torch.tensor(p.ids) for p in some], [p.target for p in some]
+
+    def measure() -> float:
+        rule = quadrature(config.attribution.rule, config.attribution.steps)
+        with quiet(model):
+            return convergence_error(model, anatomy, *arguments, *rule)
+
+    error = log.fact("convergence_error", measure)
+    LOG.info(
+        "loki: the scores miss %.1f %% of the change of p that they divide up (%d steps, %s rule)",
+        100 * error,
+        config.attribution.steps,
+        config.attribution.rule,
+    )
+    return error
 
 
 def _analyse(log, model, anatomy, calibration, config, shards) -> None:

@@ -83,18 +83,19 @@ def obvious(model, down, ids, nodes, weights):
         for handle in handles:
             handle.remove()
     y = int(logits.argmax())
-    alpha = torch.tensor(nodes)[:, None]
+    alpha, w = (torch.tensor(x, device=ids.device)[:, None] for x in (nodes, weights))
     scores = []
     for i, module in enumerate(down):
-        leaf = (alpha * outputs[i]).requires_grad_()  # [S, H]
+        leaf = (alpha.to(outputs[i].dtype) * outputs[i]).requires_grad_()  # [S, H]
 
         def replace(module, args, output, leaf=leaf):
             return torch.cat([output[:, :-1], leaf[:, None]], 1)
 
         handle = module.register_forward_hook(replace)
         copies = ids.expand(len(nodes), -1)
-        p = model(input_ids=copies, use_cache=False, logits_to_keep=1).logits[:, -1].softmax(-1)
+        logits = model(input_ids=copies, use_cache=False, logits_to_keep=1).logits[:, -1]
+        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         handle.remove()
         (grad,) = torch.autograd.grad(p[:, y].sum(), leaf)
-        scores.append(outputs[i] * (torch.tensor(weights)[:, None] * grad).sum(0))
+        scores.append(outputs[i] * (w * grad).sum(0))
     return torch.stack(scores)

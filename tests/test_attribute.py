@@ -8,6 +8,7 @@ from families import FAMILIES, tiny
 from reference import Exact, loop
 
 from loki_plugin import attribute
+from loki_plugin.analysing.engine import convergence_error, quiet, shared_prefix
 from loki_plugin.analysing.quadrature import quadrature
 from loki_plugin.anatomy import find_anatomy
 
@@ -47,6 +48,32 @@ def test_equals_the_loop_in_float64(family):
     assert scores.dtype == torch.float64 and scores.shape == (3, 3, 48)
     assert error(scores, truth) <= 1e-10
     assert error(alone, truth[2:]) <= 1e-10  # equal lengths take a path without padding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_prompts_begin_with_runs_once_and_changes_nothing(family):
+    model = tiny(family, dtype=torch.float64)
+    (head,) = prompts(lengths=(18,), seed=2)
+    # 18 tokens in common, more than any sliding window; one prompt has a single token more.
+    ids = [torch.cat([head, p]) for p in prompts(lengths=(1, 6, 3))]
+    assert shared_prefix(ids) == 18
+    assert shared_prefix(ids[:1]) == shared_prefix([ids[0], ids[1][1:]]) == 0
+    assert shared_prefix([head, head]) == 17  # the last token is each prompt's own
+    widths = []
+
+    def watch(module, args, output):
+        widths.append(output.shape[:-1].numel())
+
+    anatomy = find_anatomy(model)
+    with Exact():
+        truth = loop(model, anatomy.down, ids, *quadrature("left", 4))
+        handle = anatomy.down[0].register_forward_hook(watch)
+        scores = attribute(model, *pad(ids, "right"), n_steps=4)
+        handle.remove()
+        same = attribute(model, torch.stack([head, head]), n_steps=4)
+        assert error(same, loop(model, anatomy.down, [head], *quadrature("left", 4))) <= 1e-10
+    assert widths[:2] == [18, 3 * 6]  # the common tokens once, then the rest of all prompts
+    assert error(scores, truth) <= 1e-10
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,6 +171,21 @@ def test_scores_sum_to_the_change_of_p_when_steps_grow():
             handle.remove()
             change = float(logits.softmax(-1)[y] - without)
             assert float(scores[0, layer].sum()) == pytest.approx(change, rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["left", "gauss-legendre"])
+def test_the_convergence_error_is_what_the_scores_miss(rule):
+    model = tiny("llama", dtype=torch.float64)
+    ids = prompts()
+    anatomy, nodes_weights = find_anatomy(model), quadrature(rule, 3)
+    with Exact():
+        exact = attribute(model, *pad(ids, "left"), n_steps=20, rule="gauss-legendre").sum(-1)
+        scores = attribute(model, *pad(ids, "left"), n_steps=3, rule=rule).sum(-1)
+        with quiet(model):
+            found = convergence_error(model, anatomy, ids, [None] * 3, *nodes_weights)
+    # 20 Gauss-Legendre steps are exact to 1e-9 here, as the test of completeness shows.
+    expected = float((scores - exact).abs().sum() / exact.abs().sum())
+    assert found == pytest.approx(expected, rel=1e-6) and found > 1e-7
 
 
 def snapshot(model):

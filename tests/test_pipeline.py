@@ -80,6 +80,9 @@ def test_the_second_run_analyses_nothing_and_says_so(tokenizer, source, tmp_path
     assert sum(analysed) == 90
     hits = [r.message for r in caplog.records if "found in the cache" in r.message]
     assert len(hits) == 1 and "h old" in hits[0] and "MiB" in hits[0]
+    error = first.made["convergence_error"]
+    assert 1e-6 < error < 1 and again.made["convergence_error"] == error
+    assert any(f"miss {100 * error:.1f} % of the change of p" in r.message for r in caplog.records)
     for small, large in zip(again.rows, first.rows, strict=True):
         assert len(small) == 4 and len(large) == 9
 
@@ -178,23 +181,27 @@ from test_pipeline import configure, model
 from loki_plugin.pipeline import choose_rows
 tokenizer, source, cache, out = sys.argv[1:]
 dist.init_process_group("gloo")
+cache = cache.format(rank=dist.get_rank())
 rows = choose_rows(model(), AutoTokenizer.from_pretrained(tokenizer), configure(source, cache))
 rows.save(f"{{out}}-{{dist.get_rank()}}.json")
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_share_the_work_and_agree_with_one(tokenizer, source, tmp_path):
+def run_two_ranks(tmp_path, tokenizer, source, cache):
+    """The rows files of two ranks; `{rank}` in `cache` gives each a disk of its own."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "29611", str(script), str(tmp_path / "tokenizer"), source]
-    subprocess.run(
-        [*command, str(tmp_path / "shared"), str(tmp_path / "rows")], check=True, timeout=300
-    )
-    files = [(tmp_path / f"rows-{r}.json").read_bytes() for r in range(2)]
-    assert files[0] == files[1]
+    subprocess.run([*command, cache, str(tmp_path / "rows")], check=True, timeout=300)
+    return [tmp_path / f"rows-{r}.json" for r in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work_and_agree_with_one(tokenizer, source, tmp_path):
+    files = run_two_ranks(tmp_path, tokenizer, source, str(tmp_path / "shared"))
+    assert files[0].read_bytes() == files[1].read_bytes()
     alone = choose_rows(model(), tokenizer, configure(source, tmp_path / "alone"))
     assert RowSelection.load(tmp_path / "rows-0.json") == alone
     (one,), (two,) = ((tmp_path / c).iterdir() for c in ("alone", "shared"))
@@ -202,6 +209,16 @@ def test_two_ranks_share_the_work_and_agree_with_one(tokenizer, source, tmp_path
     assert len(shards) == 2
     for name in shards:
         assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_without_a_common_disk_agree(tokenizer, source, tmp_path):
+    files = run_two_ranks(tmp_path, tokenizer, source, str(tmp_path / "disk-{rank}"))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    alone = choose_rows(model(), tokenizer, configure(source, tmp_path / "alone"))
+    assert RowSelection.load(files[1]) == alone
+    shards = [len(list((tmp_path / f"disk-{r}").glob("*/*.safetensors"))) for r in range(2)]
+    assert shards == [2, 1]  # the first rank made what its disk lacked
 
 
 def test_stability_and_selection_from_the_cache_need_no_model(tokenizer, source, tmp_path):

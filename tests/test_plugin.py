@@ -94,6 +94,24 @@ def test_a_faulty_block_is_refused_before_anything_is_loaded(run_config, block, 
         load(run_config)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "Q?", "choices": ["a", "b", "c", "d"]}', "q.jsonl:1: missing field answer"),
+        ("{", "q.jsonl:1: not JSON"),
+        ("", "q.jsonl' is empty; it needs at least one record"),
+    ],
+)
+def test_a_faulty_calibration_file_is_refused_before_anything_is_loaded(
+    run_config, tmp_path, line, message
+):
+    path = tmp_path / "q.jsonl"
+    path.write_text(line + "\n")
+    run_config["loki"]["calibration"] = {"source": str(path)}
+    with pytest.raises(ValueError, match=message):
+        load(run_config)
+
+
 def test_all_faults_are_shown_at_once(run_config):
     run_config["loki"] = {"quota": 0, "rank": -1, "colour": "red"}
     with pytest.raises(ValueError) as error:

@@ -32,7 +32,9 @@ class AttentionState:
 
     Attributes:
         last: [B] index of each prompt's last real token t.
-        mode: "prefix" or "stack" or "replay" (the result is not used).
+        uniform: whether all prompts have one length.
+        shared: how many first tokens ran once for all prompts; the prefix pass begins after them.
+        mode: "shared", "prefix", "stack", or "replay" (the result is not used).
         layer: index of the decoder layer that runs.
         final_layer: L - 1; the prefix pass stops there.
         keys, values: per layer [B, kv heads, T, head size], as the layer made them.
@@ -43,6 +45,7 @@ class AttentionState:
     last: torch.Tensor
     final_layer: int
     uniform: bool
+    shared: int = 0
     mode: str = "prefix"
     layer: int = 0
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -97,7 +100,10 @@ class SdpaCalls(TorchFunctionMode):
 
     def _attend(self, func, query, key, value, attn_mask=None, dropout_p=0.0, **kwargs):
         state = _active.get()
-        if state.mode == "prefix":
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:  # transformers repeats the heads with a mask and leaves it to torch without
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        if state.mode in ("shared", "prefix"):
             _keep(state, key, value, attn_mask)
             return func(query, key, value, attn_mask, **kwargs)
         out, _ = attention(None, query, key, value, attn_mask, kwargs.get("scale"))
@@ -107,6 +113,10 @@ class SdpaCalls(TorchFunctionMode):
 def _keep(state, key, value, mask):
     """Keep what the stack will see in this layer: row t of the family's own mask, keys before t."""
     i, length = state.layer, key.shape[-2]
+    if state.mode == "shared":
+        if i == state.final_layer:
+            raise PrefixDone
+        return
     state.keys[i], state.values[i] = key, value
     state.visible[i], state.own_bias[i] = None, None
     before = torch.arange(length, device=key.device) < state.last.to(key.device)[:, None]  # [B, T]
@@ -114,7 +124,7 @@ def _keep(state, key, value, mask):
     if mask is not None:
         last = state.last.to(mask.device).view(-1, 1, 1, 1)
         mask = mask.expand(len(last), -1, -1, -1)
-        row = mask.gather(2, last.expand(-1, mask.shape[1], 1, length))
+        row = mask.gather(2, (last - state.shared).expand(-1, mask.shape[1], 1, length))
         if mask.dtype == torch.bool:
             state.visible[i] = row & before
         else:

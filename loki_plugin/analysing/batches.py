@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -82,6 +82,7 @@ def attribute_many(
     device = model.get_input_embeddings().weight.device
     costs = [prompt_bytes(anatomy, len(p), len(nodes), parameter.itemsize) for p in prompts]
     todo = plan(batch_size, costs, memory_budget(device))[::-1]
+    waiting = None  # one batch's scores travel to the CPU while the next one runs
     while todo:
         start, stop = todo.pop()
         try:
@@ -107,7 +108,27 @@ def attribute_many(
             todo += [(middle, stop), (start, middle)]
             LOG.info("loki: out of memory, going on with %d prompts at once", middle - start)
             continue
-        yield scores.cpu()
+        if waiting is not None:
+            yield waiting()
+        waiting = _to_cpu(scores)
+    if waiting is not None:
+        yield waiting()
+
+
+def _to_cpu(scores: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start the copy; the returned call waits for it."""
+    if scores.device.type != "cuda":
+        return scores.cpu
+    host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
+    host.copy_(scores, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(scores.device))
+
+    def wait() -> torch.Tensor:
+        done.synchronize()
+        return host
+
+    return wait
 
 
 def _cut(batch: tuple[int, int], size: int) -> list[tuple[int, int]]:

@@ -13,16 +13,17 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers import DynamicCache
 
-from ..anatomy import Anatomy, linear_sizes
+from ..anatomy import Anatomy
 from ..quantised import quantised_modules, unpack
 from . import attention
 from .attention import AttentionState, PrefixDone
+from .head import head_gradient, resolve_targets
+from .stack import Stack, removing
 
-# Float32 logits held at once: what a cache holds, but rows enough to pay for reading the head, so
-# that a 152k vocabulary never materialises L·S·B x V.
-_LOGIT_BYTES, _LOGIT_ROWS = 16 << 20, 256
+# Tokens that prompts must have in common before they run apart from the rest.
+_SHARED = 16
 
 
 def attribute_batch(
@@ -39,6 +40,34 @@ def attribute_batch(
     of None is the model's own arg-max. The result is on the model's device, float32 (float64 for
     a float64 model).
     """
+    return integrate(model, anatomy, prompts, targets, nodes, weights)[0]
+
+
+def convergence_error(
+    model: nn.Module,
+    anatomy: Anatomy,
+    prompts: list[torch.Tensor],
+    targets: list[int | None],
+    nodes: list[float],
+    weights: list[float],
+) -> float:
+    """How far the scores of some prompts are from completeness.
+
+    Integrated gradients add up to the change of p; a finite sum misses it by
+    Σ |Σ_j score[l, j] - (p(z_l) - p(0))| / Σ |p(z_l) - p(0)|, over all prompts and layers.
+    """
+    missed = moved = 0.0
+    for prompt, target in zip(prompts, targets, strict=True):
+        # One more node at z_l = 0, which does not count.
+        scores, p = integrate(model, anatomy, [prompt], [target], [*nodes, 0.0], [*weights, 0.0])
+        change = p[:, :1] - p[:, 1:].view(1, -1, len(nodes) + 1)[..., -1]
+        missed += float((scores.sum(-1) - change).abs().sum())
+        moved += float(change.abs().sum())
+    return missed / moved
+
+
+def integrate(model, anatomy, prompts, targets, nodes, weights):
+    """Scores [B, L, H], and p of the plain token and of every (layer, node): [B, 1 + L·S]."""
     device = model.get_input_embeddings().weight.device
     lengths = torch.tensor([len(p) for p in prompts])
     # Padding stands on the right, after every real token, where causal attention never looks.
@@ -48,12 +77,13 @@ def attribute_batch(
         last=last,
         final_layer=anatomy.num_layers - 1,
         uniform=bool((lengths == lengths[0]).all()),
+        shared=shared_prefix(prompts),
     )
     with state, ExitStack() as hooks:
         hooks.enter_context(watched(model, anatomy, state))
         run_prefix(anatomy, state, ids)
         state.mode = "stack"
-        stack = _Stack(anatomy, state, nodes, len(prompts))
+        stack = Stack(anatomy, state, nodes, len(prompts))
         hooks.enter_context(stack.hooked())
         with torch.enable_grad():
             hidden = anatomy.decoder(
@@ -72,7 +102,17 @@ def attribute_batch(
         z[:, 0].to(p.dtype) * torch.einsum("bs,bsh->bh", factors[:, i].to(g.device), g.to(p.dtype))
         for i, (z, g) in enumerate(zip(stack.outputs, grads, strict=True))
     ]
-    return torch.stack([s.to(device) for s in scores], 1)
+    return torch.stack([s.to(device) for s in scores], 1), p
+
+
+def shared_prefix(prompts: list[torch.Tensor]) -> int:
+    """How many first tokens all prompts have in common, if they are worth a run of their own."""
+    shortest = min(len(p) for p in prompts)
+    if len(prompts) < 2 or shortest <= _SHARED:
+        return 0
+    heads = torch.stack([p[: shortest - 1] for p in prompts])  # the last token stays outside
+    common = int((heads == heads[0]).all(0).long().cumprod(0).sum())
+    return common if common >= _SHARED else 0
 
 
 @contextmanager
@@ -130,18 +170,21 @@ def _at(state: AttentionState, index: int):
     return enter_layer
 
 
-@contextmanager
-def removing(handle):
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> None:
+    """Keep the keys and values of the prompts; what all of them begin with runs once."""
+    past = DynamicCache() if state.shared else None  # without a config: it never cuts to a window
+    if state.shared:
+        state.mode = "shared"
+        _run_to_last_keys(anatomy, state, ids[:1, : state.shared], past)
+        past.batch_repeat_interleave(len(ids))
+    state.mode = "prefix"
+    _run_to_last_keys(anatomy, state, ids[:, state.shared :], past)
+
+
+def _run_to_last_keys(anatomy, state, ids, past) -> None:
     with torch.no_grad():
         try:
-            anatomy.decoder(input_ids=ids, use_cache=False)
+            anatomy.decoder(input_ids=ids, past_key_values=past, use_cache=past is not None)
         except PrefixDone:
             return
     raise ValueError(
@@ -149,162 +192,3 @@ def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> No
         " attention interface or scaled_dot_product_attention in every layer (seen in layers"
         f" {sorted(state.keys)}), so its keys and values cannot be kept; loki cannot analyse it"
     )
-
-
-class _Stack:
-    """Grows the stack: row 0 is the plain last token, then S rows for each layer passed."""
-
-    def __init__(self, anatomy, state, nodes, batch):
-        self.anatomy, self.state, self.nodes, self.batch = anatomy, state, nodes, batch
-        self.leaves: list[torch.Tensor] = []  # per layer α_k·z_l, [B, S, H], requires grad
-        self.outputs: list[torch.Tensor] = []  # per layer z_l, [B, 1, H]
-        self._memo: dict[nn.Module, torch.Tensor] = {}
-
-    @contextmanager
-    def hooked(self):
-        with ExitStack() as stack:
-            for layer, down in zip(self.anatomy.layers, self.anatomy.down, strict=True):
-                linears = linears_of(layer)
-                for module in linears:
-                    stack.enter_context(removing(module.register_forward_hook(self._remember)))
-                hook = layer.register_forward_hook(self._grow(down, linears), with_kwargs=True)
-                stack.enter_context(removing(hook))
-            yield
-
-    def _remember(self, module, args, output):
-        if self.state.mode == "stack":
-            rows = output.view(self.batch, -1, output.shape[-1])  # OPT flattens batch and rows
-            self._memo[module] = rows[:, :1].detach()
-
-    def _grow(self, down, linears):
-        def grow(layer, args, kwargs, output):
-            if self.state.mode != "stack":
-                return output
-            first = output[0] if isinstance(output, tuple) else output
-            z = self._memo[down]
-            alpha = torch.tensor(self.nodes, dtype=z.dtype).to(z.device, non_blocking=True)
-            leaf = (alpha[:, None] * z).requires_grad_()  # [B, S, H]
-            self.outputs.append(z)
-            self.leaves.append(leaf)
-            rows = leaf.shape[1]
-            answers = {m: self._memo[m].expand(-1, rows, -1) for m in linears}
-            answers[down] = leaf.clone()  # Falcon adds to it in place
-            row = hidden_of(args, kwargs)[:, :1].detach().expand(-1, rows, -1)
-            grown = torch.cat([first, replay(self.state, layer, args, kwargs, row, answers)], 1)
-            self._memo.clear()
-            return (grown, *output[1:]) if isinstance(output, tuple) else grown
-
-        return grow
-
-
-def hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def call(layer: nn.Module, args: tuple, kwargs: dict, hidden: torch.Tensor) -> torch.Tensor:
-    """Call a layer as it was called, on other hidden states; returns hidden states."""
-    if args:
-        output = layer(hidden, *args[1:], **kwargs)
-    else:
-        output = layer(**{**kwargs, "hidden_states": hidden})
-    return output[0] if isinstance(output, tuple) else output
-
-
-def replay(state: AttentionState, layer, args, kwargs, hidden, answers) -> torch.Tensor:
-    """The layer's own code on `hidden` where every linear answers with what it is given.
-
-    Only norms and residual sums are computed: whatever the family does between its linears is
-    exact, and costs next to nothing.
-    """
-    mode, state.mode = state.mode, "replay"
-    try:
-        with answering(answers):
-            return call(layer, args, kwargs, hidden)
-    finally:
-        state.mode = mode
-
-
-def linears_of(layer: nn.Module) -> list[nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for name, module in layer.named_modules():
-        if linear_sizes(module) and not any(name.startswith(n + ".") for n in found):
-            found[name] = module
-    return list(found.values())
-
-
-@contextmanager
-def answering(answers: dict[nn.Module, torch.Tensor]):
-    """For the duration, each module's forward returns the given [B, S, F] tensor."""
-    saved = {m: m.__dict__.get("forward") for m in answers}
-    try:
-        for module, answer in answers.items():
-            module.forward = _answer(answer)
-        yield
-    finally:
-        for module, forward in saved.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
-def _answer(tensor):
-    def forward(x, *_, **__):
-        return tensor if x.dim() == 3 else tensor.reshape(-1, tensor.shape[-1])
-
-    return forward
-
-
-def resolve_targets(model, anatomy, hidden, targets: list[int | None]) -> torch.Tensor:
-    """The tokens y [B]: as given, or the arg-max behind the final states `hidden` [B, 1, H]."""
-    with _decoder_returns(anatomy.decoder) as head, torch.no_grad():
-        predicted = head(model, hidden)[:, 0].argmax(-1)
-    given = torch.tensor([-1 if t is None else t for t in targets]).to(predicted.device)
-    return torch.where(given < 0, predicted, given)
-
-
-def head_gradient(model, anatomy, hidden, y) -> tuple[torch.Tensor, torch.Tensor]:
-    """∂(Σ log p)/∂hidden and p = softmax(logits)[y] of n rows per prompt, by the model's own head.
-
-    `hidden` [B, n, H] -> [B, n, H] and [B, n].
-    """
-    flat = hidden.flatten(0, 1)
-    of_y = y.repeat_interleave(hidden.shape[1])[:, None]
-    upstream, p = torch.empty_like(flat), []
-    text_config = model.config.get_text_config()
-    chunk = max(_LOGIT_ROWS, _LOGIT_BYTES // (4 * text_config.vocab_size))
-    with _decoder_returns(anatomy.decoder) as head:
-        for part in range(0, len(flat), chunk):
-            rows = slice(part, part + chunk)
-            states = flat[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = head(model, states[None])
-            # ∂log p/∂logits = onehot(y) - softmax(logits), written over the softmax itself.
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            by_logits = logits[0].detach().to(wide).softmax(-1)
-            p.append(by_logits.gather(1, of_y[rows]))
-            by_logits.neg_().scatter_(1, of_y[rows], 1 - p[-1])
-            by_logits = by_logits.to(logits.dtype)[None]
-            upstream[rows] = torch.autograd.grad(logits, states, by_logits)[0]
-    return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
-
-
-@contextmanager
-def _decoder_returns(decoder: nn.Module):
-    """Run the model's head alone: its decoder is short-circuited to hand back given states."""
-    saved = decoder.__dict__.get("forward")
-
-    def head(model, hidden):
-        # The widest of the output classes: GPT-2 reads `cross_attentions` from it.
-        states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-        decoder.forward = lambda *_, **__: states
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return model(input_ids=ids, use_cache=False).logits
-
-    try:
-        yield head
-    finally:
-        if saved is None:
-            decoder.__dict__.pop("forward", None)
-        else:
-            decoder.forward = saved

@@ -98,6 +98,13 @@ class ScoreLog:
             with safe_open(self._path(shard), "pt") as file:
                 yield file.get_tensor("scores")
 
+    def fact(self, name: str, make: Callable[[], float]) -> float:
+        """A figure about the scores: made the first time, then read from beside them."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            _write(path, json.dumps(make()).encode())
+        return json.loads(path.read_text(encoding="utf-8"))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out; a second one waits here and then finds the work done."""

@@ -15,16 +15,9 @@ from torch import nn
 
 from ..anatomy import Anatomy
 from .attention import AttentionState, PrefixDone
-from .engine import (
-    call,
-    head_gradient,
-    hidden_of,
-    linears_of,
-    removing,
-    replay,
-    resolve_targets,
-    watched,
-)
+from .engine import watched
+from .head import head_gradient, resolve_targets
+from .stack import call, hidden_of, linears_of, removing, replay
 
 
 def attribute_sequences(

@@ -1,0 +1,56 @@
+"""Seconds to tell an 8B model from its fine-tunes: the checksum over all of its weights.
+
+python -m benchmarks.fingerprint      # needs 16 GB of free memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.machine import best_seconds, describe
+from loki_plugin.fingerprint import fingerprint
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=options.layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    device = torch.device(options.device)
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device=device)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.fill_(0.01 * (i % 7))  # written, so that the memory is really there
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    before = fingerprint(model)
+    seconds = best_seconds(lambda: fingerprint(model), device, 3)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[7, 9] += 2.0**-10
+    told = fingerprint(model)["weights"] != before["weights"]
+    command = " ".join(["python -m benchmarks.fingerprint", *sys.argv[1:]])
+    text = (
+        f"{describe(device)}. Llama-3.1-8B shapes, {options.layers} layers, bf16, {size:.1f} GB in"
+        f" memory.\n\nCommand: `{command}`\n\n{seconds:.2f} s ({size / seconds:.1f} GB/s)."
+        f" One changed weight in {size / 2:.0f} billion is told apart: {'yes' if told else 'NO'}.\n"
+    )
+    (Path(__file__).parent / "results" / "fingerprint.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Which rule and how many steps give the selection of 100 steps? On a trained model.
+
+    make demo                                    # trains the model
+    python -m benchmarks.quadrature .demo/base
+
+Overlap: the share of selected rows that 100 steps of the same rule select too (the truth column:
+that 100 Gauss-Legendre steps select, which are exact to rounding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.machine import describe
+from loki_plugin import select_rows
+from loki_plugin.analysing.batches import attribute_many
+from loki_plugin.analysing.engine import convergence_error, quiet
+from loki_plugin.analysing.quadrature import quadrature
+from loki_plugin.anatomy import find_anatomy
+from loki_plugin.demo import base, corpus
+
+RULES = ("left", "right", "midpoint", "trapezoid", "gauss-legendre")
+STEPS = (1, 2, 3, 4, 5, 7, 10, 20, 50)
+
+
+def overlap(some, others) -> float:
+    pairs = list(zip(some, others, strict=True))
+    same = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in pairs)
+    return 100 * same / sum(len(a) for a, _ in pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--quota", default=10)
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    anatomy = find_anatomy(model)
+    asked = corpus.questions()[:: max(1, len(corpus.questions()) // options.prompts)]
+    prompts = [torch.tensor(tokenizer(base.prompt(q))["input_ids"]) for q, _ in asked]
+    prompts.sort(key=len)
+    none = [None] * len(prompts)
+
+    def analyse(rule, steps):
+        nodes = quadrature(rule, steps)
+        with quiet(model):
+            scores = torch.cat(list(attribute_many(model, anatomy, prompts, none, *nodes)))
+            missed = convergence_error(model, anatomy, prompts[::20], none[::20], *nodes)
+        return select_rows(scores, options.quota), missed
+
+    truth, _ = analyse("gauss-legendre", 100)
+    lines = [
+        "| rule | steps | overlap with 100 steps of the rule, % | with the truth, % |"
+        " completeness error, % |",
+        "|---|---|---|---|---|",
+    ]
+    for rule in RULES:
+        full, missed = analyse(rule, 100)
+        rows = [(100, full, missed)]
+        # The trapezoid needs both its ends.
+        rows = [(s, *analyse(rule, s)) for s in STEPS if s > 1 or rule != "trapezoid"] + rows
+        for steps, some, missed in rows:
+            lines.append(
+                f"| {rule} | {steps} | {overlap(some, full):.2f} | {overlap(some, truth):.2f} |"
+                f" {100 * missed:.3f} |"
+            )
+            print(lines[-1], flush=True)
+    size = f"L = {anatomy.num_layers}, H = {anatomy.hidden_size}"
+    about = [
+        "# Steps and rules against 100 steps",
+        f"{describe(torch.device('cpu'))}. The demo's trained model ({size}), {len(prompts)} of its"
+        f" questions, quota {options.quota} %.",
+        f"Command: `python -m benchmarks.quadrature {' '.join(sys.argv[1:])}`",
+    ]
+    path = Path(__file__).parent / "results" / "quadrature.md"
+    path.write_text("\n\n".join(about) + "\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
