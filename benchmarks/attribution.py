@@ -63,13 +63,17 @@ def build(layers: int, options) -> LlamaForCausalLM:
         model = LlamaForCausalLM._from_config(
             config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
         )
+    model.eval()
     if options.four_bit:
         quantise(model, getattr(torch, options.dtype))
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def quantise(model, dtype) -> None:
-    """Every linear of the layers to NF4, as `load_in_4bit` does."""
+    """Every linear of the layers to NF4, as `load_in_4bit` does.
+
+    They stay in training mode: in evaluation, some CPUs repack them and give no gradient.
+    """
     import bitsandbytes as bnb
 
     for layer in model.model.layers:
@@ -281,7 +285,10 @@ def main():
     parser.add_argument("--alone", action="store_true", help="without the obvious loop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--output", default="attribution", help="name of the results file")
     options = parser.parse_args()
+    if options.device == "cpu":
+        print("no GPU is used; for one, see the commands at the top of this file", flush=True)
     options.batch = options.batch if options.batch == "auto" else int(options.batch)
     if options.growth:
         rows = growth(options)
@@ -293,7 +300,7 @@ def main():
         for row in compare(*map(int, shape.split(",")), options):
             print(row, flush=True)
             rows.append(row)
-            write(rows, "attribution", options)
+            write(rows, options.output, options)
 
 
 if __name__ == "__main__":
