@@ -71,18 +71,32 @@ def analysed(monkeypatch):
     return seen
 
 
-def test_the_second_run_analyses_nothing_and_says_so(tokenizer, source, tmp_path, analysed, caplog):
-    logging.getLogger("loki_plugin").propagate = True
+@pytest.fixture
+def logged(monkeypatch):
+    """What the package logs, wherever earlier tests have sent it."""
+    messages = []
+    log = logging.getLogger("loki_plugin")
+    probe = logging.Handler(logging.INFO)
+    probe.emit = lambda record: messages.append(record.getMessage())
+    monkeypatch.setattr(log, "handlers", [probe])
+    monkeypatch.setattr(log, "filters", [])
+    before = log.level
+    log.setLevel(logging.INFO)
+    yield messages
+    log.setLevel(before)
+
+
+def test_the_second_run_analyses_nothing_and_says_so(tokenizer, source, tmp_path, analysed, logged):
     first = choose_rows(model(), tokenizer, configure(source, tmp_path / "c"))
+    assert sum(analysed) == 90 and not any("cache" in m for m in logged)
+    logged.clear()
+    again = choose_rows(model(), tokenizer, configure(source, tmp_path / "c", quota=10))
     assert sum(analysed) == 90
-    with caplog.at_level(logging.INFO, "loki_plugin"):
-        again = choose_rows(model(), tokenizer, configure(source, tmp_path / "c", quota=10))
-    assert sum(analysed) == 90
-    hits = [r.message for r in caplog.records if "found in the cache" in r.message]
+    hits = [m for m in logged if "found in the cache" in m]
     assert len(hits) == 1 and "h old" in hits[0] and "MiB" in hits[0]
     error = first.made["convergence_error"]
     assert 1e-6 < error < 1 and again.made["convergence_error"] == error
-    assert any(f"miss {100 * error:.1f} % of the change of p" in r.message for r in caplog.records)
+    assert any(f"miss {100 * error:.1f} % of the change of p" in m for m in logged)
     for small, large in zip(again.rows, first.rows, strict=True):
         assert len(small) == 4 and len(large) == 9
 
