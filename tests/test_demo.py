@@ -121,7 +121,7 @@ def test_the_whole_job_runs(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "demo_report.json").read_text())
     assert report["verify"].startswith("OK") and report["verify"] in shown
-    assert report["rows_per_layer"] == [38] * 4 and "38 of 192 in each of 4 layers" in shown
+    assert report["rows_per_layer"] == [57] * 4 and "57 of 192 in each of 4 layers" in shown
     assert report["calibration_prompts"] == len(corpus.questions())
     assert set(report["results"]) == {"base", "LoRA", "LoKI"}
     for line in ("trainable share", "analysis", "knowledge kept", "task learned", "loss on the"):
