@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,33 @@ def test_every_command_in_the_readme_exists():
     for command in commands:
         result = CliRunner().invoke(loki, [*command.split(), "--help"])
         assert result.exit_code == 0, (command, result.output)
+
+
+WITHOUT_AXOLOTL = """
+import sys
+sys.modules["axolotl"] = sys.modules["bitsandbytes"] = None
+import importlib, pkgutil
+import loki_plugin
+for module in pkgutil.walk_packages(loki_plugin.__path__, "loki_plugin."):
+    if module.name not in ("loki_plugin.plugin", "loki_plugin.demo.__main__"):
+        importlib.import_module(module.name)
+import torch
+from families import tiny
+from loki_plugin import attribute, implant, select_rows
+model = tiny("llama")
+rows = select_rows(attribute(model, torch.arange(1, 9)[None]), 20)
+implant(model, rows)(input_ids=torch.arange(1, 9)[None]).logits.sum().backward()
+print("ran")
+"""
+
+
+@pytest.mark.slow
+def test_the_stages_import_and_run_without_axolotl_and_bitsandbytes():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_AXOLOTL],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0 and done.stdout.split()[-1:] == ["ran"], done.stderr

@@ -63,7 +63,7 @@ def convergence_error(
         change = p[:, :1] - p[:, 1:].view(1, -1, len(nodes) + 1)[..., -1]
         missed += float((scores.sum(-1) - change).abs().sum())
         moved += float(change.abs().sum())
-    return missed / moved
+    return missed / moved if moved else 0.0
 
 
 def integrate(model, anatomy, prompts, targets, nodes, weights):
