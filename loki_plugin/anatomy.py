@@ -1,7 +1,8 @@
 """Where a model keeps its decoder layers and their down-projections.
 
 Found by structure, not by family name: the longest list of decoder layers, and in each layer the
-one linear module outside attention whose output is the hidden size.
+one linear module outside attention and routed experts whose output is the hidden size. In a mixture
+of experts that is the shared expert's, or the dense layer's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 # Only used to choose when the shapes leave more than one candidate (I == H).
 KNOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2")
 _ATTENTION = re.compile(r"(^|\.|_)(attn|attention|self_attn|mixer)(\.|$|_)", re.IGNORECASE)
-_EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe|router)(\.|$)")
+_EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe|router)(\.|$)")  # not `shared_experts`
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Anatomy:
         row_dims: the dimension of `weight` that counts rows: 0 for `nn.Linear` ([H, I]),
             1 for transformers' `Conv1D` ([I, H]).
         hidden_size: H, rows per layer.
-        intermediate_size: I.
+        intermediate_size: I; the largest where layers differ (dense ones, shared experts).
     """
 
     decoder: nn.Module
@@ -49,26 +50,19 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     """Find decoder layers and down-projections; works on a meta-device model too.
 
     Raises:
-        ValueError: mixture-of-experts model, no decoder layers, or a layer without exactly one
-            down-projection; the message says what was looked for.
+        ValueError: no decoder layers, or a layer without exactly one down-projection (one that has
+            only routed experts, say); the message says what was looked for.
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     hidden = _hidden_size(model, family)
     name, layers = _decoder_layers(model, family)
-    _refuse_experts(model, name, family)
-
-    down, names, row_dims, inner_sizes = [], [], [], set()
+    down, names, row_dims, inner_sizes = [], [], [], []
     for i, layer in enumerate(layers):
         local, module, n_in = _down_projection(layer, hidden, f"{name}.{i}", family)
         down.append(module)
         names.append(f"{name}.{i}.{local}")
         row_dims.append(1 if _is_conv1d(module) else 0)
-        inner_sizes.add(n_in)
-    if len(inner_sizes) != 1:
-        raise ValueError(
-            f"model family '{family}': the down-projections have different input sizes"
-            f" {sorted(inner_sizes)}; loki needs one intermediate size for all layers"
-        )
+        inner_sizes.append(n_in)
     owner = name.rpartition(".")[0]
     return Anatomy(
         decoder=model.get_submodule(owner) if owner else model,
@@ -77,7 +71,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         names=names,
         row_dims=row_dims,
         hidden_size=hidden,
-        intermediate_size=inner_sizes.pop(),
+        intermediate_size=max(inner_sizes),
     )
 
 
@@ -88,6 +82,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if _is_conv1d(module):
         return int(module.nx), int(module.nf)
     return None
+
+
+def in_attention(name: str) -> bool:
+    """Whether a module's dotted name inside its layer lies in attention."""
+    return bool(_ATTENTION.search(name))
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -114,7 +113,7 @@ def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList)
         and len(module)
         and not re.search(r"vision|visual|audio|encoder\.", name)
-        and any(_ATTENTION.search(n) for n, _ in module[0].named_modules())
+        and any(in_attention(n) for n, _ in module[0].named_modules())
     ]
     if not lists:
         raise ValueError(
@@ -122,18 +121,6 @@ def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList]:
             " nn.ModuleList whose members contain an attention module"
         )
     return max(lists, key=lambda item: len(item[1]))
-
-
-def _refuse_experts(model: nn.Module, layers_name: str, family: str) -> None:
-    prefix = layers_name + "."
-    for name, module in model.named_modules():
-        if name.startswith(prefix) and _EXPERTS.search(name[len(prefix) :]):
-            raise ValueError(
-                f"model family '{family}' is a mixture of experts ({name}:"
-                f" {type(module).__name__}), which loki does not support yet: a routed expert"
-                " has no single down-projection per layer. Use a dense model (Llama, Qwen2/2.5/3,"
-                " Mistral, Gemma 2/3, Phi-3, Granite, OLMo 2, ...)"
-            )
 
 
 def _down_projection(
@@ -148,13 +135,21 @@ def _down_projection(
         if sizes is None:
             continue
         wrapped.append(name)
-        if sizes[1] == hidden and not _ATTENTION.search(name):
+        if sizes[1] == hidden and not in_attention(name) and not _EXPERTS.search(name):
             found.append((name, module, sizes[0]))
     if len(found) > 1:
         named = [f for f in found if f[0].rpartition(".")[2] in KNOWN_NAMES]
         found = named or found
     if len(found) == 1:
         return found[0]
+    routed = [name for name, _ in layer.named_modules() if _EXPERTS.search(name)]
+    if routed and not found:
+        raise ValueError(
+            f"model family '{family}': {where} has routed experts only ({where}.{routed[0]}), which"
+            " loki refuses: few calibration prompts reach any one of them. A mixture of experts"
+            " needs a shared expert or a dense MLP in every layer (Qwen2-MoE, Granite-MoE-shared,"
+            " Llama 4); or use a dense model (Llama, Qwen2/2.5/3, Mistral, Gemma 2/3, ...)"
+        )
     seen = [name for name, _, _ in found] or [w for w in wrapped]
     raise ValueError(
         f"model family '{family}': {where} has {len(found)} candidates for its down-projection"

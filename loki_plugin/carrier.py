@@ -179,9 +179,12 @@ class Run:
     @classmethod
     def start(cls, cfg, model) -> Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
+        from .anatomy import find_anatomy
+        from .implanting.adapter import check_adaptable
         from .pipeline import choose_rows
 
         config = parse(cfg)
+        check_adaptable(find_anatomy(model), model)
         started = time.perf_counter()
         if cfg.lora_model_dir:
             selection = RowSelection.load(Path(cfg.lora_model_dir) / FILE_NAME).check(model)

@@ -14,6 +14,7 @@ from .analysing.attribute import KERNELS
 from .analysing.batches import attribute_many
 from .analysing.cache import cache_folder, open_log
 from .analysing.calibration import Calibration, load_prompts
+from .analysing.checking import check_reproduces
 from .analysing.engine import convergence_error, quiet
 from .analysing.quadrature import quadrature
 from .analysing.score_log import ScoreLog, fill
@@ -181,7 +182,12 @@ def _analyse(log, model, anatomy, calibration, config, shards) -> None:
         anatomy.hidden_size,
     )
     started = time.perf_counter()
-    with quiet(model), tqdm(total=count, desc="loki: analysing", unit="prompt") as bar:
+    with (
+        quiet(model) as own_attention,
+        tqdm(total=count, desc="loki: analysing", unit="prompt") as bar,
+    ):
+        shortest = min((p.ids for p in prompts), key=len)
+        check_reproduces(model, anatomy, torch.tensor(shortest), own_attention)
 
         def make(positions: range) -> torch.Tensor:
             some = [prompts[i] for i in positions]

@@ -66,6 +66,33 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def moe_base(tmp_path_factory):
+    """A Qwen2-MoE of 2 layers x 64 rows: 4 routed experts and a shared one in each."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("moe_base")
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A chat data set of 64 exchanges."""
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"

@@ -15,6 +15,14 @@ COMMON = {
 }
 GQA = COMMON | {"num_key_value_heads": 2}
 SLIDING = {"sliding_window": 4}
+SHARED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+}
 
 # family -> (model_type, settings); every entry exercises what its family adds to Llama.
 FAMILIES = {
@@ -33,6 +41,11 @@ FAMILIES = {
             }
         },
     ),
+    "gemma": ("gemma", GQA | {"head_dim": 12}),
+    "seed_oss": ("seed_oss", GQA | {"head_dim": 12}),
+    "arcee": ("arcee", GQA),
+    "apertus": ("apertus", GQA),
+    "nemotron": ("nemotron", GQA),
     "qwen2": ("qwen2", GQA),
     "qwen2-sliding": (
         "qwen2",
@@ -44,6 +57,19 @@ FAMILIES = {
     "gemma3": (
         "gemma3_text",
         GQA | SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    ),
+    "gemma4": (
+        "gemma4_text",
+        GQA
+        | SLIDING
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "head_dim": 12,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+        },
     ),
     "phi": ("phi", COMMON | {"partial_rotary_factor": 0.5}),
     "phi3": ("phi3", GQA | {"pad_token_id": 0}),
@@ -59,9 +85,13 @@ FAMILIES = {
         },
     ),
     "olmo2": ("olmo2", GQA),
+    "olmo3": ("olmo3", GQA | SLIDING),
+    "exaone4": ("exaone4", GQA | SLIDING),
+    "ministral3": ("ministral3", GQA),
     "smollm3": ("smollm3", GQA | {"no_rope_layer_interval": 2, "pad_token_id": 0}),
     "cohere": ("cohere", GQA | {"logit_scale": 0.5}),
     "cohere2": ("cohere2", GQA | SLIDING | {"logit_scale": 0.5}),
+    "glm": ("glm", GQA | {"head_dim": 12, "pad_token_id": 0}),
     "glm4": ("glm4", GQA | {"head_dim": 12, "pad_token_id": 0}),
     "starcoder2": ("starcoder2", GQA | {"use_bias": True}),
     "stablelm": ("stablelm", GQA | {"partial_rotary_factor": 0.5}),
@@ -97,6 +127,43 @@ FAMILIES = {
         {k: v for k, v in COMMON.items() if k != "intermediate_size"}
         | {"ffn_hidden_size": 80, "new_decoder_architecture": True, "num_kv_heads": 2},
     ),
+    # Mixtures of experts with a shared expert or a dense MLP in every layer.
+    "qwen2_moe": (
+        "qwen2_moe",
+        GQA
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 64},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        GQA
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64}
+        | {"pad_token_id": 0},
+    ),
+    "llama4": (
+        "llama4_text",
+        GQA
+        | {"head_dim": 16, "attention_chunk_size": 6, "pad_token_id": 0}
+        | {"num_local_experts": 4, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        COMMON
+        | SHARED_EXPERTS
+        | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 12}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "n_group": 2, "topk_group": 1},
+    ),
+    "glm4_moe": ("glm4_moe", GQA | SHARED_EXPERTS | {"head_dim": 12}),
+    "hunyuan_moe": (
+        "hunyuan_v1_moe",
+        GQA | {"num_experts": 4, "moe_topk": 2, "head_dim": 12, "pad_token_id": 0},
+    ),
+    "afmoe": (
+        "afmoe",
+        GQA
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"num_shared_experts": 1, "num_dense_layers": 1, "head_dim": 12},
+    ),
 }
 
 
@@ -107,7 +174,11 @@ def tiny(family: str, attention: str = "eager", dtype=torch.float32, seed: int =
         attention = "sdpa"  # transformers' eager Falcon adds the bias a second time
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation=attention,
+        experts_implementation="eager",  # the default, grouped products, does not take float64
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

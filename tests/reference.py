@@ -15,7 +15,8 @@ class Exact(TorchFunctionMode):
         if func is torch.Tensor.float:  # of position ids too, which meet float64 frequencies
             return tensor.double()
         if tensor is not None and tensor.dtype == torch.float64:
-            if func is torch.Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")):
+            casts = func in (torch.Tensor.to, torch.Tensor.type)
+            if casts and torch.float32 in (*args[1:], kwargs.get("dtype")):
                 return tensor
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
@@ -56,7 +57,7 @@ def loop(model, down, prompts, nodes, weights, targets=None):
 
 def _keep(outputs, i, length):
     def hook(module, args, output):
-        outputs[i] = output.reshape(-1, output.shape[-1])[length - 1].detach()
+        outputs[i] = output.reshape(-1, output.shape[-1])[length - 1].detach().clone()
 
     return hook
 

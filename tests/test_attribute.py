@@ -67,6 +67,7 @@ def test_what_prompts_begin_with_runs_once_and_changes_nothing(family):
     anatomy = find_anatomy(model)
     with Exact():
         truth = loop(model, anatomy.down, ids, *quadrature("left", 4))
+        attribute(model, head[None], n_steps=1)  # a model's first call also checks it
         handle = anatomy.down[0].register_forward_hook(watch)
         scores = attribute(model, *pad(ids, "right"), n_steps=4)
         handle.remove()

@@ -22,7 +22,7 @@ sys.modules["loki_plugin"] = None
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-base, adapter, four_bit, out = sys.argv[1:]
+base, adapter, four_bit, training, out = sys.argv[1:]
 config = None
 if four_bit == "True":
     config = BitsAndBytesConfig(
@@ -30,7 +30,7 @@ if four_bit == "True":
         bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16)
 model = AutoModelForCausalLM.from_pretrained(
     base, dtype=torch.float32, quantization_config=config, attn_implementation="sdpa")
-model = PeftModel.from_pretrained(model, adapter).eval()
+model = PeftModel.from_pretrained(model, adapter).train(training == "True")
 with torch.no_grad():
     logits = model(input_ids=torch.arange(3, 40)[None]).logits
 torch.save(logits, out)
@@ -50,7 +50,7 @@ def assert_only_rows_changed(base, tuned, selection):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name
-        if "mlp.down_proj" not in name:
+        if not name.endswith((".mlp.down_proj.weight", ".mlp.shared_expert.down_proj.weight")):
             assert torch.equal(after[name], tensor), name
             continue
         rows = selection.rows[int(name.split(".")[2])]
@@ -100,21 +100,46 @@ def test_trains_saves_and_merges(run_config, train, captured, base, tmp_path, ra
     expected = 3 * 6 * 128 if rank is None else 3 * 2 * (128 + 6)
     assert report["trainable_parameters"] == expected
 
-    # The saved adapter gives the same logits to stock PEFT, in a process without this package.
-    model = captured["model"].eval()
+    assert_stock_peft_agrees(captured["model"], base, out, four_bit, tmp_path)
+    merge_and_verify(run_config, base, selection, tmp_path)
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+def test_a_shared_expert_trains_saves_and_merges(
+    run_config, train, captured, moe_base, tmp_path, four_bit
+):
+    run_config |= {"base_model": str(moe_base), "load_in_4bit": four_bit}
+    train(run_config)
+    out = Path(run_config["output_dir"])
+    losses = [h["loss"] for h in captured["trainer"].state.log_history if "loss" in h]
+    assert losses[-1] < losses[0] - 0.05
+    selection = RowSelection.load(out / "loki_rows.json")
+    assert selection.counts == [6, 6]
+    # On a CPU, bitsandbytes cannot evaluate the one output of a 4-bit `shared_expert_gate`.
+    assert_stock_peft_agrees(captured["model"], moe_base, out, four_bit, tmp_path, four_bit)
+    merge_and_verify(run_config, moe_base, selection, tmp_path)
+
+
+def assert_stock_peft_agrees(model, base, out, four_bit, tmp_path, training=False):
+    """The saved adapter gives the same logits in a process that cannot import this package."""
+    model = model.train(training)
     with torch.no_grad():
         ours = model(input_ids=torch.arange(3, 40)[None]).logits
     script = tmp_path / "stock.py"
     script.write_text(STOCK_PEFT)
-    command = [sys.executable, script, base, out, str(four_bit), tmp_path / "logits.pt"]
+    command = [sys.executable, script, base, out, four_bit, training, tmp_path / "logits.pt"]
     subprocess.run([str(c) for c in command], check=True, capture_output=True, timeout=300)
     theirs = torch.load(tmp_path / "logits.pt")
     assert torch.allclose(ours.float(), theirs, atol=1e-5, rtol=1e-5)
 
+
+def merge_and_verify(run_config, base, selection, tmp_path):
+    """`loki merge`, then `loki verify`, and an independent look at every tensor."""
     from click.testing import CliRunner
 
     from loki_plugin.cli import loki
 
+    out = Path(run_config["output_dir"])
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(run_config))  # JSON is YAML
     result = CliRunner().invoke(loki, ["merge", str(config)])

@@ -47,7 +47,7 @@ def test_the_token_path_is_captums_integrated_gradients_of_p_in_z(rule):
         assert error(scores[layer][None], theirs) <= 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "gpt_neox", "qwen2_moe"])
 @pytest.mark.parametrize("rule", ["left", "gauss-legendre"])
 def test_the_sequence_path_is_captums_layer_integrated_gradients(family, rule):
     model = tiny(family, dtype=torch.float64)
@@ -65,3 +65,8 @@ def test_the_sequence_path_is_captums_layer_integrated_gradients(family, rule):
             )
             theirs = theirs.view(len(prompt), -1)[-1:]
             assert error(ours[b, layer][None], theirs) <= 1e-6
+
+
+def test_the_sequence_path_refuses_layers_that_share_keys():
+    with pytest.raises(ValueError, match="Gemma4TextDecoderLayer hands keys on.*path: token"):
+        attribute(tiny("gemma4"), prompts()[0][None], path="sequence")

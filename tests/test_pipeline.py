@@ -155,7 +155,7 @@ def test_faults_are_found_before_the_first_prompt(tokenizer, source, tmp_path, a
     assert analysed == []
 
 
-def test_a_mixture_of_experts_is_refused():
+def test_a_mixture_with_routed_experts_only_is_refused():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from loki_plugin.anatomy import find_anatomy
@@ -171,7 +171,7 @@ def test_a_mixture_of_experts_is_refused():
     )
     with torch.device("meta"):
         mixtral = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="'mixtral' is a mixture of experts.*Use a dense model"):
+    with pytest.raises(ValueError, match="'mixtral': model.layers.0 has routed experts only"):
         find_anatomy(mixtral)
 
 

@@ -77,7 +77,7 @@ def attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if state.mode == "replay":
-        return query.transpose(1, 2), None
+        return query.transpose(1, 2).contiguous(), None
     if state.mode == "stack":
         return _stack(state, query, key, value, scaling, softcap, s_aux), None
 
@@ -139,6 +139,7 @@ def _keep(state, key, value, mask):
 def _stack(state, query, key, value, scaling, softcap, sinks):
     """softmax over [visible prefix keys, the query's own key] for n queries per prompt."""
     i = state.layer
+    key, value = (_for_all(x, query.shape[2]) for x in (key, value))
     bias = state.visible[i]
     if bias is not None:
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -151,7 +152,13 @@ def _stack(state, query, key, value, scaling, softcap, sinks):
         query, key, value, state.keys[i], state.values[i], bias, own_bias, last, scaling, softcap,
         sinks,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous()
+
+
+def _for_all(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Keys of an earlier layer (Gemma 4 shares them): rows that grew since were the plain token."""
+    missing = rows - x.shape[2]
+    return torch.cat([x, x[:, :, :1].expand(-1, -1, missing, -1)], 2) if missing else x
 
 
 class _StackAttention(torch.autograd.Function):

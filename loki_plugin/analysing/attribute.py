@@ -7,6 +7,7 @@ from torch import nn
 
 from ..anatomy import find_anatomy
 from .batches import attribute_many
+from .checking import check_reproduces
 from .engine import attribute_batch, quiet
 from .quadrature import quadrature
 from .sequence import attribute_sequences
@@ -54,7 +55,8 @@ def attribute(
     prompts = unpad(input_ids, attention_mask)
     wanted = check_targets(targets, len(prompts), model)
     order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-    with quiet(model):
+    with quiet(model) as own_attention:
+        check_reproduces(model, anatomy, prompts[order[0]], own_attention)
         parts = attribute_many(
             model,
             anatomy,

@@ -8,8 +8,8 @@ token-forwards instead of the obvious loop's L·S·T. It is exact, not an approx
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -116,13 +116,26 @@ def shared_prefix(prompts: list[torch.Tensor]) -> int:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, our attention; all put back on the way out."""
+def quiet(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Evaluation mode, no parameter gradients, our attention; all put back on the way out.
+
+    Yields a context manager inside which the model attends as it was loaded.
+    """
     training = {id(m) for m in model.modules() if m.training}
     trainable = [p for p in model.parameters() if p.requires_grad]
     configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
     settings = [(c, c._attn_implementation_internal) for c in configs.values()]
     unpack(model)
+
+    @contextmanager
+    def own_attention():
+        ours = [config._attn_implementation_internal for config, _ in settings]
+        for config, value in settings:
+            config._attn_implementation_internal = value
+        yield
+        for (config, _), value in zip(settings, ours, strict=True):
+            config._attn_implementation_internal = value
+
     try:
         model.eval()
         for module in quantised_modules(model):
@@ -133,7 +146,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for config, _ in settings:
             config._attn_implementation_internal = _implementation(model)
-        yield
+        yield own_attention
     finally:
         for config, value in settings:
             config._attn_implementation_internal = value

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput
 
 # Float32 logits held at once: what a cache holds, but rows enough to pay for reading the head, so
 # that a 152k vocabulary never materialises L·S·B x V.
@@ -47,14 +47,20 @@ def head_gradient(model, anatomy, hidden, y) -> tuple[torch.Tensor, torch.Tensor
     return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
 
 
+class _OnlyStates(BaseModelOutput):
+    """What else a family reads from its decoder (past, cross attention, router logits) is None."""
+
+    def __getattr__(self, name):
+        return None
+
+
 @contextmanager
 def _decoder_returns(decoder: nn.Module):
     """Run the model's head alone: its decoder is short-circuited to hand back given states."""
     saved = decoder.__dict__.get("forward")
 
     def head(model, hidden):
-        # The widest of the output classes: GPT-2 reads `cross_attentions` from it.
-        states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        states = _OnlyStates(last_hidden_state=hidden)
         decoder.forward = lambda *_, **__: states
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits

@@ -8,6 +8,7 @@ gradients, and one token runs again with them.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from contextlib import ExitStack
 
 import torch
@@ -17,7 +18,7 @@ from ..anatomy import Anatomy
 from .attention import AttentionState, PrefixDone
 from .engine import watched
 from .head import head_gradient, resolve_targets
-from .stack import call, hidden_of, linears_of, removing, replay
+from .stack import call, hidden_of, known_answers, linears_of, removing, replay
 
 
 def attribute_sequences(
@@ -50,15 +51,21 @@ class _Pass:
             for layer in anatomy.layers:
                 hook = layer.register_forward_pre_hook(self._record, with_kwargs=True)
                 hooks.enter_context(removing(hook))
-                for module in linears_of(layer):
+                for module in linears_of(layer).values():
                     hooks.enter_context(removing(module.register_forward_hook(self._remember)))
             self.hidden = anatomy.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def _record(self, layer, args, kwargs):
+        if any(isinstance(v, MutableMapping) for v in kwargs.values()):
+            raise ValueError(
+                f"{type(layer).__name__} hands keys on to later layers, which `path: sequence` does"
+                " not support; use `path: token`"
+            )
         self.calls.append((args, kwargs))
 
     def _remember(self, module, args, output):
-        self.memo[module] = output.view(1, -1, output.shape[-1])
+        if isinstance(output, torch.Tensor):
+            self.memo[module] = output.view(1, -1, output.shape[-1]).clone()  # see `Stack`
 
 
 def _attribute_one(model, anatomy, prompt, target, nodes, weights):
@@ -100,9 +107,8 @@ def _keep_above(anatomy, state, base, i, outputs, final) -> None:
     """Run all positions from layer i upwards, for the keys and values of the layers above."""
     with torch.no_grad():
         args, kwargs = base.calls[i]
-        answers = {
-            m: base.memo[m].expand(len(outputs), -1, -1) for m in linears_of(anatomy.layers[i])
-        }
+        known = known_answers(anatomy.layers[i], anatomy.down[i], base.memo)
+        answers = {m: answer.expand(len(outputs), -1, -1) for m, answer in known.items()}
         answers[anatomy.down[i]] = outputs.clone()
         rows = hidden_of(args, kwargs).expand(len(outputs), -1, -1)
         hidden = replay(state, anatomy.layers[i], args, kwargs, rows, answers)
@@ -120,7 +126,8 @@ def _fan_out(anatomy, state, base, i, leaf):
     def fan_out(layer, args, kwargs, output):
         if state.mode == "replay":
             return output
-        answers = {m: base.memo[m][:, -1:].expand(len(leaf), -1, -1) for m in linears_of(layer)}
+        known = known_answers(layer, anatomy.down[i], base.memo)
+        answers = {m: answer[:, -1:].expand(len(leaf), -1, -1) for m, answer in known.items()}
         answers[anatomy.down[i]] = leaf.clone()
         rows = hidden_of(args, kwargs).detach().expand(len(leaf), -1, -1)
         new = replay(state, layer, args, kwargs, rows, answers)

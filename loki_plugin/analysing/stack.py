@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 
 import torch
 from torch import nn
 
-from ..anatomy import linear_sizes
+from ..anatomy import in_attention, linear_sizes
 from .attention import AttentionState
 
 
@@ -32,19 +34,19 @@ class Stack:
     def hooked(self):
         with ExitStack() as stack:
             for layer, down in zip(self.anatomy.layers, self.anatomy.down, strict=True):
-                linears = linears_of(layer)
-                for module in linears:
+                for module in linears_of(layer).values():
                     stack.enter_context(removing(module.register_forward_hook(self._remember)))
-                hook = layer.register_forward_hook(self._grow(down, linears), with_kwargs=True)
+                hook = layer.register_forward_hook(self._grow(down), with_kwargs=True)
                 stack.enter_context(removing(hook))
             yield
 
     def _remember(self, module, args, output):
-        if self.state.mode == "stack":
+        # Llama 4's router is a linear that answers with a pair; it runs again in the replay.
+        if self.state.mode == "stack" and isinstance(output, torch.Tensor):
             rows = output.view(self.batch, -1, output.shape[-1])  # OPT flattens batch and rows
-            self._memo[module] = rows[:, :1].detach()
+            self._memo[module] = rows[:, :1].detach().clone()  # Falcon adds to it in place
 
-    def _grow(self, down, linears):
+    def _grow(self, down):
         def grow(layer, args, kwargs, output):
             if self.state.mode != "stack":
                 return output
@@ -55,14 +57,24 @@ class Stack:
             self.outputs.append(z)
             self.leaves.append(leaf)
             rows = leaf.shape[1]
-            answers = {m: self._memo[m].expand(-1, rows, -1) for m in linears}
-            answers[down] = leaf.clone()  # Falcon adds to it in place
-            row = hidden_of(args, kwargs)[:, :1].detach().expand(-1, rows, -1)
+            known = known_answers(layer, down, self._memo)
+            answers = {m: answer.expand(-1, rows, -1) for m, answer in known.items()}
+            answers[down] = leaf.clone()
+            row = _plain(hidden_of(args, kwargs), layer).expand(-1, rows, -1)
             grown = torch.cat([first, replay(self.state, layer, args, kwargs, row, answers)], 1)
             self._memo.clear()
             return (grown, *output[1:]) if isinstance(output, tuple) else grown
 
         return grow
+
+
+def _plain(hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"{type(layer).__name__} takes hidden states of shape {list(hidden.shape)}; loki needs"
+            " [batch, tokens, hidden], so it cannot analyse this model family"
+        )
+    return hidden[:, :1].detach()
 
 
 def hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -85,6 +97,8 @@ def replay(state: AttentionState, layer, args, kwargs, hidden, answers) -> torch
     exact, and costs next to nothing.
     """
     mode, state.mode = state.mode, "replay"
+    # Layers that share keys (Gemma 4) hand them on in a dict, which a replay must not write to.
+    kwargs = {k: copy(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
     try:
         with answering(answers):
             return call(layer, args, kwargs, hidden)
@@ -92,12 +106,27 @@ def replay(state: AttentionState, layer, args, kwargs, hidden, answers) -> torch
         state.mode = mode
 
 
-def linears_of(layer: nn.Module) -> list[nn.Module]:
+def linears_of(layer: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
         if linear_sizes(module) and not any(name.startswith(n + ".") for n in found):
             found[name] = module
-    return list(found.values())
+    return found
+
+
+def known_answers(
+    layer: nn.Module, down: nn.Module, memo: dict[nn.Module, torch.Tensor]
+) -> dict[nn.Module, torch.Tensor]:
+    """The answers in `memo`, kept in call order, that do not depend on the down-projection.
+
+    Those are attention's and all before it; a linear that ran after it (Gemma 4 has some) runs.
+    """
+    order = {module: i for i, module in enumerate(memo)}
+    return {
+        m: memo[m]
+        for name, m in linears_of(layer).items()
+        if m in memo and (in_attention(name) or order[m] < order[down])
+    }
 
 
 @contextmanager

@@ -93,6 +93,27 @@ def _shortest_target(model: nn.Module, used: list[str]) -> list[str]:
     return used
 
 
+def check_adaptable(anatomy: Anatomy, model: nn.Module) -> None:
+    """Check that PEFT puts adapters where their names say.
+
+    Raises:
+        ValueError: a family of which PEFT takes every `down_proj` for its routed experts' weights,
+            so that no adapter of another module could be loaded without this package.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(anatomy.names))
+    convert_peft_config_for_transformers(config, model, None)
+    if set(config.target_modules) != set(anatomy.names):
+        raise ValueError(
+            f"model family '{model.config.model_type}': PEFT takes an adapter for"
+            f" {anatomy.names[-1]} for one of the routed experts"
+            f" ({', '.join(sorted(config.target_parameters or []))}), so no standard adapter can"
+            " hold rows of it. `attribute` and `select_rows` work; training them does not. Use a"
+            " dense model, Qwen2-MoE, Granite-MoE-shared, or Llama 4"
+        )
+
+
 def implant(
     model: nn.Module,
     rows: RowSelection | list[torch.Tensor] | list[list[int]],
@@ -118,6 +139,7 @@ def implant(
     selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
     selection = selection.check(model)
     anatomy = find_anatomy(model)
+    check_adaptable(anatomy, model)
     settings = lora_settings(anatomy, model, selection.counts, rank)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **settings))
     install(wrapped, selection, rank)
