@@ -29,6 +29,7 @@ def make(model_type, **settings):
         ("gemma3n_text", r"takes hidden states of shape \[4, 1, 1, 48\]"),
         ("mpt", "called in a way that loki does not know .AttributeError"),
         ("gpt_neo", "does not attend through transformers' attention interface"),
+        ("qwen3_5_text", r"in every layer .seen in layers \[3\]."),  # three are linear attention
     ],
 )
 def test_a_family_that_cannot_be_analysed_is_refused_and_never_scored(model_type, message):
@@ -40,6 +41,7 @@ def test_a_family_that_cannot_be_analysed_is_refused_and_never_scored(model_type
         "mpt": {"d_model": 48, "n_heads": 4, "n_layers": 3, "vocab_size": 97},
         "gpt_neo": {"hidden_size": 48, "num_heads": 4, "num_layers": 3, "vocab_size": 97}
         | {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
+        "qwen3_5_text": GQA | {"head_dim": 12, "num_hidden_layers": 4},
     }[model_type]
     model = make(model_type, **settings)
     for _ in range(2):  # a failed check does not count as one

@@ -9,7 +9,7 @@ token-forwards instead of the obvious loop's L·S·T. It is exact, not an approx
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
@@ -192,16 +192,15 @@ def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> No
         past.batch_repeat_interleave(len(ids))
     state.mode = "prefix"
     _run_to_last_keys(anatomy, state, ids[:, state.shared :], past)
-
-
-def _run_to_last_keys(anatomy, state, ids, past) -> None:
-    with torch.no_grad():
-        try:
-            anatomy.decoder(input_ids=ids, past_key_values=past, use_cache=past is not None)
-        except PrefixDone:
-            return
+    if len(state.keys) == anatomy.num_layers:
+        return
     raise ValueError(
         f"model family '{anatomy.decoder.config.model_type}' does not attend through transformers'"
         " attention interface or scaled_dot_product_attention in every layer (seen in layers"
         f" {sorted(state.keys)}), so its keys and values cannot be kept; loki cannot analyse it"
     )
+
+
+def _run_to_last_keys(anatomy, state, ids, past) -> None:
+    with suppress(PrefixDone), torch.no_grad():
+        anatomy.decoder(input_ids=ids, past_key_values=past, use_cache=past is not None)
