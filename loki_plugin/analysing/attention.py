@@ -81,7 +81,7 @@ def attention(
     if state.mode == "stack":
         return _stack(state, query, key, value, scaling, softcap, s_aux), None
 
-    _keep(state, key, value, attention_mask)
+    key, value = _keep(state, key, value, attention_mask)
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=True
@@ -104,19 +104,23 @@ class SdpaCalls(TorchFunctionMode):
         if groups > 1:  # transformers repeats the heads with a mask and leaves it to torch without
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         if state.mode in ("shared", "prefix"):
-            _keep(state, key, value, attn_mask)
+            key, value = _keep(state, key, value, attn_mask)
             return func(query, key, value, attn_mask, **kwargs)
         out, _ = attention(None, query, key, value, attn_mask, kwargs.get("scale"))
         return out.transpose(1, 2)
 
 
 def _keep(state, key, value, mask):
-    """Keep what the stack will see in this layer: row t of the family's own mask, keys before t."""
+    """Keep what the stack will see in this layer: row t of the family's own mask, keys before t.
+
+    Returns keys and values laid out head by head: each is multiplied with two or three times.
+    """
     i, length = state.layer, key.shape[-2]
+    key, value = key.contiguous(), value.contiguous()
     if state.mode == "shared":
         if i == state.final_layer:
             raise PrefixDone
-        return
+        return key, value
     state.keys[i], state.values[i] = key, value
     state.visible[i], state.own_bias[i] = None, None
     before = torch.arange(length, device=key.device) < state.last.to(key.device)[:, None]  # [B, T]
@@ -134,6 +138,7 @@ def _keep(state, key, value, mask):
         state.visible[i] = before
     if i == state.final_layer:
         raise PrefixDone
+    return key, value
 
 
 def _stack(state, query, key, value, scaling, softcap, sinks):
@@ -175,11 +180,10 @@ class _StackAttention(torch.autograd.Function):
         groups = heads // kv
         wide = torch.promote_types(q.dtype, torch.float32)
         # Queries that share a key head are stacked, so that grouped attention is one product.
-        scores = q.reshape(b, kv, groups * n, d) @ keys.transpose(2, 3)
+        scores = _product(q.reshape(b * kv, groups * n, d), keys.flatten(0, 1).mT, scaling)
         scores = scores.to(wide).view(b, kv, groups, n, length)
         own = (q.view(b, kv, groups, n, d).to(wide) * k.to(wide)[:, :, None]).sum(-1, keepdim=True)
-        _put(scores, last, own)
-        scores *= scaling
+        _put(scores, last, own * scaling)
         if softcap is not None:
             scores.div_(softcap).tanh_()
             slope = 1 - scores.square()
@@ -199,9 +203,8 @@ class _StackAttention(torch.autograd.Function):
             weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].contiguous()
         own = _take(weights, last).clone()
         _put(weights, last, 0)
-        out = (weights.to(q.dtype).view(b, kv, groups * n, length) @ values).view(
-            b, kv, groups, n, -1
-        )
+        out = weights.to(q.dtype).view(b * kv, groups * n, length) @ values.flatten(0, 1)
+        out = out.view(b, kv, groups, n, -1)
         out += (own * v.to(wide)[:, :, None]).to(out.dtype)
         ctx.save_for_backward(q, k, v, keys, values, weights, own, slope, last)
         ctx.scaling = scaling
@@ -213,8 +216,8 @@ class _StackAttention(torch.autograd.Function):
         b, kv, groups, n, length = weights.shape
         wide = weights.dtype
         grad = grad.contiguous().view(b, kv, groups, n, -1)
-        by_weight = (grad.view(b, kv, groups * n, -1) @ values.transpose(2, 3)).to(wide)
-        by_weight = by_weight.view(b, kv, groups, n, length)
+        by_weight = grad.view(b * kv, groups * n, -1) @ values.flatten(0, 1).mT
+        by_weight = by_weight.to(wide).view(b, kv, groups, n, length)
         wide_grad = grad.to(wide)
         by_own = (wide_grad * v.to(wide)[:, :, None]).sum(-1, keepdim=True)
         # Backward of the softmax over the prefix keys and the own key; a sink has no value.
@@ -226,16 +229,19 @@ class _StackAttention(torch.autograd.Function):
         if slope is not None:
             by_own_score = by_own_score * _take(slope, last)
             by_score *= slope
-        by_score *= ctx.scaling
         by_own_score = by_own_score * ctx.scaling
         d = q.shape[-1]
-        grad_q = (by_score.to(q.dtype).view(b, kv, groups * n, length) @ keys).view(
-            b, kv, groups, n, d
-        )
+        by_score = by_score.to(q.dtype).view(b * kv, groups * n, length)
+        grad_q = _product(by_score, keys.flatten(0, 1), ctx.scaling).view(b, kv, groups, n, d)
         grad_q += (by_own_score * k.to(wide)[:, :, None]).to(q.dtype)
         grad_k = (by_own_score * q.view(b, kv, groups, n, d).to(wide)).sum(2).to(k.dtype)
         grad_v = (own * wide_grad).sum(2).to(v.dtype)
         return grad_q.view_as(q), grad_k, grad_v, *[None] * 8
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor · a·b, scaled before it is rounded to the dtype and without a pass of its own."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=factor)
 
 
 def _put(tensor, last, value):
