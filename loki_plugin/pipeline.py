@@ -49,9 +49,7 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
         selection = _choose(model, tokenizer, config, rank, world)
     elif rank == first:
         selection = _choose(model, tokenizer, config, 0, 1)
-    message = [selection]
-    dist.broadcast_object_list(message, src=first)
-    return message[0]
+    return _broadcast(selection, first)
 
 
 def _choose(
@@ -114,14 +112,16 @@ def _complete(
 ) -> None:
     """Make the shards that the log lacks, each worker every `workers`-th of them."""
     if workers > 1:
-        # The first worker makes what the others' disks do not show it (nodes without a shared one).
-        missing = log.missing()
-        dist.barrier()  # nobody writes while another still counts
-        _analyse(log, model, anatomy, calibration, config, missing[worker::workers])
+        shared = _broadcast(log.missing(), 0)
+        mine = set(log.missing()).intersection(shared[worker::workers])
+        _analyse(log, model, anatomy, calibration, config, sorted(mine))
         dist.barrier()
-        if worker == 0:
-            _analyse(log, model, anatomy, calibration, config, log.missing())
-        dist.barrier()
+        # Nodes without a common disk send the first worker what its own does not show.
+        for shard in _broadcast(log.missing(), 0):
+            owner = shared.index(shard) % workers
+            scores = _broadcast(log.scores(shard) if worker == owner else None, owner)
+            if worker == 0:
+                log.write(shard, scores)
         return
     with log.locked():
         missing = log.missing()
@@ -141,6 +141,13 @@ def _complete(
                 log.num_shards,
             )
         _analyse(log, model, anatomy, calibration, config, missing)
+
+
+def _broadcast(value, source: int):
+    """`value` of the worker `source`, on every worker."""
+    message = [value]
+    dist.broadcast_object_list(message, src=source)
+    return message[0]
 
 
 def _convergence(log: ScoreLog, model, anatomy, calibration, config: LokiConfig) -> float | None:

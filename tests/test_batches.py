@@ -7,7 +7,7 @@ import torch
 from families import tiny
 
 from loki_plugin.analysing import batches
-from loki_plugin.analysing.batches import attribute_many, plan
+from loki_plugin.analysing.batches import attribute_many, plan, runs
 from loki_plugin.anatomy import find_anatomy
 
 
@@ -18,6 +18,20 @@ def test_batches_fit_the_budget_and_are_even():
     assert plan("auto", [100, 100], 60) == [(0, 1), (1, 2)]  # one alone may exceed it
     assert plan(3, [10] * 7, 0) == [(0, 2), (2, 4), (4, 7)]
     assert plan(50, [10] * 3, 0) == [(0, 3)]
+
+
+def test_prompts_that_begin_alike_share_batches_with_no_others():
+    head, other = torch.arange(100, 160), torch.arange(200, 260)
+
+    def ask(head, *ends):
+        return [torch.cat([head, torch.tensor([end, 1, 2])]) for end in ends]
+
+    alone = [torch.arange(i, i + 30) for i in (1, 2, 3)]
+    prompts = [*alone, *ask(head, 5, 6, 7), *ask(other, 5, 6), *alone]
+    assert runs(prompts) == [(0, 3), (3, 6), (6, 8), (8, 11)]
+    assert runs(alone) == [(0, 3)] and runs(alone[:1]) == [(0, 1)]
+    half = [torch.cat([head[:20], torch.arange(i, i + 20)]) for i in (1, 2)]
+    assert runs(half) == [(0, 2)]  # the half in common is not worth smaller batches
 
 
 def run(limit, error, prompts=11, batch_size=8):

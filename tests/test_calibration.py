@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -127,13 +128,17 @@ def test_samples_per_subject_draws_and_long_prompts_are_dropped_whole(tokenizer,
 
 def test_few_shot_examples_are_solved_and_never_the_question_itself(tokenizer, tmp_path):
     rows = [QUESTION | {"question": f"Number {i}?", "answer": i % 4} for i in range(6)]
+    shots = []
     for prompt in load_prompts(tokenizer, write(tmp_path, rows), few_shot=2).prompts:
         text = tokenizer.decode(prompt.ids)
+        shots.append(text.rpartition("Question: ")[0])
         asked = [line for line in text.splitlines() if line.startswith("Question: ")]
         assert len(asked) == 3 == len(set(asked))
         for shot in asked[:2]:
             letter = "ABCD"[int(shot.split()[2].rstrip("?")) % 4]
             assert f"assistant\n{letter}<|im_end|>" in text
+    # Prompts with the same examples are neighbours, so that batches can run the examples once.
+    assert len(list(groupby(shots))) == len(set(shots)) < len(shots)
     with pytest.raises(ValueError, match="few_shot = 6 needs more than 6 questions per subject"):
         load_prompts(tokenizer, write(tmp_path, rows), few_shot=6)
 

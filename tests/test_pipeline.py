@@ -192,12 +192,16 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch.distributed as dist
 from transformers import AutoTokenizer
 from test_pipeline import configure, model
+from loki_plugin import pipeline
 from loki_plugin.pipeline import choose_rows
+counted, inner = [], pipeline.attribute_many
+pipeline.attribute_many = lambda *a: counted.append(len(a[2])) or inner(*a)
 tokenizer, source, cache, out = sys.argv[1:]
 dist.init_process_group("gloo")
 cache = cache.format(rank=dist.get_rank())
 rows = choose_rows(model(), AutoTokenizer.from_pretrained(tokenizer), configure(source, cache))
 rows.save(f"{{out}}-{{dist.get_rank()}}.json")
+open(f"{{out}}-{{dist.get_rank()}}.count", "w").write(str(sum(counted)))
 """
 
 
@@ -232,7 +236,9 @@ def test_two_ranks_without_a_common_disk_agree(tokenizer, source, tmp_path):
     alone = choose_rows(model(), tokenizer, configure(source, tmp_path / "alone"))
     assert RowSelection.load(files[1]) == alone
     shards = [len(list((tmp_path / f"disk-{r}").glob("*/*.safetensors"))) for r in range(2)]
-    assert shards == [2, 1]  # the first rank made what its disk lacked
+    assert shards == [2, 1]
+    # Each prompt was analysed once: the second rank sent its shard.
+    assert [int(f.with_suffix(".count").read_text()) for f in files] == [64, 26]
 
 
 def test_stability_and_selection_from_the_cache_need_no_model(tokenizer, source, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy
-from .engine import attribute_batch
+from .engine import attribute_batch, shared_prefix
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -19,6 +19,8 @@ LOG = logging.getLogger("loki_plugin")
 _CPU_BYTES = 2 << 30
 # What a first estimate may claim of the free memory; the rest is for what it does not foresee.
 _SHARE = 0.6
+# Neighbours with this share of their tokens in common (few-shot) run apart from others.
+_ALIKE = 0.75
 
 
 def prompt_bytes(anatomy: Anatomy, length: int, n_steps: int, itemsize: int) -> int:
@@ -43,6 +45,17 @@ def memory_budget(device: torch.device) -> int:
         return int(_SHARE * (free + reusable))
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_CPU_BYTES, int(_SHARE * pages))
+
+
+def runs(prompts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Cut where prompts that begin alike meet others: a batch runs what all of it shares once."""
+    alike = [
+        shared_prefix([a, b]) >= _ALIKE * min(len(a), len(b))
+        for a, b in zip(prompts, prompts[1:], strict=False)
+    ]
+    sides = [False, *alike, False]
+    cuts = [i + 1 for i, same in enumerate(alike) if not same and (sides[i] or sides[i + 2])]
+    return list(zip([0, *cuts], [*cuts, len(prompts)], strict=True))
 
 
 def plan(batch_size: int | str, costs: Sequence[int], budget: int) -> list[tuple[int, int]]:
@@ -72,7 +85,8 @@ def attribute_many(
 ) -> Iterator[torch.Tensor]:
     """Scores of many prompts, in their order, batch by batch: tensors [b, L, H] on the CPU.
 
-    `model` must be inside `quiet(model)`. Neighbours share a batch, so sort prompts by length.
+    `model` must be inside `quiet(model)`. Neighbours share a batch: sort prompts by length, or by
+    their ids where many begin alike.
     A batch that does not fit is halved and done again; what is done stays done.
 
     Raises:
@@ -81,7 +95,12 @@ def attribute_many(
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     device = model.get_input_embeddings().weight.device
     costs = [prompt_bytes(anatomy, len(p), len(nodes), parameter.itemsize) for p in prompts]
-    todo = plan(batch_size, costs, memory_budget(device))[::-1]
+    budget = memory_budget(device)
+    todo = [
+        (start + first, start + last)
+        for start, stop in runs(prompts)
+        for first, last in plan(batch_size, costs[start:stop], budget)
+    ][::-1]
     waiting = None  # one batch's scores travel to the CPU while the next one runs
     while todo:
         start, stop = todo.pop()

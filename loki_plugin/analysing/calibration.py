@@ -39,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The prompts of one analysis, in canonical order: by length, then by key.
+    """The prompts of one analysis, in canonical order: by length; few-shot ones by their ids.
 
     Attributes:
         prompts: N prompts.
@@ -101,7 +101,9 @@ def load_prompts(
         )
     if dropped:
         LOG.info("loki: %d calibration prompts longer than %d tokens dropped", dropped, max_tokens)
-    ordered = sorted(prompts.values(), key=lambda p: (len(p.ids), p.key))
+    # Neighbours share a batch. Few-shot prompts gain more from what they begin with in common than
+    # from equal lengths.
+    ordered = sorted(prompts.values(), key=lambda p: p.ids if few_shot else (len(p.ids), p.key))
     return Calibration(ordered, dropped, source)
 
 

@@ -94,9 +94,12 @@ class ScoreLog:
 
     def read(self) -> Iterator[torch.Tensor]:
         """The scores of all prompts in canonical order, shard by shard: [n, L, H] float32."""
-        for shard in range(self.num_shards):
-            with safe_open(self._path(shard), "pt") as file:
-                yield file.get_tensor("scores")
+        return map(self.scores, range(self.num_shards))
+
+    def scores(self, shard: int) -> torch.Tensor:
+        """The scores of one finished shard: [n, L, H] float32."""
+        with safe_open(self._path(shard), "pt") as file:
+            return file.get_tensor("scores")
 
     def fact(self, name: str, make: Callable[[], float]) -> float:
         """A figure about the scores: made the first time, then read from beside them."""
