@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: demo test lint format bench clean
 
 demo: $(STAMP)
-	$(BIN)/python -m loki_plugin.demo
+	$(BIN)/python -m demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10

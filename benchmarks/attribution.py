@@ -11,8 +11,8 @@ On a GPU, the 8B and 0.5B shapes (add --four-bit for NF4):
     python -m benchmarks.attribution --dtype bfloat16 --hidden 896 --intermediate 4864 \\
         --kv-heads 2 --vocabulary 151936 --shapes 24,150 --prompts 200
 
-The obvious loop (tests/reference.py) runs, per layer, S copies of the whole prompt in one batch,
-with logits at the last token only. All in one process, on one model with random weights.
+The obvious loop (tests/helpers/reference.py) runs, per layer, S copies of the whole prompt in one
+batch, with logits at the last token only. All in one process, on one model with random weights.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from benchmarks.machine import (
     matmul_rate,
     synchronize,
 )
-from loki_plugin.analysing.batches import attribute_many
-from loki_plugin.analysing.engine import quiet
-from loki_plugin.analysing.quadrature import quadrature
-from loki_plugin.anatomy import find_anatomy
+from loki_plugin.analysing.attribution.batches import attribute_many
+from loki_plugin.analysing.attribution.engine import quiet
+from loki_plugin.analysing.attribution.quadrature import quadrature
+from loki_plugin.model.anatomy import find_anatomy
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
-from reference import obvious  # noqa: E402
+from helpers.reference import obvious  # noqa: E402
 
 FIRST_RELEASE = "44f67d9:src/loki/kva/kva_llama.py"
 CAPTUM_RELEASE = "a63aec3:src/loki/core/base_kva_model.py"

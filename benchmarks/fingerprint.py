@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import best_seconds, describe
-from loki_plugin.fingerprint import fingerprint
+from loki_plugin.model.fingerprint import fingerprint
 
 
 def main():

@@ -22,9 +22,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import describe
+from demo import base, corpus
+from demo.evaluate import answers, perplexity
 from loki_plugin import attribute, implant, select_rows
-from loki_plugin.demo import base, corpus
-from loki_plugin.demo.evaluate import answers, perplexity
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 # name, how the model is wrapped (from scores), learning rates

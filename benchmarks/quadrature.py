@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import describe
+from demo import base, corpus
 from loki_plugin import select_rows
-from loki_plugin.analysing.batches import attribute_many
-from loki_plugin.analysing.engine import convergence_error, quiet
-from loki_plugin.analysing.quadrature import quadrature
-from loki_plugin.anatomy import find_anatomy
-from loki_plugin.demo import base, corpus
+from loki_plugin.analysing.attribution.batches import attribute_many
+from loki_plugin.analysing.attribution.engine import convergence_error, quiet
+from loki_plugin.analysing.attribution.quadrature import quadrature
+from loki_plugin.model.anatomy import find_anatomy
 
 RULES = ("left", "right", "midpoint", "trapezoid", "gauss-legendre")
 STEPS = (1, 2, 3, 4, 5, 7, 10, 20, 50)

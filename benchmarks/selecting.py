@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import PeakMemory, authors, describe
-from loki_plugin.analysing.score_log import ScoreLog
-from loki_plugin.selecting import STRATEGIES, select_rows
-from loki_plugin.stability import bootstrap_overlap
+from loki_plugin.analysing.scores.log import ScoreLog
+from loki_plugin.selecting.select import STRATEGIES, select_rows
+from loki_plugin.selecting.stability import bootstrap_overlap
 
 AUTHORS_SELECTION = "a63aec3:src/loki/selection/layer_balanced.py"
 RESULT = Path(__file__).parent / "results" / "selecting.md"

@@ -84,7 +84,7 @@ def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot)
 
     SCORES is an analysis of `loki cache list` (default: the newest) or the authors' HDF5 file.
     """
-    from .stability import bootstrap_overlap, plot_stability
+    from .selecting.stability import bootstrap_overlap, plot_stability
 
     source = _Source(scores, folder)
     rules = {"magnitude": magnitude, "exclude": _load_rows(exclude)}
@@ -106,9 +106,8 @@ def select_command(scores, folder, quota, strategy, magnitude, exclude, seed, ou
 
     SCORES is an analysis of `loki cache list` (default: the newest) or the authors' HDF5 file.
     """
-    from .exchange import write_positions
     from .rows import RowSelection
-    from .selecting import select_rows
+    from .selecting.select import select_rows
 
     source = _Source(scores, folder)
     rules = {"magnitude": magnitude, "exclude": _load_rows(exclude), "seed": seed}
@@ -116,7 +115,7 @@ def select_command(scores, folder, quota, strategy, magnitude, exclude, seed, ou
     made = {"quota": quota, "strategy": strategy, "magnitude": magnitude, "scores": source.title}
     made |= {"exclude": list(exclude), "seed": seed}
     selection = RowSelection(rows, source.hidden_size, source.fingerprint, made)
-    written = write_positions(selection, output) if positions else selection.save(output)
+    written = selection.save_positions(output) if positions else selection.save(output)
     click.echo(f"{sum(selection.counts)} rows of {selection.num_layers} layers in {written}")
 
 
@@ -125,14 +124,14 @@ class _Source:
 
     def __init__(self, name: str | None, folder: str | None):
         if name is not None and Path(name).is_file():
-            from .exchange import Hdf5Scores
+            from .analysing.scores.hdf5 import Hdf5Scores
 
             self.chunks = Hdf5Scores(name)
             self.prompts, _, self.hidden_size = self.chunks.shape
             self.fingerprint = None
             self.title = f"scores of {name}"
             return
-        from .analysing.cache import cache_folder, find_log
+        from .analysing.scores.cache import cache_folder, find_log
 
         log = find_log(cache_folder(folder), name)
         self.chunks = log.read()
@@ -159,7 +158,7 @@ _DIRECTORY = click.option("--dir", "folder", help="default: the user cache folde
 @_DIRECTORY
 def list_command(folder: str | None):
     """List the analyses that are kept, with size and age."""
-    from .analysing.cache import cache_folder, entries
+    from .analysing.scores.cache import cache_folder, entries
 
     place = cache_folder(folder)
     found = entries(place)
@@ -177,7 +176,7 @@ def list_command(folder: str | None):
 @_DIRECTORY
 def clear_command(key: str | None, folder: str | None):
     """Delete the analysis KEY, or all of them."""
-    from .analysing.cache import cache_folder, clear
+    from .analysing.scores.cache import cache_folder, clear
 
     place = cache_folder(folder)
     click.echo(f"removed {len(clear(place, key))} analyses from {place}")

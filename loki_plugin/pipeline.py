@@ -6,23 +6,23 @@ import logging
 import time
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from .analysing.attribute import KERNELS
-from .analysing.batches import attribute_many
-from .analysing.cache import cache_folder, open_log
-from .analysing.calibration import Calibration, load_prompts
-from .analysing.checking import check_reproduces
-from .analysing.engine import convergence_error, quiet
-from .analysing.quadrature import quadrature
-from .analysing.score_log import ScoreLog, fill
-from .anatomy import Anatomy, find_anatomy
+from . import ranks
+from .analysing.attribution.attribute import KERNELS
+from .analysing.attribution.batches import attribute_many
+from .analysing.attribution.checking import check_reproduces
+from .analysing.attribution.engine import convergence_error, quiet
+from .analysing.attribution.quadrature import quadrature
+from .analysing.calibration.prompts import Calibration, load_prompts
+from .analysing.scores.cache import cache_folder, open_log
+from .analysing.scores.log import ScoreLog, fill
 from .args import LokiConfig
-from .fingerprint import fingerprint
+from .model.anatomy import Anatomy, find_anatomy
+from .model.fingerprint import fingerprint
 from .rows import RowSelection
-from .selecting import quota_to_count, select_rows
+from .selecting.select import quota_to_count, select_rows
 
 LOG = logging.getLogger("loki_plugin")
 _CONVERGENCE_PROMPTS = 8
@@ -37,11 +37,10 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
         ValueError: an unsupported model, a quota without rows, a faulty calibration source; all
             before the first prompt runs.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    rank, world = ranks.current(), ranks.count()
+    if world == 1:
         return _choose(model, tokenizer, config, 0, 1)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    loaded = [None] * world
-    dist.all_gather_object(loaded, not any(p.is_meta for p in model.parameters()))
+    loaded = ranks.gather(not any(p.is_meta for p in model.parameters()))
     # Sharded training loads the weights of one rank only; that one then works alone.
     first = loaded.index(True)
     selection = None
@@ -49,7 +48,7 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
         selection = _choose(model, tokenizer, config, rank, world)
     elif rank == first:
         selection = _choose(model, tokenizer, config, 0, 1)
-    return _broadcast(selection, first)
+    return ranks.broadcast(selection, first)
 
 
 def _choose(
@@ -112,14 +111,14 @@ def _complete(
 ) -> None:
     """Make the shards that the log lacks, each worker every `workers`-th of them."""
     if workers > 1:
-        shared = _broadcast(log.missing(), 0)
+        shared = ranks.broadcast(log.missing(), 0)
         mine = set(log.missing()).intersection(shared[worker::workers])
         _analyse(log, model, anatomy, calibration, config, sorted(mine))
-        dist.barrier()
+        ranks.wait()
         # Nodes without a common disk send the first worker what its own does not show.
-        for shard in _broadcast(log.missing(), 0):
+        for shard in ranks.broadcast(log.missing(), 0):
             owner = shared.index(shard) % workers
-            scores = _broadcast(log.scores(shard) if worker == owner else None, owner)
+            scores = ranks.broadcast(log.scores(shard) if worker == owner else None, owner)
             if worker == 0:
                 log.write(shard, scores)
         return
@@ -141,13 +140,6 @@ def _complete(
                 log.num_shards,
             )
         _analyse(log, model, anatomy, calibration, config, missing)
-
-
-def _broadcast(value, source: int):
-    """`value` of the worker `source`, on every worker."""
-    message = [value]
-    dist.broadcast_object_list(message, src=source)
-    return message[0]
 
 
 def _convergence(log: ScoreLog, model, anatomy, calibration, config: LokiConfig) -> float | None:

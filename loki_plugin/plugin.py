@@ -6,7 +6,9 @@ from pathlib import Path
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 
-from . import carrier
+from . import ranks
+from .host import patches, settings
+from .host.run import Run
 from .rows import FILE_NAME
 
 
@@ -15,16 +17,16 @@ class LokiPlugin(BasePlugin):
 
     def __init__(self):
         super().__init__()
-        self._run: carrier.Run | None = None
+        self._run: Run | None = None
 
     def register(self, cfg):
         """Before validation: check the `loki:` block and rewrite the carrier keys."""
         if not self._acts_on(cfg):
             return
-        carrier.show_log()
-        carrier.LOG.info("\n".join(carrier.prepare(cfg)))
+        patches.show_log()
+        settings.LOG.info("\n".join(settings.prepare(cfg)))
         if cfg.get("merge_lora"):
-            carrier.take_over_merge()
+            patches.take_over_merge()
 
     def _acts_on(self, cfg) -> bool:
         """Axolotl's plugin manager outlives a run and calls every plugin it ever loaded.
@@ -53,7 +55,7 @@ class LokiPlugin(BasePlugin):
         """The base model is in memory, maybe quantised, before adapters: find the rows."""
         if not self._acts_on(cfg):
             return
-        self._run = carrier.Run.start(cfg, model)
+        self._run = Run.start(cfg, model)
         self._run.apply_to(cfg, model)
 
     def post_lora_load(self, cfg, model):
@@ -65,7 +67,7 @@ class LokiPlugin(BasePlugin):
         if not self._acts_on(cfg):
             return
         self._run.prepare_trainer(cfg, trainer)
-        if trainer.is_world_process_zero():
+        if ranks.is_first():
             self._run.selection.save(Path(cfg.output_dir) / FILE_NAME)
 
     def post_train(self, cfg, model):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .anatomy import Anatomy, find_anatomy
-from .fingerprint import fingerprint, same_model
+from .model.anatomy import Anatomy, find_anatomy
+from .model.fingerprint import fingerprint, same_model
 
 FILE_NAME = "loki_rows.json"
 FORMAT = "loki_rows"
@@ -87,6 +87,14 @@ class RowSelection:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+        return path
+
+    def save_positions(self, path: str | os.PathLike) -> Path:
+        """Write the authors' position file: a bare JSON list of L lists of row indices."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps([r.tolist() for r in self.rows])
+        path.write_text(content + "\n", encoding="utf-8")
         return path
 
     @classmethod

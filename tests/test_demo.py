@@ -10,11 +10,11 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from helpers.tokenizers import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loki_plugin.demo import __main__ as demo
-from loki_plugin.demo import base, corpus, evaluate
+from demo import __main__ as demo
+from demo import base, corpus, evaluate
 
 KINDS = {"capital": "country", "symbol": "element", "past": "verb", "young": "animal"}
 KINDS |= {"sound": "animal"}

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from loki_plugin import carrier
 from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
+from loki_plugin.host import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_the_full_block_in_the_readme_is_every_field_with_its_default():
 
 def test_the_short_block_in_the_readme_is_a_run():
     (short,) = [b for b in BLOCKS if "plugins" in b]
-    carrier.prepare(short)
+    settings.prepare(short)
     assert short["adapter"] == "qlora"
 
 
@@ -42,7 +42,7 @@ def test_example_configurations_are_accepted(path, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / rows).parent.mkdir(parents=True)
         (tmp_path / rows).write_text("[[1], [2]]")
-    carrier.prepare(config)
+    settings.prepare(config)
     assert config["adapter"] in ("lora", "qlora")
 
 
@@ -60,10 +60,10 @@ sys.modules["axolotl"] = sys.modules["bitsandbytes"] = None
 import importlib, pkgutil
 import loki_plugin
 for module in pkgutil.walk_packages(loki_plugin.__path__, "loki_plugin."):
-    if module.name not in ("loki_plugin.plugin", "loki_plugin.demo.__main__"):
+    if module.name != "loki_plugin.plugin":
         importlib.import_module(module.name)
 import torch
-from families import tiny
+from helpers.families import tiny
 from loki_plugin import attribute, implant, select_rows
 model = tiny("llama")
 rows = select_rows(attribute(model, torch.arange(1, 9)[None]), 20)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_tokenizer
-from families import tiny
+from helpers.families import tiny
+from helpers.runs import configure, model
+from helpers.tokenizers import make_tokenizer
 
 from loki_plugin import pipeline
-from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
 from loki_plugin.pipeline import choose_rows
 from loki_plugin.rows import RowSelection
@@ -35,26 +35,6 @@ def write(path, numbers):
     rows = [{"prompt": f"say the number {'and ' * (i % 7)}{i}"} for i in numbers]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
-
-
-def model(seed=0):
-    """A Llama that knows the tokenizer's ids."""
-    from families import FAMILIES
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    settings = FAMILIES["llama"][1] | {"vocab_size": 320, "max_position_embeddings": 256}
-    llama = LlamaForCausalLM(LlamaConfig(**settings))
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
-    return llama
-
-
-def configure(source, cache, **more):
-    more = {"quota": 20, "cache_dir": str(cache)} | more
-    return LokiConfig(calibration={"source": source}, **more)
 
 
 @pytest.fixture
@@ -158,7 +138,7 @@ def test_faults_are_found_before_the_first_prompt(tokenizer, source, tmp_path, a
 def test_a_mixture_with_routed_experts_only_is_refused():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loki_plugin.anatomy import find_anatomy
+    from loki_plugin.model.anatomy import find_anatomy
 
     config = AutoConfig.for_model(
         "mixtral",
@@ -176,7 +156,7 @@ def test_a_mixture_with_routed_experts_only_is_refused():
 
 
 def test_an_unknown_structure_says_what_was_looked_for():
-    from loki_plugin.anatomy import find_anatomy
+    from loki_plugin.model.anatomy import find_anatomy
 
     broken = tiny("llama")
     broken.model.layers[1].mlp.down_proj = torch.nn.Identity()
@@ -191,7 +171,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch.distributed as dist
 from transformers import AutoTokenizer
-from test_pipeline import configure, model
+from helpers.runs import configure, model
 from loki_plugin import pipeline
 from loki_plugin.pipeline import choose_rows
 counted, inner = [], pipeline.attribute_many

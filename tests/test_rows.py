@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from families import tiny
+from helpers.families import tiny
 
 from loki_plugin import RowSelection
-from loki_plugin.fingerprint import fingerprint
+from loki_plugin.model.fingerprint import fingerprint
 
 
 def write(tmp_path, content) -> str:

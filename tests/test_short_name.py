@@ -47,7 +47,7 @@ def test_a_wheel_install_resolves_the_short_name(tmp_path):
     executable = tmp_path / "venv" / "bin" / "python"
     site = Path(python(executable, "import site; print(site.getsitepackages()[0])").stdout.strip())
     with zipfile.ZipFile(wheel) as archive:
-        assert "loki_plugin/analysing/data/builtin.jsonl" in archive.namelist()
+        assert "loki_plugin/analysing/calibration/data/builtin.jsonl" in archive.namelist()
         archive.extractall(site)
     # The dependencies come from this environment; its own .pth files are not run there.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

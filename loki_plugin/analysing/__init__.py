@@ -1,5 +1,5 @@
 """Analysing: how much every row of the down-projections contributes to general knowledge."""
 
-from .attribute import attribute
+from .attribution.attribute import attribute
 
 __all__ = ["attribute"]

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy, find_anatomy
 from ..rows import RowSelection
 
 

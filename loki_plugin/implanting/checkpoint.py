@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy, find_anatomy
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
+from .. import ranks
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
 
@@ -49,7 +50,7 @@ class RowsBesideCheckpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if ranks.is_first() and folder.is_dir():
             self.selection.save(folder / FILE_NAME)
 
 

@@ -1,0 +1,1 @@
+"""Knowledge Vector Attribution: integrated gradients of every row, in one pass upwards."""

@@ -1,0 +1,1 @@
+"""Calibration prompts: where they come from, and their token ids."""

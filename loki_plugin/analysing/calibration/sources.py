@@ -1,0 +1,183 @@
+"""Where calibration records come from, read and checked before any long work."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("subject", "question", "choices", "answer", "prompt", "target", "text")
+MMLU = ("cais/mmlu", "all")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A question with choices and answer, or a prompt (and target), or a raw text."""
+
+    where: str
+    subject: str = ""
+    question: str | None = None
+    choices: list[str] | None = None
+    answer: int | None = None
+    prompt: str | None = None
+    target: str | None = None
+    text: str | None = None
+
+
+def load_records(
+    source: str, columns: dict[str, str] | None = None, split: str | None = None
+) -> list[Record]:
+    """Read `builtin`, `mmlu`, a .jsonl/.csv/.parquet/.txt file, or any `datasets` path.
+
+    `columns` maps our field names to the source's columns. A .txt file is cut into texts at blank
+    lines.
+
+    Raises:
+        ValueError: an unreadable source, an unknown column, or a faulty record, named by file and
+            line.
+    """
+    unknown = sorted(set(columns or {}) - set(FIELDS))
+    if unknown:
+        raise ValueError(
+            f"calibration.columns names unknown fields {unknown}; known: {', '.join(FIELDS)}"
+        )
+    if source == "builtin":
+        file = resources.files("loki_plugin.analysing.calibration") / "data" / "builtin.jsonl"
+        rows = _jsonl(file.read_text(encoding="utf-8"), "builtin.jsonl")
+    elif Path(source).suffix.lower() in _READERS:
+        rows = _read_file(Path(source))
+    else:
+        rows = _hub(source, split)
+    records = [_record(row, where, columns or {}) for where, row in rows]
+    if not records:
+        raise ValueError(f"calibration source '{source}' is empty; it needs at least one record")
+    return records
+
+
+def check_source(source: str, columns: dict[str, str] | None = None) -> None:
+    """Read a local file once, so that its faults show before a model is loaded.
+
+    Raises:
+        ValueError: as `load_records`.
+    """
+    if Path(source).suffix.lower() in _READERS:
+        load_records(source, columns)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
+    if not path.is_file():
+        raise ValueError(f"calibration.source '{path}' does not exist or is not a file")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        return ((f"{path}:{i + 1}", r) for i, r in enumerate(parquet.read_table(path).to_pylist()))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration.source '{path}' is not UTF-8: {error}") from error
+    return _READERS[suffix](text, str(path))
+
+
+def _jsonl(text: str, name: str) -> Iterator[tuple[str, dict]]:
+    for i, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}:{i}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}:{i}: expected a JSON object, got {type(row).__name__}")
+        yield f"{name}:{i}", row
+
+
+def _csv(text: str, name: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(text.splitlines())
+    for row in reader:
+        cells = {k: v for k, v in row.items() if k is not None and v not in (None, "")}
+        if isinstance(cells.get("choices"), str):
+            try:
+                cells["choices"] = json.loads(cells["choices"])
+            except ValueError as error:
+                raise ValueError(
+                    f"{name}:{reader.line_num}: `choices` must be a JSON list of four strings"
+                ) from error
+        if str(cells.get("answer", "")).isdigit():
+            cells["answer"] = int(cells["answer"])
+        yield f"{name}:{reader.line_num}", cells
+
+
+def _txt(text: str, name: str) -> Iterator[tuple[str, dict]]:
+    block: list[str] = []
+    start = 1
+    for i, line in enumerate([*text.splitlines(), ""], 1):
+        if line.strip():
+            start = start if block else i
+            block.append(line)
+        elif block:
+            yield f"{name}:{start}", {"text": "\n".join(block)}
+            block = []
+
+
+def _hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    path, name = MMLU if source == "mmlu" else (source, None)
+    try:
+        found = datasets.load_dataset(path, name)
+    except Exception as error:
+        raise ValueError(
+            f"calibration.source '{source}' is neither `builtin`, a {'/'.join(_READERS)} file nor a"
+            f" data set that can be loaded ({type(error).__name__}: {error})"
+        ) from error
+    wanted = split or ("test" if "test" in found else "train")
+    if wanted not in found:
+        raise ValueError(f"calibration.split '{wanted}' is not in '{path}'; it has {sorted(found)}")
+    return ((f"{path}[{wanted}][{i}]", row) for i, row in enumerate(found[wanted]))
+
+
+def _record(row: dict[str, Any], where: str, columns: dict[str, str]) -> Record:
+    row = {**row, **{field: row.get(column) for field, column in columns.items()}}
+    missing = [c for f, c in columns.items() if row.get(f) is None]
+    if missing:
+        raise ValueError(f"{where}: the columns {missing} are missing or empty")
+    subject = str(row.get("subject") or "")
+    if row.get("question") is not None:
+        return Record(where, subject, **_question(row, where))
+    for key in ("prompt", "text"):
+        if row.get(key) is not None:
+            if not isinstance(row[key], str) or not row[key].strip():
+                raise ValueError(f"{where}: `{key}` must be a text, got {row[key]!r}")
+            target = row.get("target")
+            if target is not None and (not isinstance(target, str) or not target):
+                raise ValueError(f"{where}: `target` must be a text, got {target!r}")
+            return Record(where, subject, target=target, **{key: row[key]})
+    raise ValueError(
+        f"{where}: needs `question`, `choices`, `answer`, or `prompt`, or `text`; it has"
+        f" {sorted(k for k in row if row[k] is not None) or 'nothing'}"
+    )
+
+
+def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
+    missing = [key for key in ("choices", "answer") if row.get(key) is None]
+    if missing:
+        raise ValueError(f"{where}: missing field{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{where}: `question` must be a text, got {question!r}")
+    if not isinstance(choices, list | tuple) or len(choices) != 4:
+        count = len(choices) if isinstance(choices, list | tuple) else repr(choices)
+        raise ValueError(f"{where}: `choices` must be four texts, got {count}")
+    if isinstance(answer, str) and answer.strip().upper() in tuple("ABCD"):
+        answer = "ABCD".index(answer.strip().upper())
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= 3:
+        raise ValueError(f"{where}: `answer` must be 0-3 or A-D, got {row['answer']!r}")
+    return {"question": question, "choices": [str(c) for c in choices], "answer": answer}
+
+
+_READERS = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".parquet": None}

@@ -1,0 +1,56 @@
+"""What is changed in Axolotl itself: our log is shown, and merging a LoKI run is ours."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ..rows import FILE_NAME, RowSelection
+
+LOG = logging.getLogger("loki_plugin")
+
+
+class _ToAxolotl(logging.Handler):
+    """Axolotl silences INFO of every logger that is not its own; ours speak through its."""
+
+    def emit(self, record):
+        record.name = "axolotl.loki"
+        logging.getLogger("axolotl").handle(record)
+
+
+def show_log() -> None:
+    LOG.filters.clear()  # Axolotl's logger class adds its name filter to loggers made after it
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    if not any(isinstance(h, _ToAxolotl) for h in LOG.handlers):
+        LOG.addHandler(_ToAxolotl())
+
+
+def take_over_merge() -> None:
+    """`axolotl merge-lora` on a LoKI run uses our merge.
+
+    Axolotl's default method round-trips every matrix of a 4-bit run through NF4, and its legacy
+    method rounds the whole base to `torch_dtype`: both change frozen rows.
+    """
+    from axolotl.cli import merge_lora
+
+    original = merge_lora.do_merge_lora
+    if getattr(original, "merges_loki", False):
+        return
+
+    def do_merge_lora(*, cfg):
+        if cfg.loki is None:
+            return original(cfg=cfg)
+        from ..implanting.merge import merge_adapter
+
+        adapter = Path(cfg.lora_model_dir)
+        LOG.info("loki: merging %s shard by shard; frozen rows keep their bytes", adapter)
+        merge_adapter(
+            cfg.base_model,
+            adapter,
+            Path(cfg.output_dir) / "merged",
+            RowSelection.load(adapter / FILE_NAME),
+        )
+
+    do_merge_lora.merges_loki = True
+    merge_lora.do_merge_lora = do_merge_lora

@@ -1,0 +1,147 @@
+"""The settings of a run: what is refused, what is overridden, and the `loki:` block as a model.
+
+A LoKI run travels through Axolotl as a LoRA run whose adapter is constrained.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..analysing.calibration.sources import check_source
+from ..args import LokiConfig
+from ..rows import RowSelection
+
+LOG = logging.getLogger("loki_plugin")
+
+# Keys that would train, move or scale something else than the selected rows.
+REFUSED = {
+    "rl": "preference training is not supported yet; use supervised data sets",
+    "reward_model": "reward models are not supported yet",
+    "process_reward_model": "reward models are not supported yet",
+    "relora": "ReLoRA merges and restarts the adapter; LoKI keeps one",
+    "peft_use_dora": "DoRA rescales every row of the weight, frozen ones too",
+    "peft_use_rslora": "LoKI's scaling is always 1",
+    "peft_init_lora_weights": "LoKI's update starts at zero",
+    "peft_layers_to_transform": "use `loki.exclude` or a rows file to leave layers out",
+    "peft_layers_pattern": "use `loki.exclude` or a rows file to leave layers out",
+    "peft_layer_replication": "replicated layers have no rows of their own",
+    "peft_trainable_token_indices": "it trains embeddings",
+    "lora_modules_to_save": "it trains whole modules",
+    "lora_rank_pattern": "LoKI sets the ranks from the rows",
+    "lora_alpha_pattern": "LoKI sets the ranks from the rows",
+    "loraplus_lr_ratio": "use `loki.lr_scale`",
+    "unfrozen_parameters": "it trains parameters of the base model",
+    "fix_untrained_tokens": "it changes embeddings of the base model",
+    "gptq": "only 16/32-bit and bitsandbytes 8-bit or 4-bit bases are supported",
+}
+OVERRIDDEN = {
+    "lora_target_modules": ["down_proj"],
+    "lora_target_linear": None,
+    "lora_target_parameters": None,
+    "lora_dropout": 0.0,
+    # The kernels read lora_B.weight past the module's forward, and so past the constraint.
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_embedding_kernel": False,
+}
+
+
+def parse(cfg) -> LokiConfig:
+    """The `loki:` block as a checked model.
+
+    Raises:
+        ValueError: all faults of the block at once.
+    """
+    block = cfg.get("loki")
+    if block is None:
+        block = {}
+    if not isinstance(block, dict):
+        raise ValueError(f"`loki:` must be a block of settings, got {block!r}")
+    block = block.to_dict() if hasattr(block, "to_dict") else block
+    try:
+        return LokiConfig(**block)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            where = ".".join(["loki", *(str(part) for part in fault["loc"])])
+            hint = ""
+            if fault["type"] == "extra_forbidden":
+                hint = f"; known fields: {', '.join(_fields_at(fault['loc'][:-1]))}"
+            lines.append(f"  {where}: {fault['msg']} (got {fault['input']!r}){hint}")
+        raise ValueError("the `loki:` block is not valid:\n" + "\n".join(lines)) from error
+
+
+def _fields_at(path: tuple) -> list[str]:
+    model: Any = LokiConfig
+    for part in path:
+        model = model.model_fields[part].annotation
+    return sorted(model.model_fields)
+
+
+def prepare(cfg) -> list[str]:
+    """Check the run and rewrite its keys so that Axolotl builds the LoRA carrier.
+
+    Returns the lines that say what was set and what was overridden.
+
+    Raises:
+        ValueError: a setting that contradicts LoKI, before anything is loaded.
+    """
+    config = parse(cfg)
+    _refuse(cfg)
+    adapter, rank = _adapter(cfg, config)
+    lines = [f"loki: adapter '{cfg.get('adapter') or 'not set'}' runs as '{adapter}'"]
+    wanted = {**OVERRIDDEN, "adapter": adapter, "lora_r": rank or 1, "lora_alpha": rank or 1}
+    for key, value in wanted.items():
+        given = cfg.get(key)
+        if given is not None and given != value and key != "adapter":
+            reason = "set from the rows" if key in ("lora_r", "lora_alpha") else f"now {value}"
+            lines.append(f"loki: overrides {key} = {given!r}: {reason}")
+        cfg[key] = value
+    cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank}
+    if config.rows and config.exclude:
+        raise ValueError(
+            "loki.rows and loki.exclude disagree: rows from a file are used as they are; give one"
+        )
+    if config.rows:
+        RowSelection.load(config.rows)  # a bad file must fail now, not after the model is loaded
+    else:
+        check_source(config.calibration.source, config.calibration.columns)
+    for path in config.exclude:
+        RowSelection.load(path)
+    return lines
+
+
+def _refuse(cfg) -> None:
+    faults = [f"  {key}: {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    if (cfg.get("peft") or {}).get("loftq_config"):
+        faults.append("  peft.loftq_config: LoKI's update starts at zero")
+    if faults:
+        raise ValueError(
+            "these settings cannot be used with loki; remove them:\n" + "\n".join(faults)
+        )
+
+
+def _adapter(cfg, config: LokiConfig) -> tuple[str, int | None]:
+    given, rank = cfg.get("adapter"), config.rank
+    if given not in (None, "loki", "lora", "qlora"):
+        raise ValueError(
+            f"adapter: {given} cannot be combined with plugins: [loki]; use `adapter: loki`, or"
+            " `lora`/`qlora` with `lora_r` for the low-rank form"
+        )
+    if given in ("lora", "qlora"):
+        r = cfg.get("lora_r")
+        if rank is not None and r is not None and r != rank:
+            raise ValueError(f"lora_r = {r} and loki.rank = {rank} disagree; give one of them")
+        rank = rank if r is None else int(r)
+        if rank is None:
+            raise ValueError(
+                f"adapter: {given} with plugins: [loki] is the low-rank form and needs `lora_r`;"
+                " for the dense form write `adapter: loki`"
+            )
+        if given == "qlora":
+            return given, rank
+    return ("qlora" if cfg.get("load_in_4bit") else "lora"), rank

@@ -1,0 +1,1 @@
+"""What a model is: its parts, its identity, and how its weights are stored."""

@@ -1,0 +1,220 @@
+"""Calibration prompts: the shipped questions, the sources, and the very text of a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from helpers.tokenizers import CHATML, make_tokenizer
+
+from loki_plugin.analysing.calibration.prompts import load_prompts, question_text
+from loki_plugin.analysing.calibration.sources import load_records
+
+GOLDEN = Path(__file__).parent / "golden"
+QUESTION = {
+    "subject": "high_school_physics",
+    "question": "Which unit measures force?",
+    "choices": ["newton", "joule", "watt", "pascal"],
+    "answer": 0,
+}
+TEMPLATES = {
+    "none": None,
+    "chatml": CHATML,
+    "llama3": (
+        "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role']"
+        " + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        "{% endif %}"
+    ),
+    "gemma": (
+        "{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] =="
+        " 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def write(tmp_path, rows, name="questions.jsonl") -> str:
+    path = tmp_path / name
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def test_the_shipped_questions_are_complete_and_balanced():
+    file = resources.files("loki_plugin.analysing.calibration") / "data" / "builtin.jsonl"
+    content = file.read_bytes()
+    assert hashlib.sha256(content).hexdigest() == (GOLDEN / "builtin.sha256").read_text().strip()
+    rows = [json.loads(line) for line in content.decode().splitlines()]
+    subjects = Counter(r["subject"] for r in rows)
+    assert len(subjects) == 57 and set(subjects.values()) == {10}
+    for subject in subjects:
+        answers = Counter(r["answer"] for r in rows if r["subject"] == subject)
+        assert set(answers) == {0, 1, 2, 3} and max(answers.values()) <= 3, subject
+    assert len({r["question"].strip().lower() for r in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == ["subject", "question", "choices", "answer"]
+        texts = [row["question"], *row["choices"]]
+        assert all(t == t.strip() and t for t in texts), row
+        assert len(set(row["choices"])) == 4, row
+    longest = sum(max(range(4), key=lambda i: len(r["choices"][i])) == r["answer"] for r in rows)
+    assert 0.15 < longest / len(rows) < 0.35  # length must not give the answer away
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_text_is_exactly_this(tokenizer, tmp_path, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[template])
+    source = write(tmp_path, [QUESTION])
+    (prompt,) = load_prompts(tokenizer, source).prompts
+    assert tokenizer.decode(prompt.ids) == (GOLDEN / f"{template}.txt").read_text()
+
+
+def test_the_user_message_is_the_papers():
+    assert question_text("high_school_physics", "Q?", ["a", "b", "c", "d"]) == (
+        "There is a single choice question about High School Physics. Answer the question by"
+        " replying A, B, C or D.\nQuestion: Q?\nChoices:\nA. a\nB. b\nC. c\nD. d\nAnswer: \n"
+    )
+
+
+def test_the_order_of_the_source_does_not_matter(tokenizer, tmp_path):
+    rows = [QUESTION | {"question": f"What is {i}?"} for i in range(20)]
+    one = load_prompts(tokenizer, write(tmp_path, rows))
+    other = load_prompts(tokenizer, write(tmp_path, rows[::-1], "reversed.jsonl"))
+    assert one.prompts == other.prompts and one.hash == other.hash
+    assert [len(p.ids) for p in one.prompts] == sorted(len(p.ids) for p in one.prompts)
+    fewer = load_prompts(tokenizer, write(tmp_path, rows[1:], "fewer.jsonl"))
+    assert fewer.hash != one.hash
+
+
+def test_gold_targets_are_the_letter_and_the_first_token_of_a_target(tokenizer, tmp_path):
+    rows = [QUESTION | {"answer": "C"}, {"prompt": "say", "target": "number one"}]
+    gold = load_prompts(tokenizer, write(tmp_path, rows), target="gold").prompts
+    first = [tokenizer("C")["input_ids"][0], tokenizer("number one")["input_ids"][0]]
+    assert sorted(p.target for p in gold) == sorted(first)
+    predicted = load_prompts(tokenizer, write(tmp_path, rows)).prompts
+    assert [p.target for p in predicted] == [None, None]
+    with pytest.raises(ValueError, match=r"open.jsonl:1: calibration.target is 'gold', but"):
+        load_prompts(tokenizer, write(tmp_path, [{"prompt": "x"}], "open.jsonl"), target="gold")
+
+
+def test_samples_per_subject_draws_and_long_prompts_are_dropped_whole(tokenizer, tmp_path):
+    rows = [
+        QUESTION | {"subject": s, "question": f"{s} {i}?" + "!" * i}
+        for s in ("a", "b")
+        for i in range(9)
+    ]
+    source = write(tmp_path, rows)
+    drawn = load_prompts(tokenizer, source, samples_per_subject=4)
+    assert Counter(p.subject for p in drawn.prompts) == {"a": 4, "b": 4}
+    assert drawn.hash == load_prompts(tokenizer, source, samples_per_subject=4).hash
+    assert drawn.hash != load_prompts(tokenizer, source, samples_per_subject=4, seed=1).hash
+    every = load_prompts(tokenizer, source).prompts
+    limit = len(every[9].ids)
+    short = load_prompts(tokenizer, source, max_tokens=limit)
+    kept = [p for p in every if len(p.ids) <= limit]
+    assert short.prompts == kept and short.dropped == 18 - len(kept) > 0
+    with pytest.raises(ValueError, match="all 18 are longer than max_tokens = 5"):
+        load_prompts(tokenizer, source, max_tokens=5)
+
+
+def test_few_shot_examples_are_solved_and_never_the_question_itself(tokenizer, tmp_path):
+    rows = [QUESTION | {"question": f"Number {i}?", "answer": i % 4} for i in range(6)]
+    shots = []
+    for prompt in load_prompts(tokenizer, write(tmp_path, rows), few_shot=2).prompts:
+        text = tokenizer.decode(prompt.ids)
+        shots.append(text.rpartition("Question: ")[0])
+        asked = [line for line in text.splitlines() if line.startswith("Question: ")]
+        assert len(asked) == 3 == len(set(asked))
+        for shot in asked[:2]:
+            letter = "ABCD"[int(shot.split()[2].rstrip("?")) % 4]
+            assert f"assistant\n{letter}<|im_end|>" in text
+    # Prompts with the same examples are neighbours, so that batches can run the examples once.
+    assert len(list(groupby(shots))) == len(set(shots)) < len(shots)
+    with pytest.raises(ValueError, match="few_shot = 6 needs more than 6 questions per subject"):
+        load_prompts(tokenizer, write(tmp_path, rows), few_shot=6)
+
+
+def test_csv_parquet_text_and_columns(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    wanted = load_prompts(tokenizer, write(tmp_path, [QUESTION])).hash
+    cell = json.dumps(QUESTION["choices"]).replace('"', '""')
+    table = f'subject,q,choices,answer\n{QUESTION["subject"]},{QUESTION["question"]},"{cell}",0\n'
+    (tmp_path / "q.csv").write_text(table)
+    found = load_prompts(tokenizer, str(tmp_path / "q.csv"), columns={"question": "q"})
+    assert found.hash == wanted
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([QUESTION]), tmp_path / "q.parquet")
+    assert load_prompts(tokenizer, str(tmp_path / "q.parquet")).hash == wanted
+
+    (tmp_path / "t.txt").write_text("first text\nsame text\n\n\nsecond text\n")
+    texts = load_records(str(tmp_path / "t.txt"))
+    assert [(r.text, r.where[-1]) for r in texts] == [
+        ("first text\nsame text", "1"),
+        ("second text", "5"),
+    ]
+    for prompt in load_prompts(tokenizer, str(tmp_path / "t.txt"), target="gold").prompts:
+        text = tokenizer.decode([*prompt.ids, prompt.target])
+        assert any(r.text.startswith(text) for r in texts)
+
+
+def test_mmlu_is_drawn_from_the_hub(tokenizer, monkeypatch):
+    import datasets
+
+    rows = [QUESTION | {"question": f"{s} {i}?", "subject": s} for s in "ab" for i in range(60)]
+    asked = []
+
+    def load_dataset(*names):
+        asked.append(names)
+        return {"test": rows, "validation": []}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prompts = load_prompts(tokenizer, "mmlu").prompts
+    assert asked == [("cais/mmlu", "all")]
+    assert Counter(p.subject for p in prompts) == {"a": 50, "b": 50}
+    with pytest.raises(ValueError, match=r"split 'train' is not in 'cais/mmlu'; it has \['test'"):
+        load_prompts(tokenizer, "mmlu", split="train")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{oops", "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ({"question": "Q?", "answer": 1}, "missing field choices"),
+        ({"question": "Q?"}, "missing fields choices, answer"),
+        (QUESTION | {"choices": ["a", "b"]}, "`choices` must be four texts, got 2"),
+        (QUESTION | {"answer": 4}, "`answer` must be 0-3 or A-D, got 4"),
+        (QUESTION | {"answer": "E"}, "`answer` must be 0-3 or A-D, got 'E'"),
+        (QUESTION | {"question": " "}, "`question` must be a text"),
+        ({"prompt": 3}, "`prompt` must be a text, got 3"),
+        ({"prompt": "x", "target": ""}, "`target` must be a text"),
+        ({"colour": "red"}, r"needs `question`.*it has \['colour'\]"),
+    ],
+)
+def test_a_faulty_record_is_named_by_file_and_line(tokenizer, tmp_path, row, message):
+    source = write(tmp_path, [QUESTION, row])
+    with pytest.raises(ValueError, match=rf"questions.jsonl:2: {message}"):
+        load_prompts(tokenizer, source)
+
+
+def test_faulty_sources_are_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="empty.jsonl' is empty; it needs at least one record"):
+        load_prompts(tokenizer, write(tmp_path, [], "empty.jsonl"))
+    with pytest.raises(ValueError, match="gone.csv' does not exist or is not a file"):
+        load_prompts(tokenizer, str(tmp_path / "gone.csv"))
+    with pytest.raises(ValueError, match="'no/such-set' is neither `builtin`"):
+        load_prompts(tokenizer, "no/such-set")
+    with pytest.raises(ValueError, match=r"columns names unknown fields \['colour'\]"):
+        load_prompts(tokenizer, write(tmp_path, [QUESTION]), columns={"colour": "x"})
+    with pytest.raises(ValueError, match=r"columns \['q'\] are missing or empty"):
+        load_prompts(tokenizer, write(tmp_path, [QUESTION]), columns={"question": "q"})

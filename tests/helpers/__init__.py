@@ -1,0 +1,1 @@
+"""What tests share: the slow truth, tiny models, tokenizers, prompts."""

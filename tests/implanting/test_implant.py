@@ -1,0 +1,234 @@
+"""The row constraint on LoRA: laws, through real PEFT and real optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.families import FAMILIES, tiny
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from loki_plugin import RowSelection, implant
+from loki_plugin.implanting import adapter
+from loki_plugin.implanting.training import check_resume, prepare_trainer
+from loki_plugin.model.anatomy import find_anatomy
+
+ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
+IDS = torch.arange(1, 13).view(2, 6)
+
+
+def step(model, optimizer, times=3):
+    for _ in range(times):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+MOE = ("qwen2_moe", "granitemoeshared", "llama4")
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "falcon", "gpt_neox", *MOE])
+def test_training_and_merging_change_the_selected_rows_only(family, rank, optimizer):
+    base = tiny(family)
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    names, dims = find_anatomy(base).names, find_anatomy(base).row_dims
+    with torch.no_grad():
+        plain = base(input_ids=IDS).logits
+    model = implant(base, ROWS, rank)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, plain)  # starts as the base
+    step(model, OPTIMIZERS[optimizer](trainable(model)))
+    adapter.check(model)
+    with torch.no_grad():
+        tuned = model(input_ids=IDS).logits
+        merged = model.merge_and_unload()
+        assert torch.allclose(merged(input_ids=IDS).logits, tuned, atol=1e-4, rtol=1e-4)
+    for name, parameter in merged.named_parameters():
+        if name.removesuffix(".weight") not in names:
+            assert torch.equal(parameter, before[name]), name
+            continue
+        layer = names.index(name.removesuffix(".weight"))
+        old, new = before[name], parameter
+        if dims[layer] == 1:
+            old, new = old.T, new.T
+        changed = (old != new).any(1).nonzero()[:, 0].tolist()
+        assert changed == sorted(ROWS[layer]), name
+
+
+def test_a_dense_step_is_an_unrestricted_step_on_those_rows():
+    """Plain SGD on A moves the rows exactly as SGD on the full weight would."""
+    full, base = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
+    model = implant(base, ROWS)
+    step(model, torch.optim.SGD(trainable(model), lr=0.1), times=1)
+    for parameter in full.parameters():
+        parameter.requires_grad_(False)
+    down = find_anatomy(full).down
+    for module in down:
+        module.weight.requires_grad_(True)
+    full(input_ids=IDS, labels=IDS).loss.backward()
+    merged = find_anatomy(model.merge_and_unload()).down
+    for module, new, rows in zip(down, merged, ROWS, strict=True):
+        rows = sorted(rows)
+        wanted = module.weight[rows] - 0.1 * module.weight.grad[rows]
+        # PEFT holds the adapter in float32.
+        assert torch.allclose(new.weight[rows].double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_parameter_counts(rank):
+    model = implant(tiny("llama"), ROWS, rank)
+    size = 3 * 3 * 80 if rank is None else 3 * 2 * (80 + 3)
+    assert adapter.trainable_share(model)[0] == size
+    assert adapter.trainable_share(model)[1] == sum(p.numel() for p in tiny("llama").parameters())
+
+
+# PEFT takes every `down_proj` of these for the routed experts' weights.
+CONVERTED = {"deepseek_v3", "glm4_moe", "hunyuan_moe", "afmoe"}
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_a_family_whose_targets_peft_converts_is_refused(family):
+    with pytest.raises(ValueError, match="down_proj for one of the routed experts .down_proj.,"):
+        implant(tiny(family), ROWS)
+
+
+@pytest.mark.parametrize("family", FAMILIES.keys() - CONVERTED)
+def test_every_other_family_can_be_wrapped(family):
+    model = implant(tiny(family), ROWS)
+    adapter.check(model)
+    assert sum(1 for _ in adapter.constrained_modules(model)) == 3
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_layers_may_have_different_counts_and_none(tmp_path, rank):
+    rows = [[1, 2], [], [5, 6, 7]]
+    model = implant(tiny("llama"), rows, rank)
+    step(model, torch.optim.AdamW(trainable(model), lr=0.05))
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(stock(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-6)
+    config = model.peft_config["default"]
+    assert config.r == config.lora_alpha or rank is None
+    assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_B")} == {1.0}
+    merged = model.merge_and_unload()
+    unchanged = tiny("llama").model.layers[1].mlp.down_proj.weight
+    assert torch.equal(merged.model.layers[1].mlp.down_proj.weight, unchanged)
+
+
+def test_the_saved_adapter_is_small_and_ordinary(tmp_path):
+    from safetensors.torch import load_file
+
+    implant(tiny("llama"), ROWS).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kinds = {name.split(".", 7)[-1] for name in tensors}
+    assert kinds == {"lora_A.weight", "lora_B.weight"}
+    one_hot = tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
+    assert one_hot.nonzero().tolist() == [[1, 0], [3, 1], [40, 2]]
+
+
+def test_continuing_keeps_the_update_and_freezes_the_selector_again(tmp_path):
+    model = implant(tiny("llama"), ROWS)
+    step(model, torch.optim.AdamW(trainable(model), lr=0.05))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for n, p in again.named_parameters() if "lora_B" in n)
+    adapter.install(again, RowSelection(ROWS), None, fresh=False)
+    assert not any(p.requires_grad for n, p in again.named_parameters() if "lora_B" in n)
+    model.eval(), again.eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    other = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match="layer 0: lora_B is not the one-hot.*other rows"):
+        adapter.install(other, RowSelection([[3, 1, 41], *ROWS[1:]]), None, fresh=False)
+    with pytest.raises(ValueError, match="r = 3 and scaling 1.*expected r = 2"):
+        adapter.install(other, RowSelection(ROWS), 2, fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "message"),
+    [
+        (ROWS, 0, "rank = 0, but 3 rows train per layer"),
+        (ROWS, 3, "1 <= rank < 3"),
+        ([[1], [2]], None, "2 layers x unknown rows, this model has 3 x 48"),
+        ([[1], [2], [48]], None, r"layer 2: row index 48 is outside \[0, 48\)"),
+        ([[1, 1], [2], [3]], None, "layer 0: row 1 is listed twice"),
+    ],
+)
+def test_bad_arguments_are_named(rows, rank, message):
+    with pytest.raises(ValueError, match=message):
+        implant(tiny("llama"), rows, rank)
+
+
+def test_a_wrapped_model_is_refused():
+    model = implant(tiny("llama"), ROWS)
+    with pytest.raises(ValueError, match="got a PeftModel"):
+        implant(model, ROWS)
+
+
+def test_foreign_lora_beside_ours_is_refused():
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=["down_proj", "q_proj"])
+    model = get_peft_model(tiny("llama"), config)
+    with pytest.raises(ValueError, match="6 modules carry LoRA, expected only the 3"):
+        adapter.install(model, RowSelection(ROWS), None)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_check_sees_every_violation(rank):
+    model = implant(tiny("llama"), ROWS, rank)
+    _, module = next(iter(adapter.constrained_modules(model)))
+    with torch.no_grad():
+        module.weight[30, 1] = 1e-30
+    with pytest.raises(RuntimeError, match="layers.0.mlp.down_proj.lora_B.default"):
+        adapter.check(model)
+    model = implant(tiny("llama"), ROWS, rank)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="norm.weight is trainable"):
+        adapter.check(model)
+    with pytest.raises(RuntimeError, match="no row constraint"):
+        adapter.check(tiny("llama"))
+
+
+def test_resuming_with_other_rows_is_refused(tmp_path):
+    selection = RowSelection(ROWS, 48)
+    check_resume(None, selection)
+    with pytest.raises(ValueError, match="has no loki_rows.json"):
+        check_resume(str(tmp_path), selection)
+    selection.save(tmp_path / "loki_rows.json")
+    check_resume(str(tmp_path), selection)
+    with pytest.raises(ValueError, match="other rows .1 of 3 layers have other rows"):
+        check_resume(str(tmp_path), RowSelection([*ROWS[:2], [7, 8, 10]], 48))
+
+
+def test_the_trainer_scales_the_learning_rate_once_and_saves_rows(tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    model = implant(tiny("llama"), ROWS)
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4})
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    prepare_trainer(trainer, RowSelection(ROWS, 48), 0.5, None)
+    model.base_model.model.lm_head.weight.requires_grad_(True)  # someone thaws a weight
+    head = model.base_model.model.lm_head.weight.clone()
+    trainer.train()
+    assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.005}
+    assert torch.equal(model.base_model.model.lm_head.weight, head)
+    assert RowSelection.load(tmp_path / "checkpoint-2" / "loki_rows.json").counts == [3, 3, 3]
