@@ -18,7 +18,6 @@ batch, with logits at the last token only. All in one process, on one model with
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -30,10 +29,10 @@ from benchmarks.machine import (
     PeakMemory,
     authors,
     best_seconds,
-    describe,
     matmul_rate,
     synchronize,
 )
+from benchmarks.writer import RESULTS, command, write
 from loki_plugin.analysing.attribution.batches import attribute_many
 from loki_plugin.analysing.attribution.engine import quiet
 from loki_plugin.analysing.attribution.quadrature import quadrature
@@ -247,24 +246,10 @@ def plot(rows, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(rows, name: str, options) -> None:
-    results = ROOT / "results"
-    results.mkdir(exist_ok=True)
-    with (results / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
+def report(rows, name: str, options) -> None:
     shape = f"H = {options.hidden}, I = {options.intermediate}, V = {options.vocabulary}"
-    given = sys.argv[1:]
-    if options.reference:
-        given[given.index(options.reference)] = "CLONE"
-    about = [
-        f"{describe(torch.device(options.device))}. {shape}, random weights.",
-        f"Command: `{' '.join(['python -m benchmarks.attribution', *given])}`",
-    ]
-    (results / f"{name}.md").write_text("\n\n".join(about) + "\n\n" + "\n".join(lines) + "\n")
+    ran = command("attribution", CLONE=options.reference)
+    write(name, f"{shape}, random weights.", ran, rows, device=options.device, as_csv=True)
 
 
 def main():
@@ -292,15 +277,15 @@ def main():
     options.batch = options.batch if options.batch == "auto" else int(options.batch)
     if options.growth:
         rows = growth(options)
-        write(rows, "attribution_growth", options)
-        plot(rows, ROOT / "results" / "attribution_growth.png")
+        report(rows, "attribution_growth", options)
+        plot(rows, RESULTS / "attribution_growth.png")
         return
     rows = []
     for shape in options.shapes.split(";"):
         for row in compare(*map(int, shape.split(",")), options):
             print(row, flush=True)
             rows.append(row)
-            write(rows, options.output, options)
+            report(rows, options.output, options)
 
 
 if __name__ == "__main__":

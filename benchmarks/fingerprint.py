@@ -6,13 +6,12 @@ python -m benchmarks.fingerprint      # needs 16 GB of free memory
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.machine import best_seconds, describe
+from benchmarks.machine import best_seconds
+from benchmarks.writer import command, write
 from loki_plugin.model.fingerprint import fingerprint
 
 
@@ -42,14 +41,16 @@ def main():
     with torch.no_grad():
         model.model.layers[-1].mlp.down_proj.weight[7, 9] += 2.0**-10
     told = fingerprint(model)["weights"] != before["weights"]
-    command = " ".join(["python -m benchmarks.fingerprint", *sys.argv[1:]])
-    text = (
-        f"{describe(device)}. Llama-3.1-8B shapes, {options.layers} layers, bf16, {size:.1f} GB in"
-        f" memory.\n\nCommand: `{command}`\n\n{seconds:.2f} s ({size / seconds:.1f} GB/s)."
-        f" One changed weight in {size / 2:.0f} billion is told apart: {'yes' if told else 'NO'}.\n"
+    told_apart = "yes" if told else "NO"
+    path = write(
+        "fingerprint",
+        f"Llama-3.1-8B shapes, {options.layers} layers, bf16, {size:.1f} GB in memory.",
+        command("fingerprint"),
+        more=f"{seconds:.2f} s ({size / seconds:.1f} GB/s). One changed weight in"
+        f" {size / 2:.0f} billion is told apart: {told_apart}.",
+        device=device,
     )
-    (Path(__file__).parent / "results" / "fingerprint.md").write_text(text)
-    print(text)
+    print(path.read_text())
 
 
 if __name__ == "__main__":

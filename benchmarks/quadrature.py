@@ -10,13 +10,12 @@ that 100 Gauss-Legendre steps select, which are exact to rounding).
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.machine import describe
+from benchmarks.writer import command, write
 from demo import base, corpus
 from loki_plugin import select_rows
 from loki_plugin.analysing.attribution.batches import attribute_many
@@ -56,31 +55,29 @@ def main():
         return select_rows(scores, options.quota), missed
 
     truth, _ = analyse("gauss-legendre", 100)
-    lines = [
-        "| rule | steps | overlap with 100 steps of the rule, % | with the truth, % |"
-        " completeness error, % |",
-        "|---|---|---|---|---|",
-    ]
+    found = []
     for rule in RULES:
         full, missed = analyse(rule, 100)
         rows = [(100, full, missed)]
         # The trapezoid needs both its ends.
         rows = [(s, *analyse(rule, s)) for s in STEPS if s > 1 or rule != "trapezoid"] + rows
         for steps, some, missed in rows:
-            lines.append(
-                f"| {rule} | {steps} | {overlap(some, full):.2f} | {overlap(some, truth):.2f} |"
-                f" {100 * missed:.3f} |"
+            found.append(
+                {
+                    "rule": rule,
+                    "steps": steps,
+                    "overlap with 100 steps of the rule, %": f"{overlap(some, full):.2f}",
+                    "with the truth, %": f"{overlap(some, truth):.2f}",
+                    "completeness error, %": f"{100 * missed:.3f}",
+                }
             )
-            print(lines[-1], flush=True)
+            print(found[-1], flush=True)
     size = f"L = {anatomy.num_layers}, H = {anatomy.hidden_size}"
-    about = [
-        "# Steps and rules against 100 steps",
-        f"{describe(torch.device('cpu'))}. The demo's trained model ({size}), {len(prompts)} of its"
-        f" questions, quota {options.quota} %.",
-        f"Command: `python -m benchmarks.quadrature {' '.join(sys.argv[1:])}`",
-    ]
-    path = Path(__file__).parent / "results" / "quadrature.md"
-    path.write_text("\n\n".join(about) + "\n\n" + "\n".join(lines) + "\n")
+    about = (
+        f"The demo's trained model ({size}), {len(prompts)} of its questions, quota"
+        f" {options.quota} %; every rule and number of steps against 100 steps."
+    )
+    write("quadrature", about, command("quadrature"), found)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,19 @@ import contextlib
 import io
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-from benchmarks.machine import PeakMemory, authors, describe
+from benchmarks.machine import PeakMemory, authors
+from benchmarks.writer import command, write
 from loki_plugin.analysing.scores.log import ScoreLog
 from loki_plugin.selecting.select import STRATEGIES, select_rows
 from loki_plugin.selecting.stability import bootstrap_overlap
 
 AUTHORS_SELECTION = "a63aec3:src/loki/selection/layer_balanced.py"
-RESULT = Path(__file__).parent / "results" / "selecting.md"
 
 
 def manifest(options) -> dict:
@@ -110,24 +108,15 @@ def main():
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (case, folder, options)))
             print(rows[-1], flush=True)
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
     size = f"N = {options.prompts}, L = {options.layers}, H = {options.hidden}"
-    given = " ".join(sys.argv[1:])
-    if options.reference:
-        lines += ["", beside_the_authors(options.reference, options.quota)]
-        given = given.replace(options.reference, "CLONE")
-    command = f"python -m benchmarks.selecting {given}".strip()
+    beside = beside_the_authors(options.reference, options.quota) if options.reference else ""
     about = (
-        f"{describe(torch.device('cpu'))}, numpy {version('numpy')}; load average {load:.1f} when"
-        f" started (other work on the machine). {size}, q = {options.quota:g} %, streamed from a"
-        " score log on disk, in the page cache. `peak_MiB` is resident memory above the process's"
-        " own before the case."
+        f"numpy {version('numpy')}; load average {load:.1f} when started (other work on the"
+        f" machine). {size}, q = {options.quota:g} %, streamed from a score log on disk, in the"
+        " page cache. `peak_MiB` is resident memory above the process's own before the case."
     )
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(
-        f"{about}\n\nCommand: `{command}`\n\n" + "\n".join(lines) + "\n", encoding="utf-8"
-    )
+    ran = command("selecting", CLONE=options.reference)
+    write("selecting", about, ran, rows, more=beside)
 
 
 if __name__ == "__main__":
