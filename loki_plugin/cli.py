@@ -182,6 +182,53 @@ def clear_command(key: str | None, folder: str | None):
     click.echo(f"removed {len(clear(place, key))} analyses from {place}")
 
 
+@loki.command("forgetting", cls=_Command)
+@click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("--base", help="the model before; default: CONFIG's base_model")
+@click.option("--tuned", help="merged model or adapter; default: what CONFIG's run has left")
+@click.option("--tasks", default="", help="lm-eval tasks, separated by commas")
+@click.option("--include", help="a folder with lm-eval task files of your own")
+@click.option("--limit", type=int, help="items per task")
+@click.option("--batch-size", default="auto", show_default=True)
+@click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
+@click.option("--noise-floor", is_flag=True, help="evaluate the base a second time")
+@click.option("--device", help="default: the GPU where there is one")
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False), help="write the figures as JSON")
+@click.option("--plot", "picture", type=click.Path(dir_okay=False), help="draw them")
+def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **options):
+    """How much did a fine-tuned model forget? KL and answers on prompts, lm-eval tasks, flips.
+
+    Examples: `loki forgetting run.yaml`;
+    `loki forgetting --base B --tuned T --tasks hellaswag,winogrande`
+    """
+    import json
+
+    import yaml
+
+    from . import forgetting
+    from .args import CalibrationArgs
+
+    if config is not None:
+        run = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise ValueError(f"'{config}' is no Axolotl configuration")
+        if base is None or tuned is None:
+            of_base, of_tuned = forgetting.of_a_run(run)
+            base, tuned = base or of_base, tuned or of_tuned
+    if base is None or tuned is None:
+        raise ValueError("give a CONFIG, or --base and --tuned")
+    names = [t for t in tasks.split(",") if t]
+    calibration = CalibrationArgs(source=prompts)
+    report = forgetting.measure(base, tuned, names, calibration, **options)
+    click.echo(report.text())
+    if output:
+        Path(output).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        click.echo(f"figures in {output}")
+    if picture:
+        click.echo(f"figure in {forgetting.plot(report, picture)}")
+
+
 def _conclude(report) -> None:
     click.echo(report.text())
     if not report.ok:

@@ -11,9 +11,14 @@ PACKAGE = ROOT / "loki_plugin"
 FLOORS = [
     {"loki_plugin.model", "loki_plugin.ranks", "loki_plugin._short_name"},
     {"loki_plugin.rows"},
-    {"loki_plugin.analysing", "loki_plugin.selecting", "loki_plugin.implanting"},
+    {
+        "loki_plugin.analysing",
+        "loki_plugin.selecting",
+        "loki_plugin.implanting",
+        "loki_plugin.evaluating",
+    },
     {"loki_plugin.args"},
-    {"loki_plugin.pipeline", "loki_plugin.reporting"},
+    {"loki_plugin.pipeline", "loki_plugin.forgetting", "loki_plugin.reporting"},
     {"loki_plugin.host"},
     {"loki_plugin.plugin", "loki_plugin.cli", "loki_plugin"},
 ]
@@ -63,7 +68,7 @@ def test_imports_run_downwards():
 
 
 def test_the_stages_do_not_import_each_other():
-    stages = ("analysing", "selecting", "implanting")
+    stages = ("analysing", "selecting", "implanting", "evaluating")
     crossing = [
         f"{name} imports {other}"
         for name, others in GRAPH.items()

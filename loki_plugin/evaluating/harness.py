@@ -1,0 +1,104 @@
+"""The lm-evaluation-harness before and after: per task, per item."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .change import TaskChange, flips
+
+LOG = logging.getLogger("loki_plugin")
+# What a task is judged by, the first that it has.
+_METRICS = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "acc_norm", "f1")
+
+
+def check_tasks(tasks: Sequence[str], include: str | None = None):
+    """lm-eval's task manager, if it knows all `tasks`.
+
+    Raises:
+        ValueError: a task that lm-eval does not know.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise ValueError(
+            f"lm-eval knows no task {', '.join(unknown)}; see `lm_eval ls tasks`, or give the"
+            " folder of your own task files with --include"
+        )
+    return manager
+
+
+def evaluate_tasks(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    adapter: str | None = None,
+    include: str | None = None,
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    chat_template: bool = False,
+) -> dict[str, Any]:
+    """Results and samples of `tasks` from lm-eval's own `simple_evaluate`.
+
+    Args:
+        adapter: a saved PEFT adapter of `model`, or None.
+        include: a folder with task files of your own.
+        limit: items per task; None for all.
+
+    Raises:
+        ValueError: a task that lm-eval does not know.
+    """
+    from lm_eval import simple_evaluate
+
+    manager = check_tasks(tasks, include)
+    arguments = {"pretrained": str(model), "dtype": dtype}
+    return simple_evaluate(
+        model="hf",
+        model_args=arguments | ({"peft": adapter} if adapter else {}),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        apply_chat_template=chat_template,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[TaskChange]:
+    """What became of every task that both results hold."""
+    return [_change(task, before, after) for task in before["results"] if task in after["results"]]
+
+
+def _change(task: str, before: dict[str, Any], after: dict[str, Any]) -> TaskChange:
+    scores = before["results"][task]
+    numbers = [k for k, v in scores.items() if isinstance(v, float) and "stderr" not in k]
+    chosen = next((n for m in _METRICS for n in numbers if n.split(",")[0] == m), None)
+    if chosen is None and not numbers:
+        raise ValueError(f"task '{task}' has no score in lm-eval's results, only {sorted(scores)}")
+    chosen = chosen or numbers[0]
+    down, up, items = _item_flips(task, chosen, before, after)
+    return TaskChange(task, chosen, scores[chosen], after["results"][task][chosen], items, down, up)
+
+
+def _item_flips(task: str, metric: str, before, after) -> tuple[int, int, int]:
+    """Flips of the items that both have, where the metric says right or wrong of each."""
+    name, _, chosen_filter = metric.partition(",")
+    kept = [
+        {
+            s["doc_id"]: s[name]
+            for s in results.get("samples", {}).get(task, [])
+            if s.get("filter", "none") == chosen_filter and s.get(name) in (0, 1)
+        }
+        for results in (before, after)
+    ]
+    both = sorted(kept[0].keys() & kept[1].keys())
+    down, up = flips(*([bool(k[i]) for i in both] for k in kept))
+    return down, up, len(both)

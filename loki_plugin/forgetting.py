@@ -1,0 +1,182 @@
+"""`loki forgetting`: a base and what became of it, on prompts and on lm-eval's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .analysing.calibration.prompts import load_prompts
+from .args import CalibrationArgs
+from .evaluating.change import TaskChange, mean_relative_drop
+from .evaluating.harness import changes, check_tasks, evaluate_tasks
+from .evaluating.quick import Forgetting, compare, log_probabilities
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ForgettingReport:
+    """What a tuned model lost.
+
+    Attributes:
+        prompts: next-token predictions on the calibration prompts.
+        tasks: lm-eval's tasks, before and after.
+        noise: the base against itself, evaluated twice; the size of a difference that means
+            nothing. Empty where it was not asked for.
+    """
+
+    prompts: Forgetting
+    tasks: list[TaskChange] = field(default_factory=list)
+    noise: list[TaskChange] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts.to_json(),
+            "tasks": [c.to_json() for c in self.tasks],
+            "mean_relative_drop": mean_relative_drop(self.tasks),
+            "mean_relative_drop_gains_clipped": mean_relative_drop(self.tasks, clip_gains=True),
+            "noise_floor": [c.to_json() for c in self.noise],
+        }
+
+    def text(self) -> str:
+        lines = [self.prompts.text()]
+        for c in self.tasks:
+            drop = "" if c.relative_drop is None else f", drop {100 * c.relative_drop:.2f} %"
+            items = (
+                f"; of {c.items} items {c.flips_down} lost, {c.flips_up} gained (p ="
+                f" {c.p_value:.3f})"
+                if c.items
+                else ""
+            )
+            lines.append(f"{c.task} ({c.metric}): {c.before:.4f} -> {c.after:.4f}{drop}{items}")
+        drop = mean_relative_drop(self.tasks)
+        if drop is not None:
+            clipped = mean_relative_drop(self.tasks, clip_gains=True) or 0.0
+            lines.append(
+                f"mean relative drop {100 * drop:.2f} % (gains counted as 0: {100 * clipped:.2f} %)"
+            )
+        for c in self.noise:
+            lines.append(
+                f"noise floor of {c.task}: {c.before:.4f} and {c.after:.4f}, {c.flips_down} +"
+                f" {c.flips_up} flips between two evaluations of the base"
+            )
+        return "\n".join(lines)
+
+
+def measure(
+    base: str,
+    tuned: str | Path,
+    tasks: Sequence[str] = (),
+    calibration: CalibrationArgs | None = None,
+    *,
+    noise_floor: bool = False,
+    device: str | None = None,
+    dtype: str = "auto",
+    **options: Any,
+) -> ForgettingReport:
+    """Compare `tuned` (a model or a saved adapter of `base`) with `base`.
+
+    Args:
+        tasks: lm-eval tasks; none: the prompts only.
+        calibration: whose prompts are compared; None: the shipped questions.
+        noise_floor: evaluate the base a second time.
+        options: see `evaluate_tasks`.
+
+    Raises:
+        ValueError: an unknown task, or models that do not belong together.
+    """
+    tuned = str(tuned)
+    adapter = tuned if (Path(tuned) / ADAPTER).is_file() else None
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, **options}
+    if tasks:
+        check_tasks(tasks, options.get("include"))  # before anything is loaded
+    prompts = _on_prompts(base, tuned, calibration or CalibrationArgs(), device, dtype)
+    if not tasks:
+        return ForgettingReport(prompts)
+    before = evaluate_tasks(base, tasks, **settings)
+    after = evaluate_tasks(base if adapter else tuned, tasks, adapter=adapter, **settings)
+    again = evaluate_tasks(base, tasks, **settings) if noise_floor else None
+    return ForgettingReport(
+        prompts, changes(before, after), changes(before, again) if again else []
+    )
+
+
+def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
+    """(base, tuned) of a run's YAML: its merged model, else its adapter.
+
+    Raises:
+        ValueError: no base_model, or neither a merged model nor an adapter in its output_dir.
+    """
+    if not config.get("base_model"):
+        raise ValueError("the configuration has no base_model")
+    folder = Path(config.get("output_dir") or "./model-out")  # Axolotl's own default
+    for tuned, mark in ((folder / "merged", "config.json"), (folder, ADAPTER)):
+        if (tuned / mark).is_file():
+            return config["base_model"], str(tuned)
+    raise ValueError(
+        f"'{folder}' holds neither an adapter nor a merged model; train first, or give --tuned"
+    )
+
+
+def plot(report: ForgettingReport, path: str | Path) -> Path:
+    """Draw every task before and after, and the prompts' accuracy where they have answers.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    except ImportError as error:
+        raise ImportError(
+            "the figure needs matplotlib: `pip install 'loki_plugin[report]'`"
+        ) from error
+    bars = [(c.task, c.before, c.after) for c in report.tasks]
+    if report.prompts.accuracy_before is not None and report.prompts.accuracy_after is not None:
+        bars.append(("calibration", report.prompts.accuracy_before, report.prompts.accuracy_after))
+    bars = bars or [("same answer", 1.0, report.prompts.same_answer)]
+    figure = Figure(figsize=(2 + 1.2 * len(bars), 4), layout="constrained")
+    axis = figure.subplots()
+    for shift, label, values in (
+        (-0.2, "base", [b for _, b, _ in bars]),
+        (0.2, "tuned", [a for _, _, a in bars]),
+    ):
+        axis.bar([i + shift for i in range(len(bars))], values, 0.4, label=label)
+    axis.set_xticks(range(len(bars)), [name for name, _, _ in bars], rotation=30, ha="right")
+    axis.set(ylabel="score", title=f"KL to the base {report.prompts.kl:.4f} nats")
+    axis.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _on_prompts(
+    base: str, tuned: str, calibration: CalibrationArgs, device: str | None, dtype: str
+) -> Forgetting:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = load_prompts(tokenizer, **calibration.model_dump()).prompts
+    ids = [p.ids for p in found]
+    # One model at a time in memory; its answers wait on the CPU.
+    before = log_probabilities(_load(base, None, device, dtype), ids)
+    adapter = (Path(tuned) / ADAPTER).is_file()
+    model = _load(base if adapter else tuned, tuned if adapter else None, device, dtype)
+    return compare(before, log_probabilities(model, ids), [p.target for p in found])
+
+
+def _load(model: str, adapter: str | None, device: str | None, dtype: str):
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    if adapter is not None:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.to(device)

@@ -1,0 +1,120 @@
+"""`loki forgetting` with lm-eval's own evaluator on a task of our own, offline."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from loki_plugin.cli import loki
+from loki_plugin.evaluating.harness import changes, evaluate_tasks
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: %s}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, a copy with another head, and a task of 12 questions."""
+    from helpers.tokenizers import make_tokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("forgetting")
+    tokenizer = make_tokenizer(folder / "base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+        )
+    ).save_pretrained(folder / "base")
+    tuned = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        tuned.lm_head.weight.neg_()  # what was likely is unlikely now
+    tuned.save_pretrained(folder / "tuned")
+    tokenizer.save_pretrained(folder / "tuned")
+    data = folder / "questions.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"question": f"say {i}", "choices": [" a", " b"], "answer": i % 2}) + "\n"
+            for i in range(12)
+        )
+    )
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "colours.yaml").write_text(TASK % data)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(5)))
+    return folder
+
+
+@pytest.mark.slow
+def test_tasks_are_compared_item_by_item(folder):
+    """Flips, counted by hand from lm-eval's own per-item record."""
+    before, after = (
+        evaluate_tasks(
+            folder / which, ["colours"], include=str(folder / "tasks"), device="cpu", batch_size=4
+        )
+        for which in ("base", "tuned")
+    )
+    (change,) = changes(before, after)
+    right = [
+        [s["acc"] for s in sorted(r["samples"]["colours"], key=lambda s: s["doc_id"])]
+        for r in (before, after)
+    ]
+    assert change.items == 12 and change.metric == "acc,none"
+    assert change.before == pytest.approx(sum(right[0]) / 12)
+    assert change.flips_down == sum(a > b for a, b in zip(*right, strict=True))
+    assert change.flips_up == sum(b > a for a, b in zip(*right, strict=True))
+    assert change.flips_down + change.flips_up > 0  # another head answers otherwise
+    (nothing,) = changes(before, before)
+    assert nothing.flips_down == nothing.flips_up == 0 and nothing.relative_drop == 0
+
+
+@pytest.mark.slow
+def test_the_command_reports_and_writes_json(folder, tmp_path):
+    command = ["forgetting", "--base", str(folder / "base"), "--tuned", str(folder / "tuned")]
+    command += ["--tasks", "colours", "--include", str(folder / "tasks"), "--noise-floor"]
+    command += ["--prompts", str(folder / "prompts.jsonl"), "--output", str(tmp_path / "f.json")]
+    command += ["--device", "cpu", "--plot", str(tmp_path / "f.png")]
+    result = CliRunner().invoke(loki, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "5 prompts: KL to the base" in result.output
+    assert "noise floor of colours" in result.output and " 0 + 0 flips" in result.output
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["prompts"]["kl"] > 0.01 and found["tasks"][0]["items"] == 12
+    assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+def test_an_unknown_task_is_named(folder):
+    result = CliRunner().invoke(
+        loki,
+        ["forgetting", "--base", str(folder / "base"), "--tuned", str(folder / "tuned")]
+        + ["--tasks", "no_such_task", "--prompts", str(folder / "prompts.jsonl")],
+    )
+    assert result.exit_code == 1
+    assert "lm-eval knows no task no_such_task" in result.output
+
+
+def test_a_run_without_anything_to_compare_says_what_is_missing(folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"base_model": "b", "output_dir": str(tmp_path / "out")}))
+    result = CliRunner().invoke(loki, ["forgetting", str(config)])
+    assert result.exit_code == 1
+    assert "neither an adapter nor a merged model" in result.output
+    result = CliRunner().invoke(loki, ["forgetting"])
+    assert result.exit_code == 1 and "give a CONFIG, or --base and --tuned" in result.output
