@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .analysing.calibration.prompts import load_prompts
-from .args import CalibrationArgs
+from .analysing.calibration.prompts import Prompt, load_prompts
+from .analysing.calibration.sources import load_records
 from .evaluating.change import TaskChange, mean_relative_drop
 from .evaluating.harness import changes, check_tasks, evaluate_tasks
 from .evaluating.quick import Forgetting, compare, log_probabilities
@@ -71,7 +71,7 @@ def measure(
     base: str,
     tuned: str | Path,
     tasks: Sequence[str] = (),
-    calibration: CalibrationArgs | None = None,
+    prompts: str = "builtin",
     *,
     noise_floor: bool = False,
     device: str | None = None,
@@ -82,7 +82,7 @@ def measure(
 
     Args:
         tasks: lm-eval tasks; none: the prompts only.
-        calibration: whose prompts are compared; None: the shipped questions.
+        prompts: a calibration source; where its records have answers, those are asked for.
         noise_floor: evaluate the base a second time.
         options: see `evaluate_tasks`.
 
@@ -94,14 +94,14 @@ def measure(
     settings: dict[str, Any] = {"device": device, "dtype": dtype, **options}
     if tasks:
         check_tasks(tasks, options.get("include"))  # before anything is loaded
-    prompts = _on_prompts(base, tuned, calibration or CalibrationArgs(), device, dtype)
+    on_prompts = _on_prompts(base, tuned, prompts, device, dtype)
     if not tasks:
-        return ForgettingReport(prompts)
+        return ForgettingReport(on_prompts)
     before = evaluate_tasks(base, tasks, **settings)
     after = evaluate_tasks(base if adapter else tuned, tasks, adapter=adapter, **settings)
     again = evaluate_tasks(base, tasks, **settings) if noise_floor else None
     return ForgettingReport(
-        prompts, changes(before, after), changes(before, again) if again else []
+        on_prompts, changes(before, after), changes(before, again) if again else []
     )
 
 
@@ -154,22 +154,27 @@ def plot(report: ForgettingReport, path: str | Path) -> Path:
     return path
 
 
-def _on_prompts(
-    base: str, tuned: str, calibration: CalibrationArgs, device: str | None, dtype: str
-) -> Forgetting:
+def load_questions(tokenizer, source: str) -> list[Prompt]:
+    """The prompts of a calibration source, with their gold tokens where every record has one."""
+    records = load_records(source)
+    answered = all(r.answer is not None or r.target is not None for r in records)
+    return load_prompts(tokenizer, source, target="gold" if answered else "predicted").prompts
+
+
+def _on_prompts(base: str, tuned: str, source: str, device: str | None, dtype: str) -> Forgetting:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    found = load_prompts(tokenizer, **calibration.model_dump()).prompts
+    found = load_questions(AutoTokenizer.from_pretrained(base), source)
     ids = [p.ids for p in found]
     # One model at a time in memory; its answers wait on the CPU.
-    before = log_probabilities(_load(base, None, device, dtype), ids)
+    before = log_probabilities(load_model(base, None, device, dtype), ids)
     adapter = (Path(tuned) / ADAPTER).is_file()
-    model = _load(base if adapter else tuned, tuned if adapter else None, device, dtype)
+    model = load_model(base if adapter else tuned, tuned if adapter else None, device, dtype)
     return compare(before, log_probabilities(model, ids), [p.target for p in found])
 
 
-def _load(model: str, adapter: str | None, device: str | None, dtype: str):
+def load_model(model: str, adapter: str | None, device: str | None, dtype: str):
+    """A model, with a saved adapter if one is given, on a device (None: the GPU, if any)."""
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)

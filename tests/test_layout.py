@@ -18,7 +18,12 @@ FLOORS = [
         "loki_plugin.evaluating",
     },
     {"loki_plugin.args"},
-    {"loki_plugin.pipeline", "loki_plugin.forgetting", "loki_plugin.reporting"},
+    {
+        "loki_plugin.pipeline",
+        "loki_plugin.forgetting",
+        "loki_plugin.suppress",
+        "loki_plugin.reporting",
+    },
     {"loki_plugin.host"},
     {"loki_plugin.plugin", "loki_plugin.cli", "loki_plugin"},
 ]
