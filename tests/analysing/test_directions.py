@@ -1,0 +1,167 @@
+"""Input directions: laws of the leading eigenvectors, against a plain float64 truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.families import tiny
+from helpers.prompts import pad, prompts
+from helpers.reference import Exact
+
+from loki_plugin import input_directions
+from loki_plugin.analysing import directions as module
+from loki_plugin.analysing.directions import find_directions, leading
+from loki_plugin.model.anatomy import find_anatomy
+
+LENGTHS = (40, 64, 23, 57, 64, 31)  # 279 tokens for at most 69 directions
+
+
+def truth(model, ids):
+    """C_l = Σ x xᵀ in float64, one prompt after another, by a plain hook."""
+    down = find_anatomy(model).down
+    moments = [0] * len(down)
+
+    def adding(i):
+        def hook(module, args):
+            x = args[0].double().reshape(-1, args[0].shape[-1])
+            moments[i] = moments[i] + x.T @ x
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(adding(i)) for i, m in enumerate(down)]
+    with torch.no_grad():
+        for prompt in ids:
+            model(input_ids=prompt[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return moments
+
+
+def share(moment, basis):
+    return float(((moment @ basis.double()) * basis.double()).sum() / moment.trace())
+
+
+def projector(basis):
+    return basis.double() @ basis.double().T
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2_moe", "llama4"])
+def test_columns_are_orthonormal_and_hold_the_energy_with_none_to_spare(family):
+    model, ids = tiny(family), prompts(lengths=LENGTHS)
+    found = find_directions(model, ids, 0.9)
+    assert found.tokens == sum(LENGTHS)
+    for moment, basis, held in zip(truth(model, ids), found.basis, found.energy, strict=True):
+        assert basis.dtype == torch.float32 and basis.device.type == "cpu"
+        count = basis.shape[1]
+        assert 1 < count < len(moment) - 1
+        assert torch.allclose(basis.T @ basis, torch.eye(count), atol=1e-5)
+        assert share(moment, basis) >= 0.9 - 1e-5 > share(moment, basis[:, :-1])
+        assert held == pytest.approx(share(moment, basis), abs=1e-5)
+
+
+def test_in_float64_they_are_the_eigenvectors_of_the_plain_sum():
+    model, ids = tiny("llama", dtype=torch.float64), prompts(lengths=LENGTHS)
+    with Exact():
+        found = find_directions(model, ids, 0.9)
+        moments = truth(model, ids)
+    for moment, basis in zip(moments, found.basis, strict=True):
+        assert basis.dtype == torch.float64
+        values, vectors = torch.linalg.eigh(moment)
+        wanted = 1 + int((values.flip(0).cumsum(0) < 0.9 * values.sum()).sum())
+        assert basis.shape[1] == wanted
+        assert torch.allclose(projector(basis), projector(vectors[:, -wanted:]), atol=1e-9)
+        first = basis[:, 0] * torch.sign(basis[:, 0] @ vectors[:, -1])
+        assert torch.allclose(first, vectors[:, -1], atol=1e-9)  # the leading one stands first
+
+
+def test_float32_is_as_far_from_the_truth_as_float32_is():
+    ids = prompts(lengths=LENGTHS)
+    exact = input_directions(tiny("llama", dtype=torch.float64), *pad(ids, "right"), directions=8)
+    plain = input_directions(tiny("llama"), *pad(ids, "right"), directions=8)
+    for a, b in zip(exact, plain, strict=True):
+        assert torch.linalg.norm(projector(a) - projector(b)) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 10**6])
+def test_padding_and_batches_do_not_count(monkeypatch, tokens):
+    ids = prompts(lengths=LENGTHS)
+    wanted = find_directions(tiny("llama", dtype=torch.float64), ids, 0.9).basis
+    monkeypatch.setattr(module, "_TOKENS", tokens)
+    for side in ("left", "right"):
+        model = tiny("llama", dtype=torch.float64)
+        found = input_directions(model, *pad(ids, side), energy=0.9)
+        for a, b in zip(wanted, found, strict=True):
+            assert torch.allclose(projector(a), projector(b), atol=1e-6)
+
+
+def test_layers_in_several_passes_are_the_same_and_upper_layers_do_not_run(monkeypatch):
+    ids = prompts(lengths=LENGTHS)
+    together = find_directions(tiny("llama"), ids, 0.9)
+    model = tiny("llama")
+    ran = []
+    for i, layer in enumerate(find_anatomy(model).layers):
+        layer.register_forward_pre_hook(lambda m, a, i=i: ran.append(i))
+    monkeypatch.setattr(module, "BUDGET", 4 * 80 * 80 * 4)  # one layer at a time, solved exactly
+    apart = find_directions(model, ids, 0.9)
+    assert ran == [0, 0, 1, 0, 1, 2]
+    for a, b in zip(together.basis, apart.basis, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_block_iteration_holds_the_same_energy(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(600, 600, generator=generator))[0]
+    values = torch.arange(1, 601) ** -1.5
+    moment = (basis * values) @ basis.T
+    exact, held = leading(moment, 0.95)
+    monkeypatch.setattr(module, "BUDGET", moment.nbytes * 3)
+    monkeypatch.setattr(module, "_FIRST_BLOCK", 16)
+    found, share_found = leading(moment, 0.95)
+    count = exact.shape[1]
+    assert 30 < count <= found.shape[1] <= 1.01 * count + 1
+    assert torch.allclose(found.T @ found, torch.eye(found.shape[1]), atol=1e-5)
+    assert share(moment.double(), found) == pytest.approx(share_found, abs=1e-5) and held >= 0.95
+    assert share_found >= 0.95 - 1e-6
+    same = leading(moment, 0.5, count=12)[0]
+    assert torch.linalg.norm(projector(same) - projector(exact[:, :12])) < 1e-3
+    with pytest.raises(ValueError, match="of the 600 directions .* are needed"):
+        leading(moment, 0.9999)
+
+
+def test_a_fixed_number_is_taken_as_it_is():
+    found = input_directions(tiny("llama"), *pad(prompts(lengths=LENGTHS), "left"), directions=5)
+    assert [list(b.shape) for b in found] == [[80, 5]] * 3
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny("llama").train()
+    attention = model.config._attn_implementation
+    flags = [p.requires_grad for p in model.parameters()]
+    input_directions(model, *pad(prompts(lengths=LENGTHS), "left"), directions=5)
+    assert model.training and model.config._attn_implementation == attention
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"energy": 1.0}, "energy = 1.0, expected a share between 0 and 1"),
+        ({"energy": 0}, "energy = 0, expected"),
+        ({"directions": 0}, "directions = 0, expected a number from 1 to 79"),
+        ({"directions": 80}, "directions = 80, .*read 80 inputs"),
+        ({"directions": 7}, "layer 0: 7 directions cannot be told from 26 tokens .*about 28"),
+        ({"energy": 0.9}, "layer 0: the .* directions that hold 90 % .*`protect.text`"),
+    ],
+)
+def test_bad_arguments_and_too_few_tokens_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        input_directions(tiny("llama"), *pad(prompts(), "right"), **settings)
+
+
+def test_a_model_that_computes_nothing_is_named():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    with pytest.raises(ValueError, match="second moment of trace 0.0"):
+        input_directions(model, *pad(prompts(lengths=LENGTHS), "right"))
