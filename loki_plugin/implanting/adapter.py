@@ -2,7 +2,7 @@
 
 Dense: r = alpha = k, B is the frozen one-hot selector of the k rows, A [k, I] starts at zero and
 trains, so row j of the update is a row of A. Low-rank (LoKI*): A [r, I] and the selected rows of
-B [H, r] train. Both are ordinary PEFT LoRA adapters on disk.
+B [H, r] train. Both are ordinary PEFT LoRA adapters on disk; in memory only the rows exist.
 """
 
 from __future__ import annotations
@@ -17,40 +17,7 @@ from torch import nn
 
 from ..model.anatomy import Anatomy, find_anatomy
 from ..rows import RowSelection
-
-
-class RowScatter(nn.Linear):
-    """A lora_B that writes only the selected rows of its output; all others are exact zeros.
-
-    Owns an ordinary `weight` [H, r], so that what is saved is an ordinary LoRA adapter.
-    `rows` [k] lives outside the state dict.
-    """
-
-    def __init__(self, weight: nn.Parameter, rows: torch.Tensor):
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", None)
-        self.register_buffer("rows", rows.to(weight.device), persistent=False)
-
-    def scatter(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., k] -> [..., H], zero outside the rows."""
-        out = values.new_zeros(*values.shape[:-1], self.out_features)
-        return out.index_copy(-1, self.rows, values)
-
-
-class RowSelector(RowScatter):
-    """Dense form: the one-hot weight is never multiplied; column i goes to row rows[i]."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scatter(x)
-
-
-class RowMask(RowScatter):
-    """Low-rank form: only the selected rows of the weight are used, so only they get gradients."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scatter(nn.functional.linear(x, self.weight[self.rows]))
+from .selected import KEY, RowFactor, RowScatter, RowSelector
 
 
 def lora_settings(anatomy: Anatomy, model: nn.Module, counts: list[int], rank: int | None) -> dict:
@@ -175,20 +142,15 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
                 f" {module.scaling[adapter]}, expected r = {expected} and scaling 1; it was made"
                 " with other rows or another rank"
             )
-        kind = RowSelector if rank is None else RowMask
-        constrained = kind(b.weight, rows)
-        with torch.no_grad():
-            if fresh and rank is None:
-                a.weight.zero_()
-                constrained.weight.copy_(_one_hot(rows, b.weight))
-            elif fresh:
-                constrained.weight.zero_()
-        problem = _violation(constrained)
-        if problem:
-            raise ValueError(
-                f"layer {i}: {problem}. The adapter was trained on other rows: use the"
-                " loki_rows.json that stands beside it"
-            )
+        kind = RowSelector if rank is None else RowFactor
+        constrained = kind(rows, b.weight)
+        if not fresh:
+            try:
+                constrained.load_state_dict({KEY: b.weight.detach()})
+            except ValueError as error:
+                raise ValueError(f"layer {i}: {error}") from error
+        elif rank is None:
+            nn.init.zeros_(a.weight)
         module.lora_B[adapter] = constrained
     total = sum(isinstance(m, LoraLayer) for m in model.modules())
     if total != found:
@@ -203,65 +165,43 @@ def constrained_modules(model: nn.Module) -> Iterable[tuple[str, RowScatter]]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Only lora_A, and in the low-rank form lora_B, require gradients."""
+    """Only lora_A, and in the low-rank form the selected rows of lora_B, require gradients."""
+    ours = _owned(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and ".lora_A." in name)
-    for _, module in constrained_modules(model):
-        module.weight.requires_grad_(isinstance(module, RowMask))
+        parameter.requires_grad_(name in ours)
 
 
 def check(model: nn.Module) -> None:
-    """Check the constraint: every B as installed, and nothing else trainable.
+    """Check the constraint: every lora_B confined to its rows, and nothing else trainable.
 
     Raises:
         RuntimeError: with the first violation; the adapter must not be used.
     """
-    ours = {id(m.weight) for _, m in constrained_modules(model) if isinstance(m, RowMask)}
     if not any(True for _ in constrained_modules(model)):
         raise RuntimeError("no row constraint is installed in this model")
+    for name, module in model.named_modules():
+        for adapter, b in getattr(module, "lora_B", {}).items():
+            if not isinstance(b, RowScatter):
+                raise RuntimeError(f"{name}: lora_B of adapter '{adapter}' is not confined to rows")
+    ours = _owned(model)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_A." not in name and id(parameter) not in ours:
+        if parameter.requires_grad and name not in ours:
             raise RuntimeError(f"{name} is trainable, but LoKI trains selected rows only")
-    for name, module in constrained_modules(model):
-        problem = _violation(module)
-        if problem:
-            raise RuntimeError(f"{name}: {problem}; a frozen row was changed")
 
 
-def _one_hot(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    selector = torch.zeros_like(like)
-    selector[rows.to(like.device), torch.arange(len(rows), device=like.device)] = 1
-    return selector
-
-
-def _violation(module: RowScatter) -> str | None:
-    weight = module.weight.detach()
-    if weight.is_meta:
-        return None
-    if isinstance(module, RowSelector):
-        if not torch.equal(weight, _one_hot(module.rows, weight)):
-            return "lora_B is not the one-hot selector of the rows"
-        return None
-    outside = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
-    outside[module.rows] = False
-    touched = (weight != 0).any(1) & outside
-    if touched.any():
-        return (
-            f"lora_B has non-zero rows outside the selection: {touched.nonzero()[:5, 0].tolist()}"
-        )
-    return None
+def _owned(model: nn.Module) -> set[str]:
+    """The names of the parameters that LoKI trains."""
+    a = {n for n, p in model.named_parameters() if ".lora_A." in n and p.is_floating_point()}
+    b = {f"{n}.{p}" for n, m in constrained_modules(model) for p, _ in m.named_parameters()}
+    return a | b
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:
-    """(trainable parameters that take part, all parameters of the base model).
-
-    In the low-rank form only the selected rows of B count: the others never move.
-    """
-    trainable = sum(p.numel() for n, p in model.named_parameters() if ".lora_A." in n)
-    for _, module in constrained_modules(model):
-        if isinstance(module, RowMask):
-            trainable += len(module.rows) * module.in_features
-    base = sum(_numel(p) for n, p in model.named_parameters() if ".lora_" not in n)
+    """(trainable parameters, all parameters of the base model)."""
+    ours = _owned(model)
+    parameters = list(model.named_parameters())
+    trainable = sum(p.numel() for n, p in parameters if n in ours)
+    base = sum(_numel(p) for n, p in parameters if ".lora_" not in n)
     return trainable, base
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..rows import FILE_NAME, RowSelection
 from .checkpoint import INDEX, Stored, down_projections, resolve, shards, tensors
+from .selected import rows_outside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a base folder brings along besides weights; training may have saved newer ones.
@@ -124,12 +125,11 @@ def _adapted_layers(keys, names: dict[str, int], selection: RowSelection) -> dic
 
 def _check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:
     for i, module in sorted(layers.items()):
-        touched = (lora.get_tensor(f"{module}.lora_B.weight") != 0).any(1)
-        touched[selection.rows[i]] = False
-        if touched.any():
+        outside = rows_outside(lora.get_tensor(f"{module}.lora_B.weight"), selection.rows[i])
+        if outside:
             raise ValueError(
-                f"layer {i}: the adapter changes row {int(touched.nonzero()[0])}, which the rows"
-                " file does not select; use the loki_rows.json that stands beside the adapter"
+                f"layer {i}: the adapter changes row {outside[0]}, which the rows file does not"
+                " select; use the loki_rows.json that stands beside the adapter"
             )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from loki_plugin import RowSelection, implant
 from loki_plugin.cli import loki
 from loki_plugin.implanting.merge import merge_adapter
+from loki_plugin.implanting.selected import RowFactor
 from loki_plugin.implanting.verify import verify
 
 ROWS = RowSelection([[3, 1, 40], [0, 47, 5], [7, 8, 9]], 48)
@@ -31,8 +32,8 @@ def make(tmp_path, family="llama", dtype=torch.float32, rank=None, **saving):
             if parameter.requires_grad and "lora_A" in name:
                 parameter.normal_()
         for module in model.modules():
-            if type(module).__name__ == "RowMask":
-                module.weight[module.rows] = torch.randn(len(module.rows), rank)
+            if isinstance(module, RowFactor):
+                module.values.normal_()
     model.save_pretrained(tmp_path / "adapter")
     ROWS.save(tmp_path / "adapter" / "loki_rows.json")
     return model
