@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .. import ranks
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
+from .selected import RowFactor
 
 
 def prepare_trainer(
@@ -33,6 +36,7 @@ def prepare_trainer(
         known = trainer.optimizer is not None
         optimizer = create(*args, **kwargs)
         if not known:
+            accept_whole_states(optimizer, trainer.model)
             for group in optimizer.param_groups:
                 group["lr"] *= lr_scale
         return optimizer
@@ -40,6 +44,51 @@ def prepare_trainer(
     adapter.check(trainer.model)
     trainer.create_optimizer = create_optimizer
     trainer.add_callback(RowsBesideCheckpoints(selection))
+
+
+def accept_whole_states(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Let `optimizer` load states of 0.1.1, which had the moments of all H rows of lora_B.
+
+    Raises (when such a state is loaded):
+        ValueError: its moments are 8-bit blocks that run across rows.
+    """
+    factors = {
+        id(m.values): (name, m)
+        for name, m in adapter.constrained_modules(model)
+        if isinstance(m, RowFactor)
+    }
+    load = optimizer.load_state_dict
+
+    def load_state_dict(saved: dict) -> None:
+        states = dict(saved["state"])
+        for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+            for parameter, key in zip(group["params"], stored["params"], strict=False):
+                if id(parameter) in factors and key in states:
+                    states[key] = _of_rows(states[key], *factors[id(parameter)])
+        return load({**saved, "state": states})
+
+    optimizer.load_state_dict = load_state_dict
+
+
+def _of_rows(state: dict, name: str, module: RowFactor) -> dict:
+    """The part of one parameter's optimizer state that belongs to the rows of `module`."""
+    whole = module.out_features, module.in_features
+    if len(module.rows) == module.out_features:
+        return state
+    fitting = {}
+    for key, value in state.items():
+        if isinstance(value, dict):  # bitsandbytes nests its tensors
+            fitting[key] = _of_rows(value, name, module)
+        elif isinstance(value, torch.Tensor) and value.shape[:1] == whole[:1]:
+            if value.dtype == torch.uint8 and value.shape == whole:
+                raise ValueError(
+                    f"{name}: the checkpoint holds 8-bit optimizer states of all {whole[0]} rows,"
+                    " as version 0.1.1 wrote them; their blocks run across rows and cannot be"
+                    " taken apart. Give its folder as `lora_model_dir` to go on from its weights"
+                    " with a new optimizer"
+                )
+            fitting[key] = value[module.rows.to(value.device)]
+    return {**state, **fitting}
 
 
 class RowsBesideCheckpoints(TrainerCallback):

@@ -14,6 +14,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from loki_plugin import RowSelection, implant
 from loki_plugin.implanting import adapter
 from loki_plugin.implanting.selected import RowFactor, rows_outside
+from loki_plugin.implanting.training import accept_whole_states
 
 ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
 IDS = torch.arange(1, 13).view(2, 6)
@@ -191,3 +192,40 @@ def test_the_install_of_loaded_factors_names_the_layer(tmp_path):
     other = RowSelection([ROWS[0], [0, 47, 6], ROWS[2]])
     with pytest.raises(ValueError, match=r"layer 1: lora_B has non-zero rows outside.*\[5\]"):
         adapter.install(loaded, other, 2, fresh=False)
+
+
+def whole_state(kind):
+    """What 0.1.1 saved: the optimizer of a low-rank run, with moments of all rows of lora_B."""
+    model = ordinary(implant(tiny("llama"), ROWS, 2))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[kind](parameters)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["adamw-decay", "sgd-momentum"])
+def test_an_optimizer_state_of_all_rows_gives_its_rows(kind):
+    saved = whole_state(kind)
+    model = implant(tiny("llama"), ROWS, 2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[kind](parameters)
+    accept_whole_states(optimizer, model)
+    optimizer.load_state_dict(saved)
+    for module in factors(model):
+        index = next(i for i, p in enumerate(parameters) if p is module.values)
+        for key, tensor in optimizer.state[module.values].items():
+            before = saved["state"][index][key]
+            assert torch.equal(tensor, before[module.rows] if before.dim() else before)
+    again = optimizer.state_dict()
+    optimizer.load_state_dict(again)  # its own states pass unchanged
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+
+def test_an_eight_bit_state_of_all_rows_is_refused():
+    model = implant(tiny("llama"), ROWS, 2)
+    optimizer = OPTIMIZERS["adamw8bit"]([p for p in model.parameters() if p.requires_grad])
+    accept_whole_states(optimizer, model)
+    with pytest.raises(ValueError, match="lora_B.default: .*8-bit.*all 48 rows.*lora_model_dir"):
+        optimizer.load_state_dict(whole_state("adamw8bit"))
