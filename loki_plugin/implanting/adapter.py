@@ -8,15 +8,17 @@ B [H, r] train. Both are ordinary PEFT LoRA adapters on disk; in memory only the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..directions import Directions
 from ..model.anatomy import Anatomy, find_anatomy
 from ..rows import RowSelection
+from .protection import protect_inputs
 from .selected import KEY, RowFactor, RowScatter, RowSelector
 
 
@@ -85,19 +87,25 @@ def implant(
     model: nn.Module,
     rows: RowSelection | list[torch.Tensor] | list[list[int]],
     rank: int | None = None,
+    protect: Directions | Sequence[torch.Tensor] | None = None,
 ) -> PeftModel:
     """Wrap `model` so that only the selected rows of its down-projections can change.
 
-    ΔW_l = B_l·A_l with B_l zero outside rows[l]; at the start ΔW = 0. Works on 16/32-bit and on
-    bitsandbytes 8-bit and 4-bit bases, and in any trainer that takes a `PeftModel`.
+    ΔW_l = B_l·A_l with B_l zero outside rows[l]; at the start ΔW = 0. With `protect`,
+    ΔW_l = B_l·A_l·(I - U_l U_lᵀ): on inputs inside span(U_l) the layer stays as it was. Works on
+    16/32-bit and on bitsandbytes 8-bit and 4-bit bases, and in any trainer that takes a
+    `PeftModel`.
 
     Args:
         model: a Hugging Face causal LM without an adapter.
         rows: L lists of row indices (see `select_rows`) or a `RowSelection`.
         rank: None for the dense form (L·k·I trainable parameters), or the rank r < k of LoKI*.
+        protect: L tensors U_l [I, u_l] with orthonormal columns (see `input_directions`), or a
+            `Directions`; None protects no inputs.
 
     Raises:
-        ValueError: rows that do not fit the model, a rank out of range, an unsupported family.
+        ValueError: rows or directions that do not fit the model, a rank out of range, an
+            unsupported family.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -110,6 +118,8 @@ def implant(
     settings = lora_settings(anatomy, model, selection.counts, rank)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **settings))
     install(wrapped, selection, rank)
+    if protect is not None:
+        protect_inputs(wrapped, protect)
     return wrapped
 
 
