@@ -33,9 +33,9 @@ from benchmarks.machine import (
     synchronize,
 )
 from benchmarks.writer import RESULTS, command, write
-from loki_plugin.analysing.attribution.batches import attribute_many
-from loki_plugin.analysing.attribution.engine import quiet
+from loki_plugin.analysing.analysis import analyse
 from loki_plugin.analysing.attribution.quadrature import quadrature
+from loki_plugin.analysing.calibration.prompts import Prompt
 from loki_plugin.model.anatomy import find_anatomy
 
 ROOT = Path(__file__).parent
@@ -105,12 +105,9 @@ def flops(layers: int, length: int, steps: int, options) -> float:
 
 
 def ours(model, prompts, steps, batch_size):
-    nodes, weights = quadrature("left", steps)
-    with quiet(model):
-        parts = attribute_many(
-            model, find_anatomy(model), prompts, [None] * len(prompts), nodes, weights, batch_size
-        )
-        return torch.cat(list(parts))
+    some = [Prompt(tuple(ids.tolist())) for ids in prompts]
+    rule = quadrature("left", steps)
+    return analyse(model, find_anatomy(model), some, rule, batch_size=batch_size)
 
 
 def first_release(clone, model, ids, steps):

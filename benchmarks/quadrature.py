@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.writer import command, write
 from demo import base, corpus
 from loki_plugin import select_rows
-from loki_plugin.analysing.attribution.batches import attribute_many
-from loki_plugin.analysing.attribution.engine import convergence_error, quiet
+from loki_plugin.analysing.analysis import analyse, convergence
 from loki_plugin.analysing.attribution.quadrature import quadrature
+from loki_plugin.analysing.calibration.prompts import Prompt
+from loki_plugin.choices import QUOTA, RULES
 from loki_plugin.model.anatomy import find_anatomy
 
-RULES = ("left", "right", "midpoint", "trapezoid", "gauss-legendre")
 STEPS = (1, 2, 3, 4, 5, 7, 10, 20, 50)
 
 
@@ -37,30 +36,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompts", type=int, default=300)
-    parser.add_argument("--quota", default=10)
+    parser.add_argument("--quota", default=QUOTA)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     anatomy = find_anatomy(model)
     asked = corpus.questions()[:: max(1, len(corpus.questions()) // options.prompts)]
-    prompts = [torch.tensor(tokenizer(base.prompt(q))["input_ids"]) for q, _ in asked]
-    prompts.sort(key=len)
-    none = [None] * len(prompts)
+    prompts = [Prompt(tuple(tokenizer(base.prompt(q))["input_ids"])) for q, _ in asked]
+    prompts.sort(key=lambda p: len(p.ids))
 
-    def analyse(rule, steps):
-        nodes = quadrature(rule, steps)
-        with quiet(model):
-            scores = torch.cat(list(attribute_many(model, anatomy, prompts, none, *nodes)))
-            missed = convergence_error(model, anatomy, prompts[::20], none[::20], *nodes)
-        return select_rows(scores, options.quota), missed
+    def by(name, steps):
+        rule = quadrature(name, steps)
+        rows = select_rows(analyse(model, anatomy, prompts, rule), options.quota)
+        return rows, convergence(model, anatomy, prompts[::20], rule)
 
-    truth, _ = analyse("gauss-legendre", 100)
+    truth, _ = by("gauss-legendre", 100)
     found = []
     for rule in RULES:
-        full, missed = analyse(rule, 100)
+        full, missed = by(rule, 100)
         rows = [(100, full, missed)]
         # The trapezoid needs both its ends.
-        rows = [(s, *analyse(rule, s)) for s in STEPS if s > 1 or rule != "trapezoid"] + rows
+        rows = [(s, *by(rule, s)) for s in STEPS if s > 1 or rule != "trapezoid"] + rows
         for steps, some, missed in rows:
             found.append(
                 {

@@ -23,7 +23,8 @@ import torch
 from benchmarks.machine import PeakMemory, authors
 from benchmarks.writer import command, write
 from loki_plugin.analysing.scores.log import ScoreLog
-from loki_plugin.selecting.select import STRATEGIES, select_rows
+from loki_plugin.choices import STRATEGIES
+from loki_plugin.selecting.select import select_rows
 from loki_plugin.selecting.stability import bootstrap_overlap
 
 AUTHORS_SELECTION = "a63aec3:src/loki/selection/layer_balanced.py"

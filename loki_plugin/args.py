@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
 
-Strategy = Literal["layer_balanced", "global_lowest", "global_highest", "layer_highest", "random"]
-Rule = Literal["left", "right", "midpoint", "trapezoid", "gauss-legendre"]
+from .choices import PATH, QUOTA, RULE, STEPS, STRATEGY, PathName, RuleName, StrategyName
 
 
 class _Block(BaseModel):
@@ -55,10 +54,10 @@ class CalibrationArgs(_Block):
 class AttributionArgs(_Block):
     """How the attributions are integrated."""
 
-    steps: Count = Field(7, ge=1, description="integration steps S")
-    rule: Rule = Field("left", description="quadrature rule")
-    path: Literal["token", "sequence"] = Field(
-        "token", description="scale the last token's output, or the whole sequence's"
+    steps: Count = Field(STEPS, ge=1, description="integration steps S")
+    rule: RuleName = Field(RULE, description="quadrature rule")
+    path: PathName = Field(
+        PATH, description="scale the last token's output, or the whole sequence's"
     )
     batch_size: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
         "auto", description="prompts per batch; `auto` fits the free memory"
@@ -69,12 +68,12 @@ class LokiConfig(_Block):
     """The `loki:` block."""
 
     quota: Annotated[Decimal, BeforeValidator(lambda v: _quota(v))] = Field(
-        Decimal(10), gt=0, le=100, description="percent of the rows of every layer that train"
+        Decimal(QUOTA), gt=0, le=100, description="percent of the rows of every layer that train"
     )
     rank: Count | None = Field(
         None, ge=1, description="null = dense (the paper's LoKI); an integer = LoKI* of that rank"
     )
-    strategy: Strategy = Field("layer_balanced", description="how rows are chosen from scores")
+    strategy: StrategyName = Field(STRATEGY, description="how rows are chosen from scores")
     magnitude: bool = Field(False, description="rank |score| instead of the signed score")
     seed: Count = Field(0, ge=0, description="seed of the `random` strategy")
     rows: str | None = Field(None, description="a rows file; skips analysing and selecting")

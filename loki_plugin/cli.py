@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .choices import QUOTA, STRATEGY
+
 
 class _Command(click.Command):
     """A user's mistake is one line, not a traceback."""
@@ -65,8 +67,8 @@ def _scores_options(command):
     options = [
         click.argument("scores", required=False),
         click.option("--dir", "folder", help="cache folder; default: the user cache folder"),
-        click.option("--quota", default="10", show_default=True, help="percent of rows"),
-        click.option("--strategy", default="layer_balanced", show_default=True),
+        click.option("--quota", default=str(QUOTA), show_default=True, help="percent of rows"),
+        click.option("--strategy", default=STRATEGY, show_default=True),
         click.option("--magnitude", is_flag=True, help="rank |score|"),
         click.option("--exclude", multiple=True, help="a rows file whose rows are not taken"),
     ]

@@ -10,15 +10,12 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ranks
-from .analysing.attribution.attribute import KERNELS
-from .analysing.attribution.batches import attribute_many
-from .analysing.attribution.checking import check_reproduces
-from .analysing.attribution.engine import convergence_error, quiet
-from .analysing.attribution.quadrature import quadrature
+from .analysing.analysis import analyse, convergence
+from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
 from .analysing.scores.cache import cache_folder, open_log
 from .analysing.scores.log import ScoreLog, fill
-from .args import LokiConfig
+from .args import AttributionArgs, LokiConfig
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
 from .rows import RowSelection
@@ -70,11 +67,11 @@ def _choose(
         str(model.config._name_or_path),
     )
     started = time.perf_counter()
-    _complete(log, model, anatomy, calibration, config, worker, workers)
+    _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
     seconds = time.perf_counter() - started
     if worker:
         return None  # its disk may lack the shards of others; the first worker selects for all
-    error = _convergence(log, model, anatomy, calibration, config)
+    error = _convergence(log, model, anatomy, calibration, config.attribution)
     rows = select_rows(
         log.read(),
         config.quota,
@@ -105,7 +102,7 @@ def _complete(
     model: nn.Module,
     anatomy: Anatomy,
     calibration: Calibration,
-    config: LokiConfig,
+    settings: AttributionArgs,
     worker: int,
     workers: int,
 ) -> None:
@@ -113,7 +110,7 @@ def _complete(
     if workers > 1:
         shared = ranks.broadcast(log.missing(), 0)
         mine = set(log.missing()).intersection(shared[worker::workers])
-        _analyse(log, model, anatomy, calibration, config, sorted(mine))
+        _analyse(log, model, anatomy, calibration, settings, sorted(mine))
         ranks.wait()
         # Nodes without a common disk send the first worker what its own does not show.
         for shard in ranks.broadcast(log.missing(), 0):
@@ -139,37 +136,49 @@ def _complete(
                 log.num_shards - len(missing),
                 log.num_shards,
             )
-        _analyse(log, model, anatomy, calibration, config, missing)
+        _analyse(log, model, anatomy, calibration, settings, missing)
 
 
-def _convergence(log: ScoreLog, model, anatomy, calibration, config: LokiConfig) -> float | None:
+def _rule(settings: AttributionArgs) -> Rule:
+    return quadrature(settings.rule, settings.steps)
+
+
+def _convergence(
+    log: ScoreLog,
+    model: nn.Module,
+    anatomy: Anatomy,
+    calibration: Calibration,
+    settings: AttributionArgs,
+) -> float | None:
     """The completeness error of the scores, on a few prompts of all lengths; kept beside them."""
-    if config.attribution.path != "token":
+    if settings.path != "token":
         return None  # the sequence path has another baseline
     prompts = calibration.prompts
     some = prompts[:: -(-len(prompts) // _CONVERGENCE_PROMPTS)]
-    arguments = [torch.tensor(p.ids) for p in some], [p.target for p in some]
-
-    def measure() -> float:
-        rule = quadrature(config.attribution.rule, config.attribution.steps)
-        with quiet(model):
-            return convergence_error(model, anatomy, *arguments, *rule)
-
-    error = log.fact("convergence_error", measure)
+    error = log.fact(
+        "convergence_error", lambda: convergence(model, anatomy, some, _rule(settings))
+    )
     LOG.info(
         "loki: the scores miss %.1f %% of the change of p that they divide up (%d steps, %s rule)",
         100 * error,
-        config.attribution.steps,
-        config.attribution.rule,
+        settings.steps,
+        settings.rule,
     )
     return error
 
 
-def _analyse(log, model, anatomy, calibration, config, shards) -> None:
+def _analyse(
+    log: ScoreLog,
+    model: nn.Module,
+    anatomy: Anatomy,
+    calibration: Calibration,
+    settings: AttributionArgs,
+    shards: list[int],
+) -> None:
+    """Make the given shards of the log."""
     if not shards:
         return
-    nodes, weights = quadrature(config.attribution.rule, config.attribution.steps)
-    prompts = calibration.prompts
+    prompts, rule = calibration.prompts, _rule(settings)
     count = sum(len(log.prompts(s)) for s in shards)
     LOG.info(
         "loki: analysing %d prompts of %d to %d tokens (%s) on %d layers x %d rows",
@@ -181,26 +190,11 @@ def _analyse(log, model, anatomy, calibration, config, shards) -> None:
         anatomy.hidden_size,
     )
     started = time.perf_counter()
-    with (
-        quiet(model) as own_attention,
-        tqdm(total=count, desc="loki: analysing", unit="prompt") as bar,
-    ):
-        shortest = min((p.ids for p in prompts), key=len)
-        check_reproduces(model, anatomy, torch.tensor(shortest), own_attention)
+    with tqdm(total=count, desc="loki: analysing", unit="prompt") as bar:
 
         def make(positions: range) -> torch.Tensor:
             some = [prompts[i] for i in positions]
-            parts = attribute_many(
-                model,
-                anatomy,
-                [torch.tensor(p.ids) for p in some],
-                [p.target for p in some],
-                nodes,
-                weights,
-                config.attribution.batch_size,
-                KERNELS[config.attribution.path],
-            )
-            return torch.cat(list(parts))
+            return analyse(model, anatomy, some, rule, settings.path, settings.batch_size)
 
         fill(log, make, shards, bar.update)
     seconds = time.perf_counter() - started

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "loki_plugin"
 # Lower rooms never import higher ones; a module belongs to the longest name that it starts with.
 FLOORS = [
-    {"loki_plugin.model", "loki_plugin.ranks", "loki_plugin._short_name"},
+    {"loki_plugin.model", "loki_plugin.ranks", "loki_plugin.choices", "loki_plugin._short_name"},
     {"loki_plugin.rows", "loki_plugin.directions"},
     {
         "loki_plugin.analysing",

@@ -15,7 +15,7 @@ from helpers.families import tiny
 from helpers.runs import configure, model
 from helpers.tokenizers import make_tokenizer
 
-from loki_plugin import pipeline
+from loki_plugin.analysing import analysis
 from loki_plugin.cli import loki
 from loki_plugin.pipeline import choose_rows
 from loki_plugin.rows import RowSelection
@@ -41,13 +41,13 @@ def write(path, numbers):
 def analysed(monkeypatch):
     """How many prompts were really analysed."""
     seen = []
-    real = pipeline.attribute_many
+    real = analysis.attribute_many
 
     def counting(model, anatomy, prompts, *rest):
         seen.append(len(prompts))
         return real(model, anatomy, prompts, *rest)
 
-    monkeypatch.setattr(pipeline, "attribute_many", counting)
+    monkeypatch.setattr(analysis, "attribute_many", counting)
     return seen
 
 
@@ -172,10 +172,10 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch.distributed as dist
 from transformers import AutoTokenizer
 from helpers.runs import configure, model
-from loki_plugin import pipeline
+from loki_plugin.analysing import analysis
 from loki_plugin.pipeline import choose_rows
-counted, inner = [], pipeline.attribute_many
-pipeline.attribute_many = lambda *a: counted.append(len(a[2])) or inner(*a)
+counted, inner = [], analysis.attribute_many
+analysis.attribute_many = lambda *a: counted.append(len(a[2])) or inner(*a)
 tokenizer, source, cache, out = sys.argv[1:]
 dist.init_process_group("gloo")
 cache = cache.format(rank=dist.get_rank())

@@ -1,6 +1,6 @@
 """Analysing: how much every row of the down-projections contributes to general knowledge."""
 
-from .attribution.attribute import attribute
+from .attribute import attribute
 from .directions import input_directions
 
 __all__ = ["attribute", "input_directions"]

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ..model.anatomy import Anatomy, find_anatomy, linear_sizes
 from ..model.hooks import removing
-from .attribution.attribute import unpad
-from .attribution.engine import quiet
+from .attribute import unpad
+from .attribution.quiet import quiet
 
 # Bytes for the matrices C of the layers of one pass and for the work on one of them.
 BUDGET = 2 << 30
@@ -80,7 +80,8 @@ def input_directions(
         ValueError: shapes that do not fit, an empty prompt, padding in the middle, a share or
             number out of range, fewer than 4·u_l tokens, an unsupported model family.
     """
-    return find_directions(model, unpad(input_ids, attention_mask), energy, directions).basis
+    prompts = [torch.tensor(ids) for ids in unpad(input_ids, attention_mask)]
+    return find_directions(model, prompts, energy, directions).basis
 
 
 def find_directions(

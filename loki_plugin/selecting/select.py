@@ -9,7 +9,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-STRATEGIES = ("layer_balanced", "layer_highest", "global_lowest", "global_highest", "random")
+from ..choices import QUOTA, STRATEGIES, STRATEGY
+
 # Prompts ranked at once: enough for vectors to pay, few enough for little memory.
 _BLOCK = 64
 # Mean scores break ties between votes. They are added as whole numbers and whole multiples of
@@ -42,8 +43,8 @@ def quota_to_count(quota: int | float | str | Decimal, hidden_size: int) -> int:
 
 def select_rows(
     scores: torch.Tensor | Iterable[torch.Tensor],
-    quota: int | float | str | Decimal = 10,
-    strategy: str = "layer_balanced",
+    quota: int | float | str | Decimal = QUOTA,
+    strategy: str = STRATEGY,
     *,
     magnitude: bool = False,
     exclude: Sequence[Sequence[Iterable[int]]] | None = None,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..choices import QUOTA, STRATEGY
 from .select import Election, blocks
 
 # At most one chosen row in twenty may hang on which prompts were drawn.
@@ -74,8 +75,8 @@ class Stability:
 
 def bootstrap_overlap(
     scores: torch.Tensor | Iterable[torch.Tensor],
-    quota: int | float | str | Decimal = 10,
-    strategy: str = "layer_balanced",
+    quota: int | float | str | Decimal = QUOTA,
+    strategy: str = STRATEGY,
     *,
     magnitude: bool = False,
     exclude: Sequence[Sequence[Iterable[int]]] | None = None,

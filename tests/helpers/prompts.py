@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from loki_plugin.analysing.calibration.prompts import Prompt
+
 LENGTHS = (9, 5, 12)
 
 
 def prompts(vocabulary=97, lengths=LENGTHS, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, vocabulary, (n,), generator=generator) for n in lengths]
+
+
+def whole(ids):
+    """1-D id tensors as calibration prompts without a target."""
+    return [Prompt(tuple(i.tolist())) for i in ids]
 
 
 def pad(ids, side):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from loki_plugin import select_rows
-from loki_plugin.selecting.select import STRATEGIES, quota_to_count
+from loki_plugin.choices import STRATEGIES
+from loki_plugin.selecting.select import quota_to_count
 
 
 def plainly(scores, count, strategy="layer_balanced", magnitude=False, taken=()):

@@ -11,8 +11,13 @@ import torch
 from torch import nn
 
 from ...model.anatomy import Anatomy
+from ..calibration.prompts import Prompt
+from .devices import first_device, out_of_memory
 from .engine import attribute_batch, shared_prefix
+from .quadrature import Rule
 
+# Scores [B, L, H] of one batch, on the model's device.
+Kernel = Callable[[nn.Module, Anatomy, Sequence[Prompt], Rule], torch.Tensor]
 LOG = logging.getLogger("loki_plugin")
 
 # On a CPU more prompts per batch stop paying once the matrices fill the cores' caches.
@@ -26,13 +31,13 @@ _ALIKE = 0.75
 def prompt_bytes(anatomy: Anatomy, length: int, n_steps: int, itemsize: int) -> int:
     """Estimated bytes one prompt of `length` tokens holds at the peak.
 
-    The stack keeps for its backward about 12 H-wide and 5 I-wide tensors per row and layer, over
-    S·L·(L+1)/2 row-layers; the prefix keeps K and V (at most 2 H per token and layer) and works on
-    about 6 I-wide tensors at a time.
+    The stack keeps for its backward about 12 H-wide and 5 I-wide tensors per token and layer, for
+    S·L·(L+1)/2 pairs of token and layer; the prefix keeps K and V (at most 2 H per token and layer)
+    and works on about 6 I-wide tensors at a time.
     """
     h, i, layers = anatomy.hidden_size, anatomy.intermediate_size, anatomy.num_layers
-    rows = n_steps * layers * (layers + 1) // 2
-    stack = rows * (12 * h + 5 * i)
+    tokens = n_steps * layers * (layers + 1) // 2
+    stack = tokens * (12 * h + 5 * i)
     prefix = length * (2 * h * layers + 6 * i)
     return itemsize * (stack + prefix)
 
@@ -47,10 +52,10 @@ def memory_budget(device: torch.device) -> int:
     return min(_CPU_BYTES, int(_SHARE * pages))
 
 
-def runs(prompts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+def runs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
     """Cut where prompts that begin alike meet others: a batch runs what all of it shares once."""
     alike = [
-        shared_prefix([a, b]) >= _ALIKE * min(len(a), len(b))
+        shared_prefix([a, b]) >= _ALIKE * min(len(a.ids), len(b.ids))
         for a, b in zip(prompts, prompts[1:], strict=False)
     ]
     sides = [False, *alike, False]
@@ -76,12 +81,10 @@ def plan(batch_size: int | str, costs: Sequence[int], budget: int) -> list[tuple
 def attribute_many(
     model: nn.Module,
     anatomy: Anatomy,
-    prompts: list[torch.Tensor],
-    targets: list[int | None],
-    nodes: list[float],
-    weights: list[float],
+    prompts: Sequence[Prompt],
+    rule: Rule,
     batch_size: int | str = "auto",
-    kernel=attribute_batch,
+    kernel: Kernel = attribute_batch,
 ) -> Iterator[torch.Tensor]:
     """Scores of many prompts, in their order, batch by batch: tensors [b, L, H] on the CPU.
 
@@ -93,8 +96,8 @@ def attribute_many(
         RuntimeError: one prompt alone does not fit.
     """
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    device = model.get_input_embeddings().weight.device
-    costs = [prompt_bytes(anatomy, len(p), len(nodes), parameter.itemsize) for p in prompts]
+    device = first_device(model)
+    costs = [prompt_bytes(anatomy, len(p.ids), rule.steps, parameter.itemsize) for p in prompts]
     budget = memory_budget(device)
     todo = [
         (start + first, start + last)
@@ -105,15 +108,13 @@ def attribute_many(
     while todo:
         start, stop = todo.pop()
         try:
-            scores = kernel(
-                model, anatomy, prompts[start:stop], targets[start:stop], nodes, weights
-            )
+            scores = kernel(model, anatomy, prompts[start:stop], rule)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if stop - start == 1:
                 raise RuntimeError(
-                    f"one calibration prompt of {len(prompts[start])} tokens does not fit into"
+                    f"one calibration prompt of {len(prompts[start].ids)} tokens does not fit into"
                     " memory; lower `calibration.max_tokens` or `attribution.steps`"
                 ) from error
             scores = None
@@ -154,7 +155,3 @@ def _cut(batch: tuple[int, int], size: int) -> list[tuple[int, int]]:
     """Pieces of at most `size` prompts, last first."""
     start, stop = batch
     return [(i, min(i + size, stop)) for i in range(start, stop, size)][::-1]
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from weakref import WeakSet
 
 import torch
@@ -12,8 +12,12 @@ from torch import nn
 from ...model.anatomy import Anatomy
 from ...model.hooks import removing
 from ...model.quantised import quantised_modules
+from ..calibration.prompts import Prompt
+from .devices import first_device, out_of_memory, send
 from .engine import integrate
 from .head import head_gradient
+from .quadrature import Rule
+from .quiet import OwnAttention
 
 _checked: WeakSet[nn.Module] = WeakSet()
 # A point outside the path moves p further than one on it, and so shows more.
@@ -27,12 +31,12 @@ _PROMPT, _TOKENS = 256, 4096
 def check_reproduces(
     model: nn.Module,
     anatomy: Anatomy,
-    prompt: torch.Tensor,
-    own_attention: Callable[[], AbstractContextManager],
+    prompt: Prompt,
+    own_attention: OwnAttention,
 ) -> None:
     """Compare the stack's p with the model's own, where z_l is replaced by -z_l, layer by layer.
 
-    The model runs as it was loaded, on one whole copy of `prompt` [T] per layer, with nothing of
+    The model runs as it was loaded, on one whole copy of `prompt` per layer, with nothing of
     ours but a hook that replaces z_l. That takes as long as a few prompts do; a model object is
     checked once. `own_attention` is what `quiet(model)` yields.
 
@@ -43,7 +47,7 @@ def check_reproduces(
         return
     of_effect, of_p = (1e-3, 1e-4) if _is_exact(model) else (0.2, 0.1)
     for cut in range(_TRIES):
-        ids = prompt[: max(1, min(len(prompt), _PROMPT) - cut)]
+        ids = prompt.ids[: max(1, min(len(prompt.ids), _PROMPT) - cut)]
         p = _p_of_the_stack(model, anatomy, ids)
         with own_attention(), torch.no_grad():
             expected = _p_of_the_model(model, anatomy, ids)
@@ -67,12 +71,15 @@ def _is_exact(model: nn.Module) -> bool:
     return wide and full and not quantised_modules(model)
 
 
-def _p_of_the_stack(model, anatomy, ids) -> torch.Tensor:
+def _p_of_the_stack(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch.Tensor:
+    """[1 + L]: p as it is, and with z_l replaced at the last position for l = 0 .. L-1."""
     try:
-        return integrate(model, anatomy, [ids], [None], [_NODE], [0.0])[1][0]
-    except (ValueError, torch.OutOfMemoryError):
+        return integrate(model, anatomy, [Prompt(ids)], Rule((_NODE,), (0.0,))).p[0]
+    except ValueError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"model family '{model.config.model_type}' cannot be analysed; its layers are called in"
             f" a way that loki does not know ({type(error).__name__}: {error}). The README lists"
@@ -80,10 +87,10 @@ def _p_of_the_stack(model, anatomy, ids) -> torch.Tensor:
         ) from error
 
 
-def _p_of_the_model(model, anatomy, prompt) -> torch.Tensor:
-    """[1 + L]: p as it is, and with z_l replaced at the last position for l = 0 .. L-1."""
-    ids = prompt.to(model.get_input_embeddings().weight.device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[:, -1]
+def _p_of_the_model(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch.Tensor:
+    """The same [1 + L], by the model's own code."""
+    prompt = send(torch.tensor([ids]), first_device(model))  # [1, T]
+    logits = model(input_ids=prompt, use_cache=False).logits[:, -1]  # [1, V]
     y = logits.argmax(-1)
     found = [logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[0, y]]
     at_once = max(1, _TOKENS // len(ids))
@@ -92,14 +99,14 @@ def _p_of_the_model(model, anatomy, prompt) -> torch.Tensor:
         with ExitStack() as hooks:
             for i, down in enumerate(some):
                 hooks.enter_context(removing(down.register_forward_hook(_replacing(i, len(ids)))))
-            copies = ids.expand(len(some), -1)
+            copies = prompt.expand(len(some), -1)
             hidden = anatomy.decoder(input_ids=copies, use_cache=False).last_hidden_state
         found.append(head_gradient(model, anatomy, hidden[:, -1:], y.expand(len(some)))[1][:, 0])
     return torch.cat(found)
 
 
-def _replacing(copy: int, length: int):
-    def replace(module, args, output):
+def _replacing(copy: int, length: int) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:
+    def replace(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         new = output.clone()
         new.view(-1, length, output.shape[-1])[copy, -1] *= _NODE
         return new

@@ -4,195 +4,183 @@ Attention is causal, so replacing the last token's down-projection output at lay
 at earlier positions. Each (layer, step) pair is one more token at the prompt's last position, alive
 from layer l upwards, that attends to the kept prefix and to itself. Work per prompt: T + S·(L+1)/2
 token-forwards instead of the obvious loop's L·S·T. It is exact, not an approximation.
+
+Letters of shapes: B prompts, T tokens, n stack tokens per prompt, L layers, H rows of a layer,
+S nodes of the rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 
 from ...model.anatomy import Anatomy
 from ...model.hooks import removing
-from ...model.quantised import quantised_modules, unpack
+from ..calibration.prompts import Prompt
 from . import attention
-from .attention import AttentionState, PrefixDone
+from .attention import AttentionState, Mode, PrefixDone
+from .devices import Copies, first_device, send
 from .head import head_gradient, resolve_targets
+from .quadrature import Rule
+from .quiet import implementation
 from .stack import Stack
 
 # Tokens that prompts must have in common before they run apart from the rest.
 _SHARED = 16
 
 
+class Integral(NamedTuple):
+    """Scores [B, L, H], and p of the plain token and of every (layer, node), [B, 1 + L·S]."""
+
+    scores: torch.Tensor
+    p: torch.Tensor
+
+
 def attribute_batch(
-    model: nn.Module,
-    anatomy: Anatomy,
-    prompts: list[torch.Tensor],
-    targets: list[int | None],
-    nodes: list[float],
-    weights: list[float],
+    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule
 ) -> torch.Tensor:
     """Scores of one batch: z_l[j] · Σ_k w_k ∂p/∂z_l[j] at z_l = α_k z_l -> [B, L, H].
 
-    `model` must be inside `quiet(model)`. `prompts` are 1-D id tensors without padding; a target
-    of None is the model's own arg-max. The result is on the model's device, float32 (float64 for
-    a float64 model).
+    `model` must be inside `quiet(model)`. A prompt without a target takes the model's own arg-max.
+    The result is on the model's first device, float32 (float64 for a float64 model).
     """
-    return integrate(model, anatomy, prompts, targets, nodes, weights)[0]
+    return integrate(model, anatomy, prompts, rule).scores
 
 
 def convergence_error(
-    model: nn.Module,
-    anatomy: Anatomy,
-    prompts: list[torch.Tensor],
-    targets: list[int | None],
-    nodes: list[float],
-    weights: list[float],
+    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule
 ) -> float:
     """How far the scores of some prompts are from completeness.
 
     Integrated gradients add up to the change of p; a finite sum misses it by
     Σ |Σ_j score[l, j] - (p(z_l) - p(0))| / Σ |p(z_l) - p(0)|, over all prompts and layers.
     """
+    # One more node at z_l = 0, which does not count.
+    with_zero = Rule((*rule.nodes, 0.0), (*rule.weights, 0.0))
     missed = moved = 0.0
-    for prompt, target in zip(prompts, targets, strict=True):
-        # One more node at z_l = 0, which does not count.
-        scores, p = integrate(model, anatomy, [prompt], [target], [*nodes, 0.0], [*weights, 0.0])
-        change = p[:, :1] - p[:, 1:].view(1, -1, len(nodes) + 1)[..., -1]
+    for prompt in prompts:
+        scores, p = integrate(model, anatomy, [prompt], with_zero)
+        change = p[:, :1] - p[:, 1:].view(1, -1, with_zero.steps)[..., -1]  # [1, L]
         missed += float((scores.sum(-1) - change).abs().sum())
         moved += float(change.abs().sum())
     return missed / moved if moved else 0.0
 
 
-def integrate(model, anatomy, prompts, targets, nodes, weights):
-    """Scores [B, L, H], and p of the plain token and of every (layer, node): [B, 1 + L·S]."""
-    device = model.get_input_embeddings().weight.device
-    lengths = torch.tensor([len(p) for p in prompts])
-    # Padding stands on the right, after every real token, where causal attention never looks.
-    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-    last = (lengths - 1).to(device)
+def integrate(
+    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule
+) -> Integral:
+    """Scores and probabilities of one batch, both on the model's first device."""
+    # 1. The batch: ids padded on the right, after every real token, where no causal query looks.
+    device = first_device(model)
+    lengths = [len(p.ids) for p in prompts]
+    ids = padded(prompts, device)  # [B, T]
     state = AttentionState(
-        last=last,
+        last=Copies([n - 1 for n in lengths]),
         final_layer=anatomy.num_layers - 1,
-        uniform=bool((lengths == lengths[0]).all()),
+        uniform=len(set(lengths)) == 1,
         shared=shared_prefix(prompts),
     )
     with state, ExitStack() as hooks:
         hooks.enter_context(watched(model, anatomy, state))
+        # 2. The prompts once, without gradients: every layer's keys and values.
         run_prefix(anatomy, state, ids)
-        state.mode = "stack"
-        stack = Stack(anatomy, state, nodes, len(prompts))
+        # 3. The last token alone; behind each layer S tokens more stand beside it.
+        state.mode = Mode.STACK
+        stack = Stack(anatomy, state, rule, len(prompts))
         hooks.enter_context(stack.hooked())
+        last = state.last.on(device)[:, None]  # [B, 1]
         with torch.enable_grad():
             hidden = anatomy.decoder(
-                input_ids=ids.gather(1, last[:, None]),
-                position_ids=last[:, None],
-                use_cache=False,
+                input_ids=ids.gather(1, last), position_ids=last, use_cache=False
             ).last_hidden_state
-            hidden = hidden.reshape(len(prompts), -1, hidden.shape[-1])  # GPT-2 flattens the rows
-    y = resolve_targets(model, anatomy, hidden[:, :1].detach(), targets)
-    upstream, p = head_gradient(model, anatomy, hidden.detach(), y)
-    grads = torch.autograd.grad(hidden, stack.leaves, upstream)
-    # ∂p = p · ∂log p: the backward carries log p, which no half precision underflows.
-    w = torch.tensor(weights, dtype=p.dtype).to(p.device)
-    factors = w * p[:, 1:].view(len(prompts), -1, len(nodes))  # [B, L, S]
+            # [B, 1 + L·S, H]; GPT-2 flattens prompts and tokens
+            hidden = hidden.reshape(len(prompts), -1, hidden.shape[-1])
+    # 4. The head: y from the plain token, p of every token, ∂log p of every final state.
+    states = hidden.detach()
+    y = resolve_targets(model, anatomy, states[:, 0], prompts)  # [B]
+    upstream, p = head_gradient(model, anatomy, states, y)  # [B, n, H], [B, n]
+    # 5. What each node's ∂log p counts for: w·p, since ∂p = p · ∂log p. The backward carries log p,
+    #    which no half precision underflows.
+    w = Copies(rule.weights).on(p.device, p.dtype)  # [S]
+    factors = w * p[:, 1:].view(len(prompts), -1, rule.steps)  # [B, L, S]
+    # 6. One backward to all nodes of all layers.
+    grads = torch.autograd.grad(hidden, stack.leaves, upstream)  # L of [B, S, H]
+    # 7. The sum over the nodes, times z.
+    on = {g.device: factors.to(g.device, non_blocking=True) for g in grads}
     scores = [
-        z[:, 0].to(p.dtype) * torch.einsum("bs,bsh->bh", factors[:, i].to(g.device), g.to(p.dtype))
+        z[:, 0].to(p.dtype) * torch.einsum("bs,bsh->bh", on[g.device][:, i], g.to(p.dtype))
         for i, (z, g) in enumerate(zip(stack.outputs, grads, strict=True))
     ]
-    return torch.stack([s.to(device) for s in scores], 1), p
+    together = torch.stack([s.to(device, non_blocking=True) for s in scores], 1)
+    return Integral(together, p.to(device, non_blocking=True))
 
 
-def shared_prefix(prompts: list[torch.Tensor]) -> int:
+def padded(prompts: Sequence[Prompt], device: torch.device) -> torch.Tensor:
+    """Token ids [B, T], zeros on the right, on `device`."""
+    width = max(len(p.ids) for p in prompts)
+    return send(torch.tensor([[*p.ids, *[0] * (width - len(p.ids))] for p in prompts]), device)
+
+
+def shared_prefix(prompts: Sequence[Prompt]) -> int:
     """How many first tokens all prompts have in common, if they are worth a run of their own."""
-    shortest = min(len(p) for p in prompts)
-    if len(prompts) < 2 or shortest <= _SHARED:
+    if len(prompts) < 2:
         return 0
-    heads = torch.stack([p[: shortest - 1] for p in prompts])  # the last token stays outside
-    common = int((heads == heads[0]).all(0).long().cumprod(0).sum())
+    # All lie between the least and the greatest, and so does what all begin with.
+    least, greatest = min(p.ids for p in prompts), max(p.ids for p in prompts)
+    longest = min(len(p.ids) for p in prompts) - 1  # the last token stays outside
+    common = 0
+    while common < longest and least[common] == greatest[common]:
+        common += 1
     return common if common >= _SHARED else 0
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager]]:
-    """Evaluation mode, no parameter gradients, our attention; all put back on the way out.
-
-    Yields a context manager inside which the model attends as it was loaded.
-    """
-    training = {id(m) for m in model.modules() if m.training}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
-    settings = [(c, c._attn_implementation_internal) for c in configs.values()]
-    unpack(model)
-
-    @contextmanager
-    def own_attention():
-        ours = [config._attn_implementation_internal for config, _ in settings]
-        for config, value in settings:
-            config._attn_implementation_internal = value
-        yield
-        for (config, _), value in zip(settings, ours, strict=True):
-            config._attn_implementation_internal = value
-
-    try:
-        model.eval()
-        for module in quantised_modules(model):
-            # They have no dropout, and compute as they will train: in evaluation, on a CPU, 4-bit
-            # weights would repack themselves and lose their gradient, 8-bit ones round their input.
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for config, _ in settings:
-            config._attn_implementation_internal = _implementation(model)
-        yield own_attention
-    finally:
-        for config, value in settings:
-            config._attn_implementation_internal = value
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module in model.modules():
-            module.training = id(module) in training
-
-
-def _implementation(model: nn.Module) -> str:
-    """Our entry in transformers' attention interface, or the plain call that we intercept."""
-    return attention.NAME if model._supports_attention_backend else "sdpa"
-
-
-def _has_attention_setting(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "config", None), "_attn_implementation_internal")
 
 
 @contextmanager
 def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterator[None]:
     """Tell `state` which layer runs, and catch plain attention calls where the family has them."""
     with ExitStack() as stack:
-        if _implementation(model) == "sdpa":
+        stack.enter_context(_never_packed())
+        if implementation(model) == "sdpa":
             stack.enter_context(attention.SdpaCalls())
         for i, layer in enumerate(anatomy.layers):
             stack.enter_context(removing(layer.register_forward_pre_hook(_at(state, i))))
         yield
 
 
-def _at(state: AttentionState, index: int):
-    def enter_layer(module, args):
+@contextmanager
+def _never_packed() -> Iterator[None]:
+    """Answer transformers' question whether position ids hold several sequences.
+
+    It reads them, and so waits for the device twice a batch. Ours count up from 0, or are one.
+    """
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
+def _at(state: AttentionState, index: int) -> Callable[[nn.Module, tuple], None]:
+    def enter_layer(module: nn.Module, args: tuple) -> None:
         state.layer = index
 
     return enter_layer
 
 
 def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> None:
-    """Keep the keys and values of the prompts; what all of them begin with runs once."""
+    """Keep the keys and values of prompts [B, T]; what all of them begin with runs once."""
     past = DynamicCache() if state.shared else None  # without a config: it never cuts to a window
     if state.shared:
-        state.mode = "shared"
-        _run_to_last_keys(anatomy, state, ids[:1, : state.shared], past)
+        state.mode = Mode.SHARED
+        _run_to_last_keys(anatomy, ids[:1, : state.shared], past)
         past.batch_repeat_interleave(len(ids))
-    state.mode = "prefix"
-    _run_to_last_keys(anatomy, state, ids[:, state.shared :], past)
+    state.mode = Mode.PREFIX
+    _run_to_last_keys(anatomy, ids[:, state.shared :], past)
     if len(state.keys) == anatomy.num_layers:
         return
     raise ValueError(
@@ -202,6 +190,6 @@ def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> No
     )
 
 
-def _run_to_last_keys(anatomy, state, ids, past) -> None:
+def _run_to_last_keys(anatomy: Anatomy, ids: torch.Tensor, past: DynamicCache | None) -> None:
     with suppress(PrefixDone), torch.no_grad():
         anatomy.decoder(input_ids=ids, past_key_values=past, use_cache=past is not None)

@@ -2,64 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-# Float32 logits held at once: what a cache holds, but rows enough to pay for reading the head, so
+from ...model.anatomy import Anatomy
+from ..calibration.prompts import Prompt
+from .devices import send
+
+# Float32 logits held at once: what a cache holds, but tokens enough to pay for reading the head, so
 # that a 152k vocabulary never materialises L·S·B x V.
-_LOGIT_BYTES, _LOGIT_ROWS = 16 << 20, 256
+_LOGIT_BYTES, _LOGIT_TOKENS = 16 << 20, 256
 
 
-def resolve_targets(model, anatomy, hidden, targets: list[int | None]) -> torch.Tensor:
-    """The tokens y [B]: as given, or the arg-max behind the final states `hidden` [B, 1, H]."""
+def resolve_targets(
+    model: nn.Module, anatomy: Anatomy, states: torch.Tensor, prompts: Sequence[Prompt]
+) -> torch.Tensor:
+    """The tokens y [B]: as given, or the arg-max behind the final states [B, H]."""
+    given = torch.tensor([-1 if p.target is None else p.target for p in prompts])
     with _decoder_returns(anatomy.decoder) as head, torch.no_grad():
-        predicted = head(model, hidden)[:, 0].argmax(-1)
-    given = torch.tensor([-1 if t is None else t for t in targets]).to(predicted.device)
+        # One sequence of B tokens, so that the head is one product.
+        predicted = head(model, states[None].contiguous())[0].argmax(-1)
+    given = send(given, predicted.device)
     return torch.where(given < 0, predicted, given)
 
 
-def head_gradient(model, anatomy, hidden, y) -> tuple[torch.Tensor, torch.Tensor]:
-    """∂(Σ log p)/∂hidden and p = softmax(logits)[y] of n rows per prompt, by the model's own head.
+def head_gradient(
+    model: nn.Module, anatomy: Anatomy, hidden: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """∂(Σ log p)/∂hidden and p = softmax(logits)[y] of n tokens per prompt, by the model's head.
 
-    `hidden` [B, n, H] -> [B, n, H] and [B, n].
+    `hidden` [B, n, H], `y` [B] -> [B, n, H] and [B, n].
     """
-    flat = hidden.flatten(0, 1)
-    of_y = y.repeat_interleave(hidden.shape[1])[:, None]
+    flat = hidden.flatten(0, 1)  # [B·n, H]
+    of_y = y.repeat_interleave(hidden.shape[1])[:, None]  # [B·n, 1]
     upstream, p = torch.empty_like(flat), []
     text_config = model.config.get_text_config()
-    chunk = max(_LOGIT_ROWS, _LOGIT_BYTES // (4 * text_config.vocab_size))
+    chunk = max(_LOGIT_TOKENS, _LOGIT_BYTES // (4 * text_config.vocab_size))
     with _decoder_returns(anatomy.decoder) as head:
-        for part in range(0, len(flat), chunk):
-            rows = slice(part, part + chunk)
-            states = flat[rows].detach().requires_grad_()
+        for start in range(0, len(flat), chunk):
+            part = slice(start, start + chunk)
+            states = flat[part].detach().requires_grad_()
             with torch.enable_grad():
-                logits = head(model, states[None])
+                logits = head(model, states[None])  # [1, c, V]
             # ∂log p/∂logits = onehot(y) - softmax(logits), written over the softmax itself.
             wide = torch.promote_types(logits.dtype, torch.float32)
-            by_logits = logits[0].detach().to(wide).softmax(-1)
-            p.append(by_logits.gather(1, of_y[rows]))
-            by_logits.neg_().scatter_(1, of_y[rows], 1 - p[-1])
+            by_logits = logits[0].detach().to(wide).softmax(-1)  # [c, V]
+            p.append(by_logits.gather(1, of_y[part]))
+            by_logits.neg_().scatter_(1, of_y[part], 1 - p[-1])
             by_logits = by_logits.to(logits.dtype)[None]
-            upstream[rows] = torch.autograd.grad(logits, states, by_logits)[0]
+            upstream[part] = torch.autograd.grad(logits, states, by_logits)[0]
     return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
 
 
 class _OnlyStates(BaseModelOutput):
     """What else a family reads from its decoder (past, cross attention, router logits) is None."""
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> None:
         return None
 
 
 @contextmanager
-def _decoder_returns(decoder: nn.Module):
-    """Run the model's head alone: its decoder is short-circuited to hand back given states."""
+def _decoder_returns(
+    decoder: nn.Module,
+) -> Iterator[Callable[[nn.Module, torch.Tensor], torch.Tensor]]:
+    """Run the model's head alone: its decoder is short-circuited to hand back given states.
+
+    Yields head(model, states [B, n, H]) -> logits [B, n, V].
+    """
     saved = decoder.__dict__.get("forward")
 
-    def head(model, hidden):
+    def head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         states = _OnlyStates(last_hidden_state=hidden)
         decoder.forward = lambda *_, **__: states
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-RULES = ("left", "right", "midpoint", "trapezoid", "gauss-legendre")
+from ...choices import RULE, RULES, STEPS
 
 
-def quadrature(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
+class Rule(NamedTuple):
+    """S nodes α_k and their weights w_k: ∫₀¹ f(α) dα ≈ Σ_k w_k f(α_k)."""
+
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.nodes)
+
+
+def quadrature(rule: str = RULE, n_steps: int = STEPS) -> Rule:
     """Nodes α_k and weights w_k of a rule, so that ∫₀¹ f(α) dα ≈ Σ_k w_k f(α_k).
 
     | rule | α_k | w_k |
@@ -21,7 +34,7 @@ def quadrature(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
     The weights of every rule sum to 1 (captum's `riemann_trapezoid` sums to (S-1)/S).
 
     Args:
-        rule: one of `RULES`.
+        rule: one of `choices.RULES`.
         n_steps: S >= 1; the trapezoid needs S >= 2.
 
     Raises:
@@ -39,11 +52,10 @@ def quadrature(rule: str, n_steps: int) -> tuple[list[float], list[float]]:
     s = n_steps
     if rule == "gauss-legendre":
         nodes, weights = np.polynomial.legendre.leggauss(s)
-        return ((nodes + 1) / 2).tolist(), (weights / 2).tolist()
+        return Rule(tuple(((nodes + 1) / 2).tolist()), tuple((weights / 2).tolist()))
     if rule == "trapezoid":
         inner = 1 / (s - 1)
-        weights = [inner] * s
-        weights[0] = weights[-1] = inner / 2
-        return [k / (s - 1) for k in range(s)], weights
+        ends = inner / 2
+        return Rule(tuple(k / (s - 1) for k in range(s)), (ends, *[inner] * (s - 2), ends))
     shift = {"left": 0.0, "right": 1.0, "midpoint": 0.5}[rule]
-    return [(k + shift) / s for k in range(s)], [1 / s] * s
+    return Rule(tuple((k + shift) / s for k in range(s)), (1 / s,) * s)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...model.anatomy import in_attention, linear_sizes
 from ...model.hooks import answering
-from .attention import AttentionState
+from .attention import AttentionState, Mode
+
+# What a layer was called with, as its hooks see it.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
-def hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
+def hidden_of(args: Args, kwargs: Kwargs) -> torch.Tensor:
+    """The hidden states [B, n, H] among a layer's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def call(layer: nn.Module, args: tuple, kwargs: dict, hidden: torch.Tensor) -> torch.Tensor:
-    """Call a layer as it was called, on other hidden states; returns hidden states."""
+def call(layer: nn.Module, args: Args, kwargs: Kwargs, hidden: torch.Tensor) -> torch.Tensor:
+    """Call a layer as it was called, on other hidden states [B, n, H]; returns such."""
     if args:
         output = layer(hidden, *args[1:], **kwargs)
     else:
@@ -26,13 +32,20 @@ def call(layer: nn.Module, args: tuple, kwargs: dict, hidden: torch.Tensor) -> t
     return output[0] if isinstance(output, tuple) else output
 
 
-def replay(state: AttentionState, layer, args, kwargs, hidden, answers) -> torch.Tensor:
-    """The layer's own code on `hidden` where every linear answers with what it is given.
+def replay(
+    state: AttentionState,
+    layer: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    hidden: torch.Tensor,
+    answers: dict[nn.Module, torch.Tensor],
+) -> torch.Tensor:
+    """The layer's own code on `hidden` [B, n, H] where linears answer what they are given.
 
-    Only norms and residual sums are computed: whatever the family does between its linears is
-    exact, and costs next to nothing.
+    `answers`: per linear [B, n, F]. Only norms and residual sums are computed: whatever the family
+    does between its linears is exact, and costs next to nothing.
     """
-    mode, state.mode = state.mode, "replay"
+    mode, state.mode = state.mode, Mode.REPLAY
     # Layers that share keys (Gemma 4) hand them on in a dict, which a replay must not write to.
     kwargs = {k: copy(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
     try:
@@ -43,6 +56,7 @@ def replay(state: AttentionState, layer, args, kwargs, hidden, answers) -> torch
 
 
 def linears_of(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a layer by their names in it; a PEFT layer counts as one."""
     found: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
         if linear_sizes(module) and not any(name.startswith(n + ".") for n in found):

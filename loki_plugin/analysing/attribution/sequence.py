@@ -8,45 +8,45 @@ gradients, and one token runs again with them.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...model.anatomy import Anatomy
 from ...model.hooks import removing
-from .attention import AttentionState, PrefixDone
+from ..calibration.prompts import Prompt
+from .attention import AttentionState, Mode, PrefixDone
+from .devices import Copies, first_device, send
 from .engine import watched
 from .head import head_gradient, resolve_targets
-from .replay import call, hidden_of, known_answers, linears_of, replay
+from .quadrature import Rule
+from .replay import Args, Kwargs, call, hidden_of, known_answers, linears_of, replay
 
 
 def attribute_sequences(
-    model: nn.Module,
-    anatomy: Anatomy,
-    prompts: list[torch.Tensor],
-    targets: list[int | None],
-    nodes: list[float],
-    weights: list[float],
+    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule
 ) -> torch.Tensor:
     """Scores [B, L, H] of one batch; the arguments of `engine.attribute_batch`.
 
     Work per prompt: S·T·L/2 token-forwards; prompts run one after another.
     """
-    return torch.stack(
-        [
-            _attribute_one(model, anatomy, prompt, target, nodes, weights)
-            for prompt, target in zip(prompts, targets, strict=True)
-        ]
-    )
+    return torch.stack([_attribute_one(model, anatomy, prompt, rule) for prompt in prompts])
 
 
 class _Pass:
-    """One run of the decoder over a prompt: what every layer was given and what it answered."""
+    """One run of the decoder over a prompt [1, T].
 
-    def __init__(self, anatomy: Anatomy, state: AttentionState, ids):
-        self.calls: list[tuple[tuple, dict]] = []
+    Attributes:
+        calls: what every layer was given.
+        memo: what every linear answered, [1, T, F].
+        hidden: the final states [1, T, H].
+    """
+
+    def __init__(self, anatomy: Anatomy, ids: torch.Tensor):
+        self.calls: list[tuple[Args, Kwargs]] = []
         self.memo: dict[nn.Module, torch.Tensor] = {}
         with ExitStack() as hooks, torch.no_grad():
             for layer in anatomy.layers:
@@ -56,7 +56,7 @@ class _Pass:
                     hooks.enter_context(removing(module.register_forward_hook(self._remember)))
             self.hidden = anatomy.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _record(self, layer, args, kwargs):
+    def _record(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if any(isinstance(v, MutableMapping) for v in kwargs.values()):
             raise ValueError(
                 f"{type(layer).__name__} hands keys on to later layers, which `path: sequence` does"
@@ -64,56 +64,64 @@ class _Pass:
             )
         self.calls.append((args, kwargs))
 
-    def _remember(self, module, args, output):
+    def _remember(self, module: nn.Module, args: Args, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             self.memo[module] = output.view(1, -1, output.shape[-1]).clone()  # see `Stack`
 
 
-def _attribute_one(model, anatomy, prompt, target, nodes, weights):
-    device = model.get_input_embeddings().weight.device
-    ids = prompt.to(device)[None]
-    last = torch.tensor([len(prompt) - 1], device=device)
-    final = anatomy.num_layers - 1
-    alpha = torch.tensor(nodes, device=device)[:, None, None]
-    state = AttentionState(last=last, final_layer=-1, uniform=True)
+def _attribute_one(model: nn.Module, anatomy: Anatomy, prompt: Prompt, rule: Rule) -> torch.Tensor:
+    """Scores [L, H] of one prompt."""
+    # 1. Both ends of the path: the layers' outputs on token id 0, and on the prompt.
+    device = first_device(model)
+    ids = send(torch.tensor([prompt.ids]), device)  # [1, T]
+    state = AttentionState(last=Copies([len(prompt.ids) - 1]), final_layer=-1, uniform=True)
+    nodes, weights = Copies(rule.nodes), Copies(rule.weights)
     scores = []
     with state, watched(model, anatomy, state):
-        zero = _Pass(anatomy, state, torch.zeros_like(ids))
-        base = _Pass(anatomy, state, ids)
-        y = resolve_targets(model, anatomy, base.hidden[:, -1:], [target])
+        zero = _Pass(anatomy, torch.zeros_like(ids))
+        base = _Pass(anatomy, ids)
+        y = resolve_targets(model, anatomy, base.hidden[:, -1], [prompt])  # [1]
         kept = state.keys, state.values
         for i, down in enumerate(anatomy.down):
+            # 2. S points of the path at all positions, and the keys that they give above layer i.
             path = base.memo[down] - zero.memo[down]  # [1, T, H]
-            outputs = zero.memo[down] + alpha.to(path.dtype) * path  # [S, T, H]
+            alpha = nodes.on(path.device, path.dtype)[:, None, None]  # [S, 1, 1]
+            outputs = zero.memo[down] + alpha * path  # [S, T, H]
             state.keys, state.values = (dict(k) for k in kept)
-            _keep_above(anatomy, state, base, i, outputs, final)
+            _keep_above(anatomy, state, base, i, outputs)
+            # 3. The last token again, with gradients; layer i makes S of it.
             leaf = outputs[:, -1:].detach().requires_grad_()  # [S, 1, H]
-            state.mode = "stack"
-            hook = anatomy.layers[i].register_forward_hook(
-                _fan_out(anatomy, state, base, i, leaf), with_kwargs=True
-            )
-            with removing(hook), torch.enable_grad():
+            with _fanning_out(anatomy, state, base, i, leaf), torch.enable_grad():
                 hidden = anatomy.decoder(
-                    input_ids=ids[:, -1:], position_ids=last[None], use_cache=False
-                ).last_hidden_state
-            upstream, p = head_gradient(model, anatomy, hidden.detach(), y.expand(len(nodes)))
+                    input_ids=ids[:, -1:],
+                    position_ids=state.last.on(device)[None],
+                    use_cache=False,
+                ).last_hidden_state  # [S, 1, H]
+            # 4. The head, the backward, and the sum over the path.
+            of_y = y.expand(rule.steps)
+            upstream, p = head_gradient(model, anatomy, hidden.detach(), of_y)  # [S, 1, H], [S, 1]
+            factors = weights.on(p.device, p.dtype) * p[:, 0]  # [S]
             (grad,) = torch.autograd.grad(hidden, leaf, upstream)
-            factors = torch.tensor(weights, device=device, dtype=p.dtype) * p[:, 0]
-            total = torch.einsum("s,sh->h", factors, grad[:, 0].to(p.dtype))
-            scores.append(path[0, -1].to(p.dtype) * total)
+            total = torch.einsum("s,sh->h", factors.to(grad.device), grad[:, 0].to(p.dtype))
+            scores.append((path[0, -1].to(p.dtype) * total).to(device))
     return torch.stack(scores)
 
 
-def _keep_above(anatomy, state, base, i, outputs, final) -> None:
-    """Run all positions from layer i upwards, for the keys and values of the layers above."""
+def _keep_above(
+    anatomy: Anatomy, state: AttentionState, base: _Pass, i: int, outputs: torch.Tensor
+) -> None:
+    """Run all positions from layer i upwards, for the keys and values of the layers above.
+
+    `outputs` [S, T, H]: what the down-projection of layer i answers.
+    """
     with torch.no_grad():
         args, kwargs = base.calls[i]
         known = known_answers(anatomy.layers[i], anatomy.down[i], base.memo)
         answers = {m: answer.expand(len(outputs), -1, -1) for m, answer in known.items()}
         answers[anatomy.down[i]] = outputs.clone()
-        rows = hidden_of(args, kwargs).expand(len(outputs), -1, -1)
-        hidden = replay(state, anatomy.layers[i], args, kwargs, rows, answers)
-        state.mode, state.final_layer = "prefix", final
+        given = hidden_of(args, kwargs).expand(len(outputs), -1, -1)  # [S, T, H]
+        hidden = replay(state, anatomy.layers[i], args, kwargs, given, answers)
+        state.mode, state.final_layer = Mode.PREFIX, anatomy.num_layers - 1
         try:
             for m in range(i + 1, anatomy.num_layers):
                 hidden = call(anatomy.layers[m], *base.calls[m], hidden)
@@ -121,17 +129,28 @@ def _keep_above(anatomy, state, base, i, outputs, final) -> None:
             pass
 
 
-def _fan_out(anatomy, state, base, i, leaf):
-    """Layer i's output for the one token becomes S outputs, one for each point of the path."""
+@contextmanager
+def _fanning_out(
+    anatomy: Anatomy, state: AttentionState, base: _Pass, i: int, leaf: torch.Tensor
+) -> Iterator[None]:
+    """For the duration, layer i's output for the one token becomes S, one per point `leaf`."""
+    state.mode = Mode.STACK
+    hook = _fan_out(anatomy, state, base, i, leaf)
+    with removing(anatomy.layers[i].register_forward_hook(hook, with_kwargs=True)):
+        yield
 
-    def fan_out(layer, args, kwargs, output):
-        if state.mode == "replay":
+
+def _fan_out(
+    anatomy: Anatomy, state: AttentionState, base: _Pass, i: int, leaf: torch.Tensor
+) -> Callable[[nn.Module, Args, Kwargs, Any], Any]:
+    def fan_out(layer: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        if state.mode is Mode.REPLAY:
             return output
         known = known_answers(layer, anatomy.down[i], base.memo)
         answers = {m: answer[:, -1:].expand(len(leaf), -1, -1) for m, answer in known.items()}
         answers[anatomy.down[i]] = leaf.clone()
-        rows = hidden_of(args, kwargs).detach().expand(len(leaf), -1, -1)
-        new = replay(state, layer, args, kwargs, rows, answers)
+        given = hidden_of(args, kwargs).detach().expand(len(leaf), -1, -1)  # [S, 1, H]
+        new = replay(state, layer, args, kwargs, given, answers)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     return fan_out

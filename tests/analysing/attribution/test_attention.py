@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loki_plugin.analysing.attribution.attention import _eager, _StackAttention
+from loki_plugin.analysing.attribution.attention import _eager
+from loki_plugin.analysing.attribution.stack_attention import StackAttention
 
 B, KV, GROUPS, N, T, D = 2, 2, 3, 5, 7, 4
 LAST = (6, 3)  # index of the last real token of each prompt
@@ -32,7 +33,7 @@ def tensors(names, seed=0):
 
 def plainly(q, k, v, keys, values, bias, own_bias, sinks, scaling, softcap):
     """Prompt by prompt, head by head, query by query: visible prefix keys, then its own."""
-    rows = []
+    found = []
     for b in range(B):
         for h in range(KV * GROUPS):
             g = h // GROUPS
@@ -47,8 +48,8 @@ def plainly(q, k, v, keys, values, bias, own_bias, sinks, scaling, softcap):
                     score = score + torch.cat([bias[b, h, 0, : LAST[b]], own])
                 if sinks is not None:  # takes weight, has no value
                     score = torch.cat([score, sinks[h][None]])
-                rows.append(score.softmax(0)[: len(value)] @ value)
-    return torch.stack(rows).view(B, KV * GROUPS, N, D)
+                found.append(score.softmax(0)[: len(value)] @ value)
+    return torch.stack(found).view(B, KV * GROUPS, N, D)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -64,7 +65,7 @@ def test_forward_and_backward_equal_the_plain_statement(softcap, extras):
         bias = t["bias"].masked_fill(hidden, float("-inf"))
     leaves = [t[n].requires_grad_() for n in ("q", "k", "v")]
     last = torch.tensor(LAST)
-    found = _StackAttention.apply(
+    found = StackAttention.apply(
         *leaves, t["keys"], t["values"], bias, t["own_bias"], last, 0.7, softcap, t["sinks"]
     )
     truth = plainly(

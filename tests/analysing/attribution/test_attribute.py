@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
-from helpers.prompts import error, pad, prompts, rms
+from helpers.prompts import error, pad, prompts, rms, whole
 from helpers.reference import Exact, loop
 
 from loki_plugin import attribute
-from loki_plugin.analysing.attribution.engine import convergence_error, quiet, shared_prefix
+from loki_plugin.analysing.analysis import convergence
+from loki_plugin.analysing.attribution.engine import shared_prefix
 from loki_plugin.analysing.attribution.quadrature import quadrature
 from loki_plugin.model.anatomy import find_anatomy
 
@@ -34,9 +35,9 @@ def test_what_prompts_begin_with_runs_once_and_changes_nothing(family):
     (head,) = prompts(lengths=(18,), seed=2)
     # 18 tokens in common, more than any sliding window; one prompt has a single token more.
     ids = [torch.cat([head, p]) for p in prompts(lengths=(1, 6, 3))]
-    assert shared_prefix(ids) == 18
-    assert shared_prefix(ids[:1]) == shared_prefix([ids[0], ids[1][1:]]) == 0
-    assert shared_prefix([head, head]) == 17  # the last token is each prompt's own
+    assert shared_prefix(whole(ids)) == 18
+    assert shared_prefix(whole(ids[:1])) == shared_prefix(whole([ids[0], ids[1][1:]])) == 0
+    assert shared_prefix(whole([head, head])) == 17  # the last token is each prompt's own
     widths = []
 
     def watch(module, args, output):
@@ -151,12 +152,10 @@ def test_scores_sum_to_the_change_of_p_when_steps_grow():
 def test_the_convergence_error_is_what_the_scores_miss(rule):
     model = tiny("llama", dtype=torch.float64)
     ids = prompts()
-    anatomy, nodes_weights = find_anatomy(model), quadrature(rule, 3)
     with Exact():
         exact = attribute(model, *pad(ids, "left"), n_steps=20, rule="gauss-legendre").sum(-1)
         scores = attribute(model, *pad(ids, "left"), n_steps=3, rule=rule).sum(-1)
-        with quiet(model):
-            found = convergence_error(model, anatomy, ids, [None] * 3, *nodes_weights)
+        found = convergence(model, find_anatomy(model), whole(ids), quadrature(rule, 3))
     # 20 Gauss-Legendre steps are exact to 1e-9 here, as the test of completeness shows.
     expected = float((scores - exact).abs().sum() / exact.abs().sum())
     assert found == pytest.approx(expected, rel=1e-6) and found > 1e-7
@@ -186,8 +185,7 @@ def test_leaves_nothing_behind(break_at):
     weights = {n: p.clone() for n, p in model.named_parameters()}
 
     def boom(module, args, output):
-        rows = output.shape[1]
-        if (break_at == "prefix") == (rows == 12):
+        if (break_at == "prefix") == (output.shape[1] == 12):
             raise KeyboardInterrupt
 
     if break_at:

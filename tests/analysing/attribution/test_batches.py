@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.prompts import whole
 
 from loki_plugin.analysing.attribution import batches
 from loki_plugin.analysing.attribution.batches import attribute_many, plan, runs
+from loki_plugin.analysing.attribution.quadrature import Rule
 from loki_plugin.model.anatomy import find_anatomy
 
 
@@ -28,26 +30,26 @@ def test_prompts_that_begin_alike_share_batches_with_no_others():
 
     alone = [torch.arange(i, i + 30) for i in (1, 2, 3)]
     prompts = [*alone, *ask(head, 5, 6, 7), *ask(other, 5, 6), *alone]
-    assert runs(prompts) == [(0, 3), (3, 6), (6, 8), (8, 11)]
-    assert runs(alone) == [(0, 3)] and runs(alone[:1]) == [(0, 1)]
+    assert runs(whole(prompts)) == [(0, 3), (3, 6), (6, 8), (8, 11)]
+    assert runs(whole(alone)) == [(0, 3)] and runs(whole(alone[:1])) == [(0, 1)]
     half = [torch.cat([head[:20], torch.arange(i, i + 20)]) for i in (1, 2)]
-    assert runs(half) == [(0, 2)]  # the half in common is not worth smaller batches
+    assert runs(whole(half)) == [(0, 2)]  # the half in common is not worth smaller batches
 
 
 def run(limit, error, prompts=11, batch_size=8):
     """A kernel that fails above `limit` prompts; returns results and the sizes that ran."""
     sizes = []
 
-    def kernel(model, anatomy, prompts, targets, nodes, weights):
+    def kernel(model, anatomy, prompts, rule):
         if len(prompts) > limit:
             raise error
         sizes.append(len(prompts))
-        return torch.stack([p.float() for p in prompts])[:, :, None]
+        return torch.tensor([p.ids for p in prompts], dtype=torch.float)[:, :, None]
 
     model = tiny("llama")
     ids = [torch.tensor([i, i]) for i in range(prompts)]
-    anatomy = find_anatomy(model)
-    parts = attribute_many(model, anatomy, ids, [None] * prompts, [0.0], [1.0], batch_size, kernel)
+    anatomy, rule = find_anatomy(model), Rule((0.0,), (1.0,))
+    parts = attribute_many(model, anatomy, whole(ids), rule, batch_size, kernel)
     return torch.cat(list(parts)), sizes
 
 

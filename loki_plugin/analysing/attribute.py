@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...model.anatomy import find_anatomy
-from .batches import attribute_many
-from .checking import check_reproduces
-from .engine import attribute_batch, quiet
-from .quadrature import quadrature
-from .sequence import attribute_sequences
-
-KERNELS = {"token": attribute_batch, "sequence": attribute_sequences}
+from ..choices import PATH, PATHS, RULE, STEPS
+from ..model.anatomy import find_anatomy
+from .analysis import analyse
+from .attribution.quadrature import quadrature
+from .calibration.prompts import Prompt
 
 
 def attribute(
@@ -20,9 +17,9 @@ def attribute(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     targets: torch.Tensor | list[int] | None = None,
-    n_steps: int = 7,
-    rule: str = "left",
-    path: str = "token",
+    n_steps: int = STEPS,
+    rule: str = RULE,
+    path: str = PATH,
 ) -> torch.Tensor:
     """Integrated gradients of the next-token probability for every row of every layer.
 
@@ -48,30 +45,21 @@ def attribute(
         ValueError: shapes that do not fit, an empty prompt, padding in the middle, a target
             outside the vocabulary, an unknown rule or path, an unsupported model family.
     """
-    if path not in KERNELS:
-        raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(KERNELS)}")
-    nodes, weights = quadrature(rule, n_steps)
-    anatomy = find_anatomy(model)
-    prompts = unpad(input_ids, attention_mask)
-    wanted = check_targets(targets, len(prompts), model)
-    order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-    with quiet(model) as own_attention:
-        check_reproduces(model, anatomy, prompts[order[0]], own_attention)
-        parts = attribute_many(
-            model,
-            anatomy,
-            [prompts[b] for b in order],
-            [wanted[b] for b in order],
-            nodes,
-            weights,
-            kernel=KERNELS[path],
-        )
-        scores = torch.cat(list(parts))
+    if path not in PATHS:
+        raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
+    nodes_and_weights = quadrature(rule, n_steps)
+    ids = unpad(input_ids, attention_mask)
+    wanted = check_targets(targets, len(ids), model)
+    prompts = [Prompt(tuple(i), y) for i, y in zip(ids, wanted, strict=True)]
+    order = sorted(range(len(prompts)), key=lambda b: len(ids[b]))
+    scores = analyse(
+        model, find_anatomy(model), [prompts[b] for b in order], nodes_and_weights, path
+    )
     return scores[torch.tensor(order).argsort()]
 
 
-def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """The B prompts without their padding, as 1-D tensors.
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """The token ids of the B prompts without their padding.
 
     Raises:
         ValueError: not [B, T], an empty prompt, or padding between real tokens.
@@ -79,22 +67,23 @@ def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be [B, T] and not empty, got {list(input_ids.shape)}")
     if attention_mask is None:
-        return list(input_ids)
+        return input_ids.tolist()
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids {list(input_ids.shape)}, got"
             f" {list(attention_mask.shape)}"
         )
     prompts = []
-    for b, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-        real = mask.nonzero()[:, 0]
-        if not len(real):
+    masks = attention_mask.bool().tolist()
+    for b, (ids, mask) in enumerate(zip(input_ids.tolist(), masks, strict=True)):
+        real = [t for t, is_real in enumerate(mask) if is_real]
+        if not real:
             raise ValueError(f"prompt {b} has no real token: its attention_mask is all zero")
         if real[-1] - real[0] + 1 != len(real):
             raise ValueError(
                 f"prompt {b} has padding between real tokens; pad on the left or on the right"
             )
-        prompts.append(ids[mask])
+        prompts.append(ids[real[0] : real[-1] + 1])
     return prompts
 
 

@@ -1,0 +1,51 @@
+"""Quiet the model, check it, attribute: the one place that says in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..choices import PATH, PATHS, PathName
+from ..model.anatomy import Anatomy
+from .attribution.batches import Kernel, attribute_many
+from .attribution.checking import check_reproduces
+from .attribution.engine import attribute_batch, convergence_error
+from .attribution.quadrature import Rule
+from .attribution.quiet import quiet
+from .attribution.sequence import attribute_sequences
+from .calibration.prompts import Prompt
+
+KERNELS: dict[PathName, Kernel] = {"token": attribute_batch, "sequence": attribute_sequences}
+
+
+def analyse(
+    model: nn.Module,
+    anatomy: Anatomy,
+    prompts: Sequence[Prompt],
+    rule: Rule,
+    path: PathName = PATH,
+    batch_size: int | str = "auto",
+) -> torch.Tensor:
+    """Scores [N, L, H] of N prompts, in their order, on the CPU.
+
+    Neighbours share a batch: sort prompts by length, or by their ids where many begin alike. A
+    model object that has not been analysed before is checked against itself first.
+
+    Raises:
+        ValueError: an unknown path, or a model that the fast analysis does not reproduce.
+        RuntimeError: one prompt alone does not fit into memory.
+    """
+    if path not in KERNELS:
+        raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
+    with quiet(model) as own_attention:
+        check_reproduces(model, anatomy, min(prompts, key=lambda p: len(p.ids)), own_attention)
+        parts = attribute_many(model, anatomy, prompts, rule, batch_size, KERNELS[path])
+        return torch.cat(list(parts))
+
+
+def convergence(model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule) -> float:
+    """The share of the change of p that the scores of some prompts miss (`path="token"`)."""
+    with quiet(model):
+        return convergence_error(model, anatomy, prompts, rule)

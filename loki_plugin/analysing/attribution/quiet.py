@@ -1,0 +1,68 @@
+"""A model made ready for the analysis, and left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+from ...model.quantised import quantised_modules, unpack
+from . import attention
+
+# Inside it, the model attends as it was loaded.
+OwnAttention = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[OwnAttention]:
+    """Evaluation mode, no parameter gradients, our attention; all put back on the way out.
+
+    Yields a context manager inside which the model attends as it was loaded.
+    """
+    training = {id(m) for m in model.modules() if m.training}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
+    found = [(c, c._attn_implementation_internal) for c in configs.values()]
+    unpack(model)
+
+    @contextmanager
+    def own_attention() -> Iterator[None]:
+        ours = [(config, config._attn_implementation_internal) for config, _ in found]
+        _set_attention(found)
+        try:
+            yield
+        finally:
+            _set_attention(ours)
+
+    try:
+        model.eval()
+        for module in quantised_modules(model):
+            # They have no dropout, and compute as they will train: in evaluation, on a CPU, 4-bit
+            # weights would repack themselves and lose their gradient, 8-bit ones round their input.
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        _set_attention([(config, implementation(model)) for config, _ in found])
+        yield own_attention
+    finally:
+        _set_attention(found)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in model.modules():
+            module.training = id(module) in training
+
+
+def implementation(model: nn.Module) -> str:
+    """Our entry in transformers' attention interface, or the plain call that we intercept."""
+    return attention.NAME if model._supports_attention_backend else "sdpa"
+
+
+def _set_attention(settings: list[tuple[Any, str | None]]) -> None:
+    for config, value in settings:
+        config._attn_implementation_internal = value
+
+
+def _has_attention_setting(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "_attn_implementation_internal")

@@ -1,0 +1,24 @@
+"""What can be chosen, and what is chosen where nobody says: each stands here once.
+
+The `loki:` block, the functions and the command take their names and defaults from here. Light to
+import: the command shows its help without loading torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+RuleName = Literal["left", "right", "midpoint", "trapezoid", "gauss-legendre"]
+PathName = Literal["token", "sequence"]
+StrategyName = Literal[
+    "layer_balanced", "layer_highest", "global_lowest", "global_highest", "random"
+]
+RULES: tuple[RuleName, ...] = get_args(RuleName)
+PATHS: tuple[PathName, ...] = get_args(PathName)
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+RULE: RuleName = "left"
+STEPS = 7
+PATH: PathName = "token"
+STRATEGY: StrategyName = "layer_balanced"
+QUOTA = 10  # percent of the rows of every layer
