@@ -30,7 +30,7 @@ class _Finder:
                 execute(module)
                 wrap(module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
@@ -56,7 +56,7 @@ def wrap(module) -> None:
                 ) from error
             return known[plugin_name].load()()
 
-    load_plugin.resolves_short_names = True
+    load_plugin.resolves_short_names = True  # type: ignore[attr-defined]
     load_plugin.__doc__ = original.__doc__
     module.load_plugin = load_plugin
 

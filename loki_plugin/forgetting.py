@@ -45,19 +45,20 @@ class ForgettingReport:
     def text(self) -> str:
         lines = [self.prompts.text()]
         for c in self.tasks:
-            drop = "" if c.relative_drop is None else f", drop {100 * c.relative_drop:.2f} %"
+            drop = c.relative_drop
+            fell = "" if drop is None else f", drop {100 * drop:.2f} %"
             items = (
                 f"; of {c.items} items {c.flips_down} lost, {c.flips_up} gained (p ="
                 f" {c.p_value:.3f})"
                 if c.items
                 else ""
             )
-            lines.append(f"{c.task} ({c.metric}): {c.before:.4f} -> {c.after:.4f}{drop}{items}")
-        drop = mean_relative_drop(self.tasks)
-        if drop is not None:
+            lines.append(f"{c.task} ({c.metric}): {c.before:.4f} -> {c.after:.4f}{fell}{items}")
+        mean = mean_relative_drop(self.tasks)
+        if mean is not None:
             clipped = mean_relative_drop(self.tasks, clip_gains=True) or 0.0
             lines.append(
-                f"mean relative drop {100 * drop:.2f} % (gains counted as 0: {100 * clipped:.2f} %)"
+                f"mean relative drop {100 * mean:.2f} % (gains counted as 0: {100 * clipped:.2f} %)"
             )
         for c in self.noise:
             lines.append(

@@ -14,7 +14,7 @@ LOG = logging.getLogger("loki_plugin")
 _METRICS = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "acc_norm", "f1")
 
 
-def check_tasks(tasks: Sequence[str], include: str | None = None):
+def check_tasks(tasks: Sequence[str], include: str | None = None) -> Any:
     """lm-eval's task manager, if it knows all `tasks`.
 
     Raises:
@@ -88,7 +88,9 @@ def _change(task: str, before: dict[str, Any], after: dict[str, Any]) -> TaskCha
     return TaskChange(task, chosen, scores[chosen], after["results"][task][chosen], items, down, up)
 
 
-def _item_flips(task: str, metric: str, before, after) -> tuple[int, int, int]:
+def _item_flips(
+    task: str, metric: str, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[int, int, int]:
     """Flips of the items that both have, where the metric says right or wrong of each."""
     name, _, chosen_filter = metric.partition(",")
     kept = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -34,8 +34,8 @@ def suppressed(model: nn.Module, rows: Sequence[torch.Tensor]) -> Iterator[None]
         yield
 
 
-def _silencing(rows: torch.Tensor):
-    def silence(module, args, output):
+def _silencing(rows: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def silence(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output.index_fill(-1, rows.to(output.device), 0)
 
     return silence

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -95,7 +96,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _hidden_size(model: nn.Module, family: str) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = getattr(text, "hidden_size", None)
     if not isinstance(hidden, int):

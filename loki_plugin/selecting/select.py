@@ -196,7 +196,7 @@ def _add_exactly(key: np.ndarray, whole: np.ndarray, part: np.ndarray) -> None:
     part &= (1 << _BITS) - 1
 
 
-def _blocked(exclude, layers: int, hidden: int) -> np.ndarray:
+def _blocked(exclude: Sequence[Sequence[Iterable[int]]], layers: int, hidden: int) -> np.ndarray:
     blocked = np.zeros((layers, hidden), bool)
     for i, selection in enumerate(exclude):
         if len(selection) != layers:

@@ -118,7 +118,8 @@ def bootstrap_overlap(
         raise ValueError(f"stability needs at least 2 prompts, got {prompts}")
     sizes = tuple(sorted({-(-prompts // 2**i) for i in range(7)}))
     weights = _weights(prompts, sizes, rounds, seed)
-    election, seen = None, 0
+    election: Election | None = None
+    seen = 0
     for block in blocks(scores):
         if election is None:
             election = Election(block.shape[1:], quota, strategy, magnitude, exclude)
@@ -130,11 +131,11 @@ def bootstrap_overlap(
         key = election.key(block)
         _add_products(sums, some, key)
         _add_products(votes, some, election.vote(key))
-    if seen != prompts:
+    if election is None or seen != prompts:
         found = f"more than {prompts}" if seen > prompts else seen
         raise ValueError(f"the scores hold {found} prompts, {prompts} were announced")
-    everything, *chosen = (election.winners(v, s) for v, s in zip(votes, sums, strict=True))
-    chosen = np.stack(chosen).reshape(rounds, len(sizes) + 2, *election.groups)
+    everything, *others = (election.winners(v, s) for v, s in zip(votes, sums, strict=True))
+    chosen = np.stack(others).reshape(rounds, len(sizes) + 2, *election.groups)
     resampled, one, other = chosen[:, :-2], chosen[:, -2], chosen[:, -1]
     return Stability(
         prompts,
