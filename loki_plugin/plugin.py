@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 
-from . import ranks
 from .host import patches, settings
 from .host.run import Run
-from .rows import FILE_NAME
 
 
 class LokiPlugin(BasePlugin):
@@ -64,13 +60,10 @@ class LokiPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer):
         """The optimizer phase."""
-        if not self._acts_on(cfg):
-            return
-        self._run.prepare_trainer(cfg, trainer)
-        if ranks.is_first():
-            self._run.selection.save(Path(cfg.output_dir) / FILE_NAME)
+        if self._acts_on(cfg):
+            self._run.prepare_trainer(cfg, trainer)
 
     def post_train(self, cfg, model):
-        """Fires twice in 0.19; verifying and writing the report again does no harm."""
+        """Fires twice in 0.19: before Axolotl saves the adapter, and after it."""
         if self._acts_on(cfg):
             self._run.finish(cfg, model)

@@ -1,8 +1,9 @@
-"""What a run leaves behind for its reader: `loki_report.json`."""
+"""What a run leaves behind for its reader: `loki_report.json`, and a mark where it failed."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,37 @@ from .args import LokiConfig
 from .rows import FILE_NAME, RowSelection
 
 REPORT_NAME = "loki_report.json"
+FAILED_NAME = "LOKI_FAILED.txt"
+
+
+@dataclass
+class Verdict:
+    """What was compared after training, and what came of it.
+
+    Attributes:
+        what: per thing (`adapter`, `base`, `saved`) what was compared, or why it was not.
+        left_out: the things that were not compared.
+        faults: one sentence for each fault that was found.
+    """
+
+    what: dict[str, str] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def verified(self) -> bool:
+        """Everything was compared, and no fault was found."""
+        return bool(self.what) and not self.faults and not self.left_out
 
 
 def write_report(
-    folder: Path, config: LokiConfig, selection: RowSelection, facts: dict[str, Any]
+    folder: Path,
+    config: LokiConfig,
+    selection: RowSelection,
+    facts: dict[str, Any],
+    verdict: Verdict,
 ) -> Path:
-    """Write the settings, the selection in numbers and the facts of the run; returns the path."""
+    """Write the settings, the selection in numbers, the facts and the verdict; returns the path."""
     share = facts["trainable_parameters"] / facts["base_parameters"]
     report = {
         "versions": {p: version(p) for p in ("loki_plugin", "axolotl", "peft", "transformers")},
@@ -26,10 +52,22 @@ def write_report(
         "hidden_size": selection.hidden_size,
         "rows_per_layer": selection.counts,
         "trainable_percent": round(100 * share, 4),
-        "verified": True,  # a violation raises before the report is written
+        "verified": verdict.verified,
+        "verified_what": verdict.what,
+        "faults": verdict.faults,
         **facts,
         "selection": selection.made,
     }
     path = folder / REPORT_NAME
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def mark(folder: Path, verdict: Verdict) -> None:
+    """Put a mark beside an adapter that must not be used, or take away that of an earlier run."""
+    path = folder / FAILED_NAME
+    if not verdict.faults:
+        path.unlink(missing_ok=True)
+        return
+    lines = ["The adapter in this folder failed loki's check; do not use it.", *verdict.faults]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,10 +10,12 @@ from typing import Any
 
 from .. import ranks
 from ..args import LokiConfig
+from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .settings import parse
 
 LOG = logging.getLogger("loki_plugin")
+QUANTISED = "embeddings, norms and biases (quantised weights may be repacked)"
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Run:
     selection: RowSelection
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
+    verdict: Verdict | None = None  # None until the training has ended
 
     @classmethod
     def start(cls, cfg, model) -> Run:
@@ -96,26 +99,88 @@ class Run:
         prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
 
     def finish(self, cfg, model) -> None:
-        """Verify constraint and base weights, and write `loki_report.json`."""
+        """Axolotl's last hook, which fires before it saves and once more after it has saved.
+
+        Before: look at the model, and raise nothing, for the adapter is not yet on disk. After:
+        read the adapter back. Each time the verdict goes into `loki_report.json` and, where there
+        is a fault, into `LOKI_FAILED.txt` beside the adapter.
+
+        Raises:
+            RuntimeError: after the save, all faults that were found.
+        """
+        folder = Path(cfg.output_dir)
+        if self.verdict is None:
+            self.verdict = Verdict()
+            try:
+                self._look_at(model)
+                self._publish(folder)
+            except Exception as error:  # raised later: what was trained must be saved first
+                LOG.exception("loki: checking the trained model failed")
+                self.verdict.faults.append(f"the check itself failed ({error!r})")
+            return
+        if ranks.is_first():
+            self._read_back(folder, model)
+        self._publish(folder)
+        if self.verdict.faults:
+            raise RuntimeError(
+                f"the adapter was saved to '{folder}', but do not use it:"
+                f" {'; '.join(self.verdict.faults)}"
+            )
+        LOG.info("loki: verified: %s", self.verdict.what)
+
+    def _look_at(self, model) -> None:
+        """The trained model in memory, on every rank."""
         from ..implanting.adapter import check
         from ..model.fingerprint import fingerprint
-        from ..reporting import write_report
+        from ..model.loading import is_sharded
 
-        check(model)
-        if any(hasattr(p, "device_mesh") for p in model.parameters()):
-            LOG.info("loki: verified the adapter; the sharded base was not checksummed")
+        what, faults = self.verdict.what, []
+        try:
+            check(model, finite=True)
+        except RuntimeError as error:
+            faults.append(str(error))
+        what["adapter"] = "every lora_B is confined to its rows, nothing else trains, no NaN"
+        if is_sharded(model):
+            what["base"] = "not checksummed: sharded"
+            self.verdict.left_out.add("base")
         else:
             after = fingerprint(model)
             # Training cannot reach packed weights, but evaluation repacks them on some CPUs.
             exact = self.base["quantisation"].startswith("none")
+            what["base"] = "every byte" if exact else QUANTISED
             if any(after[k] != self.base[k] for k in ("identity", "weights")[: 1 + exact]):
-                raise RuntimeError(
+                faults.append(
                     "weights of the base model have changed during training; the adapter belongs"
-                    " to a base that no longer exists, do not use it"
+                    " to a base that no longer exists"
                 )
-            LOG.info("loki: verified, nothing outside the selected rows has changed")
-        if self.config.report and ranks.is_first():
-            write_report(Path(cfg.output_dir), self.config, self.selection, self.facts)
+        for rank, found in enumerate(ranks.gather(faults)):
+            for fault in found:
+                if fault not in self.verdict.faults:
+                    self.verdict.faults.append(fault if not rank else f"rank {rank}: {fault}")
+
+    def _read_back(self, folder: Path, model) -> None:
+        """The adapter on disk."""
+        from ..implanting.saved import WEIGHTS, check_saved
+        from ..model.anatomy import find_anatomy
+
+        what = self.verdict.what
+        if not (folder / WEIGHTS).is_file():
+            what["saved"] = f"not read back: '{folder}' has no {WEIGHTS}"
+            self.verdict.left_out.add("saved")
+            return
+        what["saved"] = f"{WEIGHTS}: every layer, B against {FILE_NAME}, no NaN"
+        try:
+            check_saved(folder, find_anatomy(model).names, self.selection, self.config.rank)
+        except ValueError as error:
+            self.verdict.faults.append(str(error))
+
+    def _publish(self, folder: Path) -> None:
+        if not ranks.is_first():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        mark(folder, self.verdict)
+        if self.config.report:
+            write_report(folder, self.config, self.selection, self.facts, self.verdict)
 
 
 def _resumed_checkpoint(cfg) -> str | None:

@@ -19,6 +19,7 @@ from ..directions import Directions
 from ..model.anatomy import Anatomy, find_anatomy
 from ..rows import RowSelection
 from .protection import protect_inputs
+from .saved import save_rows_with
 from .selected import KEY, RowFactor, RowScatter, RowSelector
 
 
@@ -126,6 +127,8 @@ def implant(
 def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: bool = True):
     """Put the constraint into a PEFT model whose LoRA targets the selected down-projections.
 
+    `model.save_pretrained` then writes `loki_rows.json` beside the adapter.
+
     Args:
         model: wrapped with `lora_settings` of the same selection and rank.
         fresh: True starts the update at zero; False keeps loaded A (and B), after checking that
@@ -168,6 +171,7 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
             f"{total} modules carry LoRA, expected only the {found} selected down-projections"
         )
     freeze(model)
+    save_rows_with(model, selection)
 
 
 def constrained_modules(model: nn.Module) -> Iterable[tuple[str, RowScatter]]:
@@ -181,8 +185,11 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(name in ours)
 
 
-def check(model: nn.Module) -> None:
+def check(model: nn.Module, finite: bool = False) -> None:
     """Check the constraint: every lora_B confined to its rows, and nothing else trainable.
+
+    Args:
+        finite: check too that no trained weight is NaN or Inf.
 
     Raises:
         RuntimeError: with the first violation; the adapter must not be used.
@@ -197,6 +204,11 @@ def check(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in ours:
             raise RuntimeError(f"{name} is trainable, but LoKI trains selected rows only")
+        if finite and name in ours and not torch.isfinite(parameter).all():
+            raise RuntimeError(
+                f"{name} holds NaN or Inf: the training diverged. Go back to a checkpoint, with a"
+                " lower learning rate or without the batch that broke it"
+            )
 
 
 def _owned(model: nn.Module) -> set[str]:

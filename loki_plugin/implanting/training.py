@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 
 import torch
@@ -13,6 +15,9 @@ from ..rows import FILE_NAME, RowSelection
 from . import adapter
 from .selected import RowFactor
 
+LOG = logging.getLogger("loki_plugin")
+_ADAFACTOR_ROWS = "exp_avg_sq_row"  # one number per row
+
 
 def prepare_trainer(
     trainer: Trainer, selection: RowSelection, lr_scale: float, resume_from: str | None
@@ -21,7 +26,7 @@ def prepare_trainer(
 
     Wraps `create_optimizer`: before it, everything but our parameters is frozen again and checked;
     after it, every group's learning rate is multiplied by `lr_scale` (the scheduler, built later,
-    starts from it). Each checkpoint gets the rows file.
+    starts from it). Each checkpoint gets the rows file. Training stops when NaN reaches a weight.
 
     Raises:
         ValueError: `resume_from` is a checkpoint of other rows.
@@ -44,6 +49,7 @@ def prepare_trainer(
     adapter.check(trainer.model)
     trainer.create_optimizer = create_optimizer
     trainer.add_callback(RowsBesideCheckpoints(selection))
+    trainer.add_callback(StopAtNaN())
 
 
 def accept_whole_states(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -79,16 +85,33 @@ def _of_rows(state: dict, name: str, module: RowFactor) -> dict:
     for key, value in state.items():
         if isinstance(value, dict):  # bitsandbytes nests its tensors
             fitting[key] = _of_rows(value, name, module)
-        elif isinstance(value, torch.Tensor) and value.shape[:1] == whole[:1]:
-            if value.dtype == torch.uint8 and value.shape == whole:
-                raise ValueError(
-                    f"{name}: the checkpoint holds 8-bit optimizer states of all {whole[0]} rows,"
-                    " as version 0.1.1 wrote them; their blocks run across rows and cannot be"
-                    " taken apart. Give its folder as `lora_model_dir` to go on from its weights"
-                    " with a new optimizer"
-                )
+        elif not isinstance(value, torch.Tensor):
+            continue
+        elif value.dtype == torch.uint8 and value.shape == whole:
+            raise ValueError(
+                f"{name}: the checkpoint holds 8-bit optimizer states of all {whole[0]} rows, as"
+                " version 0.1.1 wrote them; their blocks run across rows and cannot be taken"
+                " apart. Give its folder as `lora_model_dir` to go on from its weights with a new"
+                " optimizer"
+            )
+        elif value.shape == whole or (key == _ADAFACTOR_ROWS and len(value) == whole[0]):
             fitting[key] = value[module.rows.to(value.device)]
     return {**state, **fitting}
+
+
+class StopAtNaN(TrainerCallback):
+    """A NaN that reached the weights never leaves them: say where it came, and train no further."""
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        norm = (logs or {}).get("grad_norm")
+        if norm is None or math.isfinite(norm):
+            return
+        LOG.warning("loki: step %d: the gradient holds NaN or Inf", state.global_step)
+        try:
+            adapter.check(model, finite=True)
+        except RuntimeError as error:
+            LOG.error("loki: step %d: training stops, %s", state.global_step, error)
+            control.should_training_stop = True
 
 
 class RowsBesideCheckpoints(TrainerCallback):

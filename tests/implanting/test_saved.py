@@ -1,0 +1,90 @@
+"""What lies on disk: the rows beside the adapter, and the adapter read back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.families import tiny
+from safetensors.torch import load_file, save_file
+
+from loki_plugin import RowSelection, implant
+from loki_plugin.implanting.saved import WEIGHTS, check_saved
+from loki_plugin.model.anatomy import find_anatomy
+
+ROWS = RowSelection([[3, 1, 40], [], [7, 8, 9]], 48)
+NAMES = find_anatomy(tiny("llama")).names
+KEY = f"base_model.model.{NAMES[0]}.lora_%s.weight"
+FORMS = pytest.mark.parametrize("rank", [None, 2], ids=["dense", "rank2"])
+
+
+def saved(tmp_path, rank, **change):
+    model = implant(tiny("llama"), ROWS, rank)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for x, values in change.items():
+        if values is None:
+            del tensors[KEY % x]
+        else:
+            tensors[KEY % x] = values(tensors[KEY % x])
+    save_file(tensors, tmp_path / WEIGHTS)
+
+
+@FORMS
+def test_a_good_adapter_passes(tmp_path, rank):
+    saved(tmp_path, rank)
+    check_saved(tmp_path, NAMES, ROWS, rank)
+
+
+def poke(value, place=(30, 1)):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": poke(float("nan"))}, "layer 0: the saved adapter holds NaN or Inf"),
+        ({"B": poke(float("inf"))}, "layer 0: the saved adapter holds NaN or Inf"),
+        ({"B": poke(1e-30)}, "layer 0: the saved lora_B .*30"),
+        ({"B": None}, "layer 0: the saved adapter lacks .*lora_B.weight"),
+        ({"B": lambda b: b[:47]}, r"lora_B has shape \[47, .\], expected \[48"),
+    ],
+)
+@FORMS
+def test_a_bad_adapter_is_named(tmp_path, rank, change, message):
+    change = {k: v for k, v in change.items()}
+    if "A" in change:
+        change["A"] = poke(float("nan"), (0, 5))
+    saved(tmp_path, rank, **change)
+    with pytest.raises(ValueError, match=message):
+        check_saved(tmp_path, NAMES, ROWS, rank)
+
+
+def test_other_rows_beside_it_and_foreign_layers_are_named(tmp_path):
+    saved(tmp_path, None)
+    with pytest.raises(ValueError, match="holds other rows than those that trained"):
+        check_saved(tmp_path, NAMES, RowSelection([[3, 1, 41], [], [7, 8, 9]], 48), None)
+    fewer = RowSelection([ROWS.rows[0], [], []], 48)
+    fewer.save(tmp_path / "loki_rows.json")
+    with pytest.raises(ValueError, match="layers.2.*which no row selects"):
+        check_saved(tmp_path, NAMES, fewer, None)
+
+
+def test_the_rows_are_saved_with_the_adapter_and_by_copies_of_the_model(tmp_path):
+    model = implant(tiny("llama"), ROWS)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_A" in name:
+                parameter.fill_(2)
+    twin.save_pretrained(tmp_path / "twin")
+    assert RowSelection.load(tmp_path / "twin" / "loki_rows.json") == ROWS
+    assert (load_file(tmp_path / "twin" / WEIGHTS)[KEY % "A"] == 2).all()  # its own weights
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "loki_rows.json").exists()
