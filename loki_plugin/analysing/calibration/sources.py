@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,14 +78,14 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
 
         return ((f"{path}:{i + 1}", r) for i, r in enumerate(parquet.read_table(path).to_pylist()))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # Excel begins with a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"calibration.source '{path}' is not UTF-8: {error}") from error
     return _READERS[suffix](text, str(path))
 
 
 def _jsonl(text: str, name: str) -> Iterator[tuple[str, dict]]:
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -97,31 +98,32 @@ def _jsonl(text: str, name: str) -> Iterator[tuple[str, dict]]:
 
 
 def _csv(text: str, name: str) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(text.splitlines())
-    for row in reader:
-        cells = {k: v for k, v in row.items() if k is not None and v not in (None, "")}
-        if isinstance(cells.get("choices"), str):
-            try:
-                cells["choices"] = json.loads(cells["choices"])
-            except ValueError as error:
-                raise ValueError(
-                    f"{name}:{reader.line_num}: `choices` must be a JSON list of four strings"
-                ) from error
-        if str(cells.get("answer", "")).isdigit():
-            cells["answer"] = int(cells["answer"])
-        yield f"{name}:{reader.line_num}", cells
+    # Its own line ends, so that one inside a quoted cell stays; an open quote is a fault.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            cells = {k: v for k, v in row.items() if k is not None and v not in (None, "")}
+            yield f"{name}:{reader.line_num}", cells
+    except csv.Error as error:
+        start = reader.line_num + 1  # of the record that cannot be read
+        raise ValueError(f"{name}:{start}: not CSV: {error}") from error
 
 
 def _txt(text: str, name: str) -> Iterator[tuple[str, dict]]:
     block: list[str] = []
     start = 1
-    for i, line in enumerate([*text.splitlines(), ""], 1):
+    for i, line in enumerate([*_lines(text), ""], 1):
         if line.strip():
             start = start if block else i
             block.append(line)
         elif block:
             yield f"{name}:{start}", {"text": "\n".join(block)}
             block = []
+
+
+def _lines(text: str) -> list[str]:
+    """Cut at line ends only: `str.splitlines` also cuts at U+2028 and others, which are text."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
@@ -170,11 +172,20 @@ def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
     question, choices, answer = row["question"], row["choices"], row["answer"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: `question` must be a text, got {question!r}")
+    if isinstance(choices, str):  # as a CSV cell holds them
+        try:
+            choices = json.loads(choices)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: `choices` must be a JSON list of four texts, got {choices!r}"
+            ) from error
     if not isinstance(choices, list | tuple) or len(choices) != 4:
         count = len(choices) if isinstance(choices, list | tuple) else repr(choices)
         raise ValueError(f"{where}: `choices` must be four texts, got {count}")
     if isinstance(answer, str) and answer.strip().upper() in tuple("ABCD"):
         answer = "ABCD".index(answer.strip().upper())
+    elif isinstance(answer, str) and answer in tuple("0123"):
+        answer = int(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= 3:
         raise ValueError(f"{where}: `answer` must be 0-3 or A-D, got {row['answer']!r}")
     return {"question": question, "choices": [str(c) for c in choices], "answer": answer}

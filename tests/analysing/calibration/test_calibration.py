@@ -167,6 +167,59 @@ def test_csv_parquet_text_and_columns(tokenizer, tmp_path):
         assert any(r.text.startswith(text) for r in texts)
 
 
+# What `str.splitlines` takes for the end of a line, and JSON, CSV and plain text do not.
+NOT_LINE_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_characters_that_end_no_line_stay_in_the_text(tmp_path, end):
+    asked = f"one{NOT_LINE_ENDS}two"
+    allowed = asked.translate(dict.fromkeys(range(32)))  # which JSON refuses unescaped
+    rows = [json.dumps({"prompt": p}, ensure_ascii=False) for p in (allowed, "next")]
+    (tmp_path / "p.jsonl").write_bytes(end.join([*rows, ""]).encode())
+    (tmp_path / "p.csv").write_bytes(end.join(["prompt", asked, "next", ""]).encode())
+    (tmp_path / "p.txt").write_bytes(end.join([asked, "", "next", ""]).encode())
+    for name, text in (("p.jsonl", allowed), ("p.csv", asked), ("p.txt", asked)):
+        records = load_records(str(tmp_path / name))
+        assert [r.prompt or r.text for r in records] == [text, "next"], name
+
+
+def test_a_csv_cell_keeps_its_line_breaks(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_bytes(b'subject,prompt\r\na,"line one\nline two\r\n\r\nline three"\r\nb,next\r\n')
+    records = load_records(str(path))
+    assert [r.prompt for r in records] == ["line one\nline two\r\n\r\nline three", "next"]
+    assert records[1].where.endswith("p.csv:6")
+
+
+def test_a_csv_with_an_open_quote_is_refused_not_swallowed(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('prompt\nfirst\n"open\nnext\nlast\n')
+    with pytest.raises(ValueError, match="p.csv:3: not CSV: unexpected end of data"):
+        load_records(str(path))
+
+
+def test_csv_choices_and_answer_may_stand_under_other_names(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('q,options,right\nQ?,"[""a"", ""b"", ""c"", ""d""]",2\nQ?,a;b;c;d,2\n')
+    columns = {"question": "q", "choices": "options", "answer": "right"}
+    with pytest.raises(ValueError, match="p.csv:3: `choices` must be a JSON list of four texts"):
+        load_records(str(path), columns)
+    path.write_text(path.read_text().replace("Q?,a;b;c;d,2\n", ""))
+    (record,) = load_records(str(path), columns)
+    assert record.choices == ["a", "b", "c", "d"] and record.answer == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("p.csv", "prompt\nsay\n"), ("p.jsonl", '{"prompt": "say"}\n'), ("p.txt", "say\n")],
+)
+def test_a_byte_order_mark_is_no_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    (record,) = load_records(str(tmp_path / name))
+    assert (record.prompt or record.text) == "say"
+
+
 def test_mmlu_is_drawn_from_the_hub(tokenizer, monkeypatch):
     import datasets
 
