@@ -5,7 +5,14 @@ from __future__ import annotations
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    model_validator,
+)
 
 from .choices import PATH, QUOTA, RULE, STEPS, STRATEGY, PathName, RuleName, StrategyName
 
@@ -64,6 +71,45 @@ class AttributionArgs(_Block):
     )
 
 
+class ProtectArgs(_Block):
+    """What keeps the update away from what the model does on general text."""
+
+    inputs: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the energy of the calibration's inputs, e.g. 0.99, whose directions"
+        " the update cannot read; null = off",
+    )
+    directions: Count | None = Field(
+        None, ge=1, description="that many directions in every layer instead of a share"
+    )
+    anchor: float = Field(
+        0.0, ge=0, description="weight of KL(base || tuned) on calibration prompts in every step"
+    )
+    anchor_batch: Count = Field(4, ge=1, description="prompts per step and rank for the anchor")
+    text: str | None = Field(
+        None, min_length=1, description="more text for protection only: a .txt or .jsonl file"
+    )
+
+    @property
+    def reads(self) -> bool:
+        """Whether the update's inputs are protected."""
+        return self.inputs is not None or self.directions is not None
+
+    @property
+    def on(self) -> bool:
+        return self.reads or self.anchor > 0
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.inputs is not None and self.directions is not None:
+            raise ValueError("`inputs` and `directions` are two ways to say how many; give one")
+        if self.text is not None and not self.on:
+            raise ValueError("`text` needs something to protect: set `inputs` or `anchor`")
+        return self
+
+
 class LokiConfig(_Block):
     """The `loki:` block."""
 
@@ -82,6 +128,7 @@ class LokiConfig(_Block):
     )
     calibration: CalibrationArgs = Field(default_factory=CalibrationArgs)
     attribution: AttributionArgs = Field(default_factory=AttributionArgs)
+    protect: ProtectArgs = Field(default_factory=ProtectArgs)
     cache_dir: str | None = Field(
         None, description="where score logs are kept; null = the platform's user cache folder"
     )

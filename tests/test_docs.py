@@ -24,7 +24,7 @@ def test_the_full_block_in_the_readme_is_every_field_with_its_default():
     (full,) = [b["loki"] for b in BLOCKS if "report" in b["loki"]]
     assert LokiConfig(**full) == LokiConfig()
     assert full.keys() == LokiConfig.model_fields.keys()
-    for part in ("calibration", "attribution"):
+    for part in ("calibration", "attribution", "protect"):
         assert full[part].keys() == type(getattr(LokiConfig(), part)).model_fields.keys()
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"loki_plugin.args"},
     {
         "loki_plugin.pipeline",
+        "loki_plugin.protecting",
         "loki_plugin.forgetting",
         "loki_plugin.suppress",
         "loki_plugin.reporting",

@@ -9,7 +9,7 @@ a choice of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -86,11 +86,11 @@ def input_directions(
 
 def find_directions(
     model: nn.Module,
-    prompts: list[torch.Tensor],
-    energy: float = 0.99,
-    directions: int | None = None,
+    prompts: Sequence[Sequence[int]],
+    energy: float | None,
+    directions: int | None,
 ) -> Found:
-    """`input_directions` for prompts without padding (1-D id tensors), with what it found.
+    """`input_directions` for the token ids of prompts without padding, with what it found.
 
     Raises:
         ValueError: as `input_directions`.
@@ -122,8 +122,8 @@ def find_directions(
     return Found(basis, held, tokens)
 
 
-def _check_arguments(energy: float, directions: int | None, smallest: int) -> None:
-    if directions is None and not 0 < energy < 1:
+def _check_arguments(energy: float | None, directions: int | None, smallest: int) -> None:
+    if directions is None and not (energy is not None and 0 < energy < 1):
         raise ValueError(
             f"energy = {energy}, expected a share between 0 and 1, such as 0.99; at 1 nothing would"
             " be left for the update to read"
@@ -151,13 +151,13 @@ def _check_tokens(layer: int, count: int, tokens: int, energy, directions) -> No
     )
 
 
-def _batches(prompts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _batches(prompts: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
     """Prompts of like length together, at most `_TOKENS` tokens with padding; one may exceed it."""
     batches: list[list[torch.Tensor]] = []
     for prompt in sorted(prompts, key=len):
         if not batches or (len(batches[-1]) + 1) * len(prompt) > _TOKENS:
             batches.append([])
-        batches[-1].append(prompt)
+        batches[-1].append(torch.as_tensor(prompt))
     return batches
 
 
@@ -216,7 +216,7 @@ def _adding(moments: dict[int, torch.Tensor], layer: int, real: torch.Tensor, la
 
 
 def leading(
-    moment: torch.Tensor, energy: float, count: int | None = None
+    moment: torch.Tensor, energy: float | None, count: int | None = None
 ) -> tuple[torch.Tensor, float]:
     """The leading eigenvectors of a second moment C [I, I], and the share of tr C they hold.
 
@@ -236,24 +236,29 @@ def leading(
         values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0), vectors.flip(1)
     else:
-        values, vectors = _iterate(moment, energy * total, count)
+        values, vectors = _iterate(moment, total, energy, count)
     shares = values.double().clamp_min(0).cumsum(0) / total
-    found = count or 1 + int((shares < energy * (1 - 1e-12)).sum())
+    found = count or _enough(shares, energy)
     if found >= size:
         raise ValueError(
             f"all {size} directions of the down-projection's inputs are needed to hold"
             f" {100 * energy:g} % of their energy, which leaves the update nothing to read; lower"
             " the share"
         )
-    return vectors[:, :found].clone(), float(shares[found - 1])
+    return vectors[:, :found].clone(memory_format=torch.contiguous_format), float(shares[found - 1])
+
+
+def _enough(shares: torch.Tensor, energy: float) -> int:
+    """How many of the cumulated shares reach `energy`, up to what summing in float64 loses."""
+    return 1 + int((shares < energy * (1 - 1e-12)).sum())
 
 
 def _iterate(
-    moment: torch.Tensor, wanted: float, count: int | None
+    moment: torch.Tensor, total: float, energy: float | None, count: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading eigenpairs of a matrix too large for `eigh`, by block subspace iteration.
 
-    The block doubles until it holds `wanted` of the trace, with a tenth of it to spare: the last
+    The block doubles until it holds `energy` of the trace, with a tenth of it to spare: the last
     columns of a block converge last.
 
     Raises:
@@ -272,7 +277,7 @@ def _iterate(
             block = torch.linalg.qr(moment @ block)[0]
         values, inner = torch.linalg.eigh(block.T @ (moment @ block))
         values, inner = values.flip(0), inner.flip(1)
-        needed = count or 1 + int((values.double().cumsum(0) < wanted).sum())
+        needed = count or _enough(values.double().cumsum(0) / total, energy)
         if needed <= 0.9 * width:
             return values, block @ inner
         if width == largest:

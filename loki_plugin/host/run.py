@@ -10,6 +10,8 @@ from typing import Any
 
 from .. import ranks
 from ..args import LokiConfig
+from ..directions import Directions
+from ..implanting.anchor import Anchor
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .settings import parse
@@ -24,6 +26,8 @@ class Run:
 
     config: LokiConfig
     selection: RowSelection
+    directions: Directions | None = None
+    anchor: Anchor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
     verdict: Verdict | None = None  # None until the training has ended
@@ -50,7 +54,9 @@ class Run:
             selection = choose_rows(model, load_tokenizer(cfg), config)
             source = "analysis"
         seconds = time.perf_counter() - started
-        run = cls(config, selection, {"rows_from": source, "rows_seconds": round(seconds, 3)})
+        run = cls(config, selection)
+        run.facts |= {"rows_from": source, "rows_seconds": round(seconds, 3)}
+        run._protect(cfg, model)
         counts = selection.counts
         LOG.info(
             "loki: %s of %s rows per layer train, in %d layers (rows from %s, %.1f s)",
@@ -61,6 +67,38 @@ class Run:
             seconds,
         )
         return run
+
+    def _protect(self, cfg, model) -> None:
+        """Directions from what training goes on from, or from the calibration; anchor prompts."""
+        from ..protecting import (
+            choose_directions,
+            describe,
+            earlier_directions,
+            protecting_prompts,
+            report,
+        )
+
+        settings = self.config.protect
+        found = earlier_directions(self.config, cfg.lora_model_dir, _resumed_checkpoint(cfg))
+        prompts = []
+        if settings.anchor or (settings.reads and not found):
+            from axolotl.loaders import load_tokenizer
+
+            prompts = protecting_prompts(load_tokenizer(cfg), self.config)
+        if settings.reads and not found:
+            found = choose_directions(model, prompts, self.config)
+        if found:
+            self.directions = found.check(model)
+            self.facts["protection"] = report(found)
+            LOG.info("loki: %s", describe(found))
+        if settings.anchor:
+            self.anchor = Anchor(prompts, settings.anchor, settings.anchor_batch)
+            LOG.info(
+                "loki: every step adds %g x KL(base || tuned) on %d of %d prompts",
+                settings.anchor,
+                settings.anchor_batch,
+                len(prompts),
+            )
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""
@@ -79,9 +117,12 @@ class Run:
 
     def install(self, model, fresh: bool) -> None:
         from ..implanting.adapter import install, trainable_share
+        from ..implanting.protection import protect_inputs
         from ..model.fingerprint import fingerprint
 
         install(model, self.selection, self.config.rank, fresh)
+        if self.directions:
+            protect_inputs(model, self.directions)
         self.base = fingerprint(model)
         trainable, base = trainable_share(model)
         self.facts.update(trainable_parameters=trainable, base_parameters=base)
@@ -94,9 +135,14 @@ class Run:
         )
 
     def prepare_trainer(self, cfg, trainer) -> None:
+        from ..implanting.protection import DirectionsBesideCheckpoints
         from ..implanting.training import prepare_trainer
 
         prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
+        if self.directions:
+            trainer.add_callback(DirectionsBesideCheckpoints(self.directions))
+        if self.anchor:
+            self.anchor.attach(trainer)
 
     def finish(self, cfg, model) -> None:
         """Axolotl's last hook, which fires before it saves and once more after it has saved.
@@ -139,6 +185,8 @@ class Run:
             check(model, finite=True)
         except RuntimeError as error:
             faults.append(str(error))
+        if self.anchor and self.anchor.last is not None:
+            self.facts["anchor_kl_last_step"] = float(self.anchor.last)
         what["adapter"] = "every lora_B is confined to its rows, nothing else trains, no NaN"
         if is_sharded(model):
             what["base"] = "not checksummed: sharded"
@@ -160,7 +208,7 @@ class Run:
 
     def _read_back(self, folder: Path, model) -> None:
         """The adapter on disk."""
-        from ..implanting.saved import WEIGHTS, check_saved
+        from ..implanting.saved import WEIGHTS, check_saved, check_saved_protection
         from ..model.anatomy import find_anatomy
 
         what = self.verdict.what
@@ -170,7 +218,12 @@ class Run:
             return
         what["saved"] = f"{WEIGHTS}: every layer, B against {FILE_NAME}, no NaN"
         try:
-            check_saved(folder, find_anatomy(model).names, self.selection, self.config.rank)
+            names = find_anatomy(model).names
+            check_saved(folder, names, self.selection, self.config.rank)
+            if self.directions:
+                what["protection"] = "ΔW·U of every layer of the saved adapter"
+                leakage = check_saved_protection(folder, names, self.directions)
+                self.facts["protection"]["leakage_per_layer"] = leakage
         except ValueError as error:
             self.verdict.faults.append(str(error))
 

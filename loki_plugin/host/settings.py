@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..analysing.calibration.prompts import check_texts
 from ..analysing.calibration.sources import check_source
 from ..args import LokiConfig
 from ..rows import RowSelection
@@ -108,10 +109,12 @@ def prepare(cfg) -> list[str]:
         )
     if config.rows:
         RowSelection.load(config.rows)  # a bad file must fail now, not after the model is loaded
-    else:
+    if not config.rows or config.protect.on:
         check_source(config.calibration.source, config.calibration.columns)
     for path in config.exclude:
         RowSelection.load(path)
+    if config.protect.text:
+        check_texts(config.protect.text)
     return lines
 
 

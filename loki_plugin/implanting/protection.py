@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..directions import Directions
+from .. import ranks
+from ..directions import FILE_NAME, Directions
 from ..model.anatomy import find_anatomy
 
 # Folding again takes away what rounding left; it converges at once.
 _FOLDS = 4
 # ‖ΔW U‖/‖ΔW‖ of an adapter in half precision stays below this.
-_LEAKAGE = 1e-2
+LEAKAGE = 1e-2
 
 
 class ProtectedA(nn.Linear):
@@ -45,7 +49,8 @@ class ProtectedA(nn.Linear):
         self.weight = weight
         self.register_parameter("bias", None)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.directions = directions.detach().to(wide)
+        # The layout is part of what a product rounds to: computed and loaded ones must agree.
+        self.directions = directions.detach().to(wide).contiguous()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, protected={self.directions.shape[1]}"
@@ -102,8 +107,14 @@ def protect_inputs(model: PeftModel, directions: Directions | Sequence[torch.Ten
         directions: L tensors [I, u_l] (see `input_directions`) or a `Directions`.
 
     Raises:
-        ValueError: directions that do not fit the model.
+        ValueError: directions that do not fit the model, or DeepSpeed ZeRO-3, which saves weights
+            past their modules.
     """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "protected inputs do not work with DeepSpeed ZeRO-3: it saves the adapter's weights"
+            " without folding them. Use ZeRO-2, FSDP or DDP, or leave `loki.protect` out"
+        )
     if not isinstance(directions, Directions):
         directions = Directions(list(directions))
     directions.check(model)
@@ -112,6 +123,7 @@ def protect_inputs(model: PeftModel, directions: Directions | Sequence[torch.Ten
         if isinstance(module, LoraLayer) and adapter in module.lora_A and basis.shape[1]:
             module.lora_A[adapter] = ProtectedA(module.lora_A[adapter].weight, basis)
             module.get_delta_weight = functools.partial(_folded_delta, module)
+    model._loki_directions = directions  # saved beside the adapter and its rows
 
 
 def _folded_delta(module: LoraLayer, adapter: str) -> torch.Tensor:
@@ -130,6 +142,20 @@ def fold(model: nn.Module) -> None:
         module.fold()
 
 
+class DirectionsBesideCheckpoints(TrainerCallback):
+    """A checkpoint without its directions could be resumed with others."""
+
+    def __init__(self, directions: Directions):
+        self.directions = directions
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        # Only the rank that saves has folded; the others must hold the same bytes.
+        fold(model)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if ranks.is_first() and folder.is_dir() and not (folder / FILE_NAME).exists():
+            self.directions.save(folder / FILE_NAME)
+
+
 def leakage(update: torch.Tensor, u: torch.Tensor) -> float:
     """‖ΔW U‖ / ‖ΔW‖ of an update's rows [k, I]: the share that reads protected directions.
 
@@ -138,28 +164,3 @@ def leakage(update: torch.Tensor, u: torch.Tensor) -> float:
     update, u = update.detach().double(), u.to(update.device).double()
     whole = float(update.norm())
     return float((update @ u).norm()) / whole if whole else 0.0
-
-
-def model_leakage(model: PeftModel) -> list[float]:
-    """`leakage` of every protected layer's update as it is saved.
-
-    Raises:
-        RuntimeError: an update that reads protected directions by more than rounding.
-    """
-    found = []
-    for name, module in model.named_modules():
-        for adapter, a in getattr(module, "lora_A", {}).items():
-            if not isinstance(a, ProtectedA):
-                continue
-            a.fold()
-            # B's rows outside the selection are zero and add nothing.
-            b = module.lora_B[adapter].weight.detach()
-            b = b[(b != 0).any(1)]
-            share = leakage(b.double() @ a.weight.detach().double(), a.directions)
-            if share > _LEAKAGE:
-                raise RuntimeError(
-                    f"{name}: {100 * share:.2g} % of the update reads protected directions; the"
-                    " adapter must not be used"
-                )
-            found.append(share)
-    return found

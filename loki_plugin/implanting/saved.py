@@ -9,7 +9,10 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 
+from ..directions import FILE_NAME as DIRECTIONS_NAME
+from ..directions import Directions
 from ..rows import FILE_NAME, RowSelection
+from .protection import LEAKAGE, leakage
 from .selected import RowFactor, RowScatter, RowSelector
 
 WEIGHTS = "adapter_model.safetensors"
@@ -19,9 +22,11 @@ _PREFIX = "base_model.model."  # PEFT's, around the base model
 def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
     """From now on `model.save_pretrained` writes the rows file beside the adapter.
 
-    So an older adapter keeps its own rows until it is overwritten itself.
+    So an older adapter keeps its own rows until it is overwritten itself. The same holds for the
+    directions of a protected adapter.
     """
     model._loki_selection = selection
+    model._loki_directions = None  # `protect_inputs` sets it
     # A bound method, not a closure: a deep copy of the model binds it to the copy.
     model.save_pretrained = types.MethodType(_save_pretrained, model)
 
@@ -30,6 +35,10 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
     saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         self._loki_selection.save(Path(save_directory) / FILE_NAME)
+        if self._loki_directions is not None:
+            self._loki_directions.save(Path(save_directory) / DIRECTIONS_NAME)
+        else:  # of an earlier adapter in the same folder
+            (Path(save_directory) / DIRECTIONS_NAME).unlink(missing_ok=True)
     return saved
 
 
@@ -68,3 +77,36 @@ def check_saved(folder: Path, names: list[str], selection: RowSelection, rank: i
                 raise ValueError(f"layer {i}: the saved {error}") from error
     if left:
         raise ValueError(f"the saved adapter holds {sorted(left)[0]}, which no row selects")
+
+
+def check_saved_protection(folder: Path, names: list[str], directions: Directions) -> list[float]:
+    """Read a saved adapter back: `leakage` of its update per layer, 0 where it has none.
+
+    Raises:
+        ValueError: other directions beside it, or a layer that reads its own by more than rounding.
+    """
+    if Directions.load(folder / DIRECTIONS_NAME) != directions:
+        raise ValueError(f"'{folder / DIRECTIONS_NAME}' holds other directions than those in use")
+    shares = adapter_leakage(folder, names, directions)
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    if shares[worst] > LEAKAGE:
+        raise ValueError(
+            f"layer {worst}: {100 * shares[worst]:.2g} % of the saved update reads protected"
+            " directions"
+        )
+    return shares
+
+
+def adapter_leakage(folder: Path, names: list[str], directions: Directions) -> list[float]:
+    """`leakage` per layer of a saved adapter, 0 where it has no update."""
+    shares = []
+    with safe_open(folder / WEIGHTS, "pt") as stored:
+        known = set(stored.keys())
+        for name, u in zip(names, directions.basis, strict=True):
+            keys = [f"{_PREFIX}{name.removeprefix(_PREFIX)}.lora_{x}.weight" for x in "AB"]
+            if keys[0] not in known or not u.shape[1]:
+                shares.append(0.0)
+                continue
+            a, b = (stored.get_tensor(key).double() for key in keys)
+            shares.append(leakage(b[(b != 0).any(1)] @ a, u))
+    return shares

@@ -48,7 +48,7 @@ def projector(basis):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2_moe", "llama4"])
 def test_columns_are_orthonormal_and_hold_the_energy_with_none_to_spare(family):
     model, ids = tiny(family), prompts(lengths=LENGTHS)
-    found = find_directions(model, ids, 0.9)
+    found = find_directions(model, ids, 0.9, None)
     assert found.tokens == sum(LENGTHS)
     for moment, basis, held in zip(truth(model, ids), found.basis, found.energy, strict=True):
         assert basis.dtype == torch.float32 and basis.device.type == "cpu"
@@ -62,7 +62,7 @@ def test_columns_are_orthonormal_and_hold_the_energy_with_none_to_spare(family):
 def test_in_float64_they_are_the_eigenvectors_of_the_plain_sum():
     model, ids = tiny("llama", dtype=torch.float64), prompts(lengths=LENGTHS)
     with Exact():
-        found = find_directions(model, ids, 0.9)
+        found = find_directions(model, ids, 0.9, None)
         moments = truth(model, ids)
     for moment, basis in zip(moments, found.basis, strict=True):
         assert basis.dtype == torch.float64
@@ -85,7 +85,7 @@ def test_float32_is_as_far_from_the_truth_as_float32_is():
 @pytest.mark.parametrize("tokens", [1, 100, 10**6])
 def test_padding_and_batches_do_not_count(monkeypatch, tokens):
     ids = prompts(lengths=LENGTHS)
-    wanted = find_directions(tiny("llama", dtype=torch.float64), ids, 0.9).basis
+    wanted = find_directions(tiny("llama", dtype=torch.float64), ids, 0.9, None).basis
     monkeypatch.setattr(module, "_TOKENS", tokens)
     for side in ("left", "right"):
         model = tiny("llama", dtype=torch.float64)
@@ -96,13 +96,13 @@ def test_padding_and_batches_do_not_count(monkeypatch, tokens):
 
 def test_layers_in_several_passes_are_the_same_and_upper_layers_do_not_run(monkeypatch):
     ids = prompts(lengths=LENGTHS)
-    together = find_directions(tiny("llama"), ids, 0.9)
+    together = find_directions(tiny("llama"), ids, 0.9, None)
     model = tiny("llama")
     ran = []
     for i, layer in enumerate(find_anatomy(model).layers):
         layer.register_forward_pre_hook(lambda m, a, i=i: ran.append(i))
     monkeypatch.setattr(module, "BUDGET", 4 * 80 * 80 * 4)  # one layer at a time, solved exactly
-    apart = find_directions(model, ids, 0.9)
+    apart = find_directions(model, ids, 0.9, None)
     assert ran == [0, 0, 1, 0, 1, 2]
     for a, b in zip(together.basis, apart.basis, strict=True):
         assert torch.equal(a, b)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from loki_plugin import implant, input_directions
 from loki_plugin.directions import FILE_NAME, Directions
 from loki_plugin.implanting import adapter, protection
+from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.fingerprint import fingerprint
 
@@ -273,20 +274,32 @@ def test_layers_without_rows_or_without_directions_stay_plain():
     basis[0] = basis[0][:, :0]
     model = implant(tiny("llama"), [[1, 2], [], [5, 6]], protect=basis)
     assert [n.split(".")[4] for n, _ in protection.protected_modules(model)] == ["2"]
-    train(model)
-    assert len(protection.model_leakage(model)) == 1
 
 
-def test_the_model_says_its_leakage_and_refuses_a_broken_one():
-    model = implant(tiny("llama"), ROWS, protect=directions())
-    assert protection.model_leakage(model) == [0.0, 0.0, 0.0]
+def test_a_saved_adapter_is_read_back_with_its_leakage(tmp_path):
+    basis = directions()
+    model = implant(tiny("llama"), [ROWS[0], [], ROWS[2]], protect=basis)
     train(model)
-    assert all(0 < share < 1e-6 for share in protection.model_leakage(model))
-    (_, a), *_ = protection.protected_modules(model)
-    a.fold = lambda: None
+    model.save_pretrained(tmp_path)
+    names = find_anatomy(tiny("llama")).names
+    shares = check_saved_protection(tmp_path, names, Directions(basis))
+    assert shares[1] == 0 and all(0 < share < 1e-6 for share in (shares[0], shares[2]))
+    with pytest.raises(ValueError, match="holds other directions than those in use"):
+        check_saved_protection(tmp_path, names, Directions(directions(count=19)))
+    *_, (_, last) = protection.protected_modules(model)
+    last.fold = lambda: None  # what a trainer that saves past the modules would write
     train(model)
-    with pytest.raises(RuntimeError, match="layers.0.mlp.down_proj: .*reads protected directions"):
-        protection.model_leakage(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer 2: .* % of the saved update reads protected"):
+        check_saved_protection(tmp_path, names, Directions(basis))
+
+
+def test_the_directions_lie_beside_the_adapter_and_go_when_it_is_overwritten(tmp_path):
+    basis = directions()
+    implant(tiny("llama"), ROWS, protect=basis).save_pretrained(tmp_path)
+    assert Directions.load(tmp_path / FILE_NAME) == Directions(basis)
+    implant(tiny("llama"), ROWS).save_pretrained(tmp_path)
+    assert not (tmp_path / FILE_NAME).exists()
 
 
 def test_directions_of_another_model_or_form_are_refused(tmp_path):

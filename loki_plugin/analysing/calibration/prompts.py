@@ -8,12 +8,15 @@ import logging
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .sources import Record, load_records
 
 LOG = logging.getLogger("loki_plugin")
 LETTERS = "ABCD"
+TEXT_FILES = (".txt", ".jsonl")
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,35 @@ def load_prompts(
     # from equal lengths.
     ordered = sorted(prompts.values(), key=lambda p: p.ids if few_shot else (len(p.ids), p.key))
     return Calibration(ordered, dropped, source)
+
+
+def load_texts(tokenizer, path: str) -> list[tuple[int, ...]]:
+    """All tokens of a .txt or .jsonl file of texts, in windows of at most `WINDOW` tokens.
+
+    Records with a prompt or a question become what `load_prompts` makes of them.
+
+    Raises:
+        ValueError: another kind of file, an unreadable one, or a faulty record.
+    """
+    check_texts(path)
+    windows = []
+    for record in load_records(path):
+        if record.text is not None:
+            ids = tokenizer(record.text)["input_ids"]
+        else:
+            ids, _ = _encode(tokenizer, record, [], 0)
+        windows += [tuple(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
+    return windows
+
+
+def check_texts(path: str) -> None:
+    """Read the file of `protect.text` once, so that its faults show before a model is loaded."""
+    if Path(path).suffix.lower() not in TEXT_FILES:
+        raise ValueError(f"protect.text '{path}' must be a {' or a '.join(TEXT_FILES)} file")
+    try:
+        load_records(path)
+    except ValueError as error:
+        raise ValueError(f"protect.text: {error}") from error
 
 
 def question_text(subject: str, question: str, choices: list[str]) -> str:

@@ -17,6 +17,8 @@ from platformdirs import user_cache_dir
 from ..calibration.prompts import Calibration
 from .log import MANIFEST, ScoreLog
 
+DIRECTIONS = "directions"  # the folder of protected input directions, beside the analyses
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -88,7 +90,9 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def clear(folder: Path, key: str | None = None) -> list[str]:
-    """Delete one analysis, or all; only folders that hold our manifest. Returns their keys.
+    """Delete one analysis, or all with the protected directions. Returns the analyses' keys.
+
+    Other folders than ours stay.
 
     Raises:
         ValueError: no analysis of that key.
@@ -99,6 +103,8 @@ def clear(folder: Path, key: str | None = None) -> list[str]:
     chosen = keys if key is None else [key]
     for each in chosen:
         shutil.rmtree(folder / each)
+    if key is None and (folder / DIRECTIONS).is_dir():
+        shutil.rmtree(folder / DIRECTIONS)
     return chosen
 
 

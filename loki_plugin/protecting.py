@@ -1,0 +1,148 @@
+"""From a loaded model to what protects it: directions and anchor prompts of the calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import ranks
+from .analysing.calibration.prompts import load_prompts, load_texts
+from .analysing.directions import find_directions
+from .analysing.scores.cache import DIRECTIONS, cache_folder
+from .args import LokiConfig
+from .directions import FILE_NAME, Directions
+from .model.fingerprint import fingerprint
+from .model.loading import is_loaded
+
+LOG = logging.getLogger("loki_plugin")
+
+
+def protecting_prompts(tokenizer, config: LokiConfig) -> list[tuple[int, ...]]:
+    """Token ids of the calibration prompts and of `protect.text`, distinct ones once, in order."""
+    prompts = [p.ids for p in load_prompts(tokenizer, **config.calibration.model_dump()).prompts]
+    if config.protect.text:
+        prompts += load_texts(tokenizer, config.protect.text)
+    return list(dict.fromkeys(prompts))
+
+
+def earlier_directions(
+    config: LokiConfig, adapter: str | None, checkpoint: str | None
+) -> Directions | None:
+    """The directions that a checkpoint or an adapter was trained with; training goes on with them.
+
+    Raises:
+        ValueError: the settings want directions where there were none, or, of a checkpoint,
+            others or none.
+    """
+    folder = checkpoint or adapter
+    file = Path(folder or "") / FILE_NAME
+    if not folder or not file.exists():
+        if folder and config.protect.reads:
+            raise ValueError(
+                f"'{folder}' has no {FILE_NAME}: it was trained without protected inputs, and"
+                " protecting them now would change what it has learned. Leave `loki.protect`'s"
+                " `inputs` and `directions` out, or merge it and start from the merged model"
+            )
+        return None
+    found = Directions.load(file)
+    wanted = _settings(config)
+    if checkpoint and {k: found.made.get(k) for k in wanted} != wanted:
+        had = ", ".join(f"{k}: {found.made.get(k)}" for k in wanted)
+        raise ValueError(
+            f"checkpoint '{checkpoint}' was trained with protect: {{{had}}}; resuming with other"
+            " directions would mix two constraints. Give the same settings, or start afresh"
+        )
+    return found
+
+
+def choose_directions(
+    model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig
+) -> Directions:
+    """Find the directions that hold the wanted energy of `prompts`, or take them from the cache.
+
+    Under `torch.distributed` one rank works and all return its directions, bit for bit.
+
+    Raises:
+        ValueError: as `input_directions`.
+    """
+    loaded = ranks.gather(is_loaded(model))
+    first = loaded.index(True)  # sharded training loads the weights of one rank only
+    found = _choose(model, prompts, config) if ranks.current() == first else None
+    if ranks.count() == 1:
+        return found
+    layers = ranks.broadcast(found and len(found.basis), first)
+    # Layer by layer: all at once would stand in memory twice.
+    basis = [ranks.broadcast(found and found.basis[i], first) for i in range(layers)]
+    rest = ranks.broadcast(found and (found.fingerprint, found.made), first)
+    return found or Directions(basis, *rest)
+
+
+def _settings(config: LokiConfig) -> dict[str, Any]:
+    return config.protect.model_dump(include={"inputs", "directions"})
+
+
+def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
+    settings = _settings(config)
+    mark = fingerprint(model)
+    digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
+    identity = {
+        "loki_plugin": version("loki_plugin"),
+        "fingerprint": mark,
+        "prompts": digest,
+        **settings,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    path = cache_folder(config.cache_dir) / DIRECTIONS / f"{key}.safetensors"
+    if path.exists():
+        LOG.info("loki: protected directions found in the cache (%s)", path)
+        return Directions.load(path)
+    started = time.perf_counter()
+    found = find_directions(model, prompts, settings["inputs"], settings["directions"])
+    made = {
+        **settings,
+        "energy": [round(e, 6) for e in found.energy],
+        "prompts": len(prompts),
+        "tokens": found.tokens,
+        "hash": digest,
+        "text": config.protect.text,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    directions = Directions(found.basis, mark, made)
+    directions.save(path)
+    return directions
+
+
+def report(directions: Directions) -> dict[str, Any]:
+    """What `loki_report.json` says about the directions; null where the file does not tell."""
+    kept = ("energy", "tokens", "prompts", "seconds", "hash", "text")
+    facts = {key: directions.made.get(key) for key in kept}
+    return {
+        "directions_per_layer": directions.counts,
+        "energy_per_layer": facts.pop("energy"),
+        **facts,
+    }
+
+
+def describe(directions: Directions) -> str:
+    """What is protected, in one line."""
+    counts, made = directions.counts, directions.made
+    size = sum(b.nbytes for b in directions.basis)
+    inputs = max(b.shape[0] for b in directions.basis)
+    held = (
+        f", which hold at least {100 * min(made['energy']):.2f} % of the energy of"
+        f" {made['tokens']} tokens"
+        if "energy" in made
+        else ""
+    )
+    return (
+        f"the update does not read {min(counts)} to {max(counts)} of {inputs} input directions per"
+        f" layer{held} ({size / 2**20:.1f} MiB)"
+    )

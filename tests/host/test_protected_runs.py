@@ -1,0 +1,164 @@
+"""Protection end to end: the YAML's `protect:` block through Axolotl's own training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loki_plugin.cli import loki
+from loki_plugin.directions import FILE_NAME, Directions
+from loki_plugin.host import settings
+from loki_plugin.implanting.protection import leakage
+from loki_plugin.rows import RowSelection
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text(
+        "\n\n".join(f"The number {i} stands between {i - 1} and {i + 1}." for i in range(9))
+    )
+    return str(path)
+
+
+def update(folder, layer):
+    saved = load_file(Path(folder) / ADAPTER)
+    a, b = (
+        saved[f"base_model.model.model.layers.{layer}.mlp.down_proj.lora_{x}.weight"] for x in "AB"
+    )
+    return b.double() @ a.double()
+
+
+def assert_same_adapter(first, second):
+    a, b = load_file(Path(first) / ADAPTER), load_file(Path(second) / ADAPTER)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2], ids=["dense", "rank2"])
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+def test_trains_saves_reports_and_merges(run_config, train, base, tmp_path, text, rank, four_bit):
+    run_config["load_in_4bit"] = four_bit
+    run_config["gradient_checkpointing"] = True
+    run_config["loki"] |= {"rank": rank, "protect": {"inputs": 0.9, "text": text}}
+    train(run_config)
+    out = Path(run_config["output_dir"])
+    directions = Directions.load(out / FILE_NAME)
+    selection = RowSelection.load(out / "loki_rows.json")
+    report = json.loads((out / "loki_report.json").read_text())["protection"]
+    assert report["directions_per_layer"] == directions.counts
+    assert all(1 < count < 127 for count in directions.counts)
+    assert all(0.9 <= share < 0.97 for share in report["energy_per_layer"])
+    assert report["tokens"] > 4 * max(directions.counts) and report["prompts"] == 8 + 9
+    assert all(0 < share < 1e-6 for share in report["leakage_per_layer"])
+    for layer, (u, rows) in enumerate(zip(directions.basis, selection.rows, strict=True)):
+        delta = update(out, layer)
+        assert delta.norm() > 1e-3 and leakage(delta, u) < 1e-6
+        assert (delta != 0).any(1).nonzero()[:, 0].tolist() == rows.tolist()
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(run_config))
+    merged = CliRunner().invoke(loki, ["merge", str(config)])
+    assert merged.exit_code == 0, merged.output
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (base, out / "merged"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(
+            adapted(input_ids=ids).logits, after.eval()(input_ids=ids).logits, atol=1e-5
+        )
+    for layer, u in enumerate(directions.basis):
+        old, new = (m.model.layers[layer].mlp.down_proj.weight.double() for m in (before, after))
+        assert leakage(new - old, u) < 1e-4  # the rounding of W in float32
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(run_config, train, tmp_path):
+    out = Path(run_config["output_dir"])
+    run_config["loki"]["protect"] = {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}
+    run_config |= {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    run_config["micro_batch_size"] = 2
+    train(run_config)
+    assert Directions.load(out / "checkpoint-3" / FILE_NAME) == Directions.load(out / FILE_NAME)
+    assert json.loads((out / "loki_report.json").read_text())["anchor_kl_last_step"] > 0
+    again = run_config | {
+        "resume_from_checkpoint": str(out / "checkpoint-3"),
+        "output_dir": str(tmp_path / "resumed"),
+    }
+    again["loki"] = run_config["loki"] | {"cache_dir": str(tmp_path / "empty")}
+    train(again)
+    assert_same_adapter(out, tmp_path / "resumed")
+    assert not (tmp_path / "empty" / "directions").exists()  # the checkpoint's were used
+    for protect in ({"inputs": 0.8}, {}):
+        again["loki"] = run_config["loki"] | {"protect": protect}
+        with pytest.raises(ValueError, match="trained with protect: {inputs: 0.9, directions: No"):
+            train(again)
+    (out / "checkpoint-3" / FILE_NAME).unlink()
+    again["loki"] = run_config["loki"]
+    with pytest.raises(ValueError, match="checkpoint-3' has no loki_directions.safetensors"):
+        train(again)
+
+
+@pytest.mark.slow
+def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
+    run_config, train, tmp_path
+):
+    run_config["loki"]["protect"] = {"directions": 11}
+    train(run_config)
+    first = Path(run_config["output_dir"])
+    (cached,) = (tmp_path / "cache" / "directions").iterdir()
+    stamp = cached.stat().st_mtime_ns
+    train(run_config | {"output_dir": str(tmp_path / "again")})
+    assert cached.stat().st_mtime_ns == stamp
+    assert_same_adapter(first, tmp_path / "again")
+    # Without `protect` in the YAML: the adapter decides, as it does about the rows.
+    del run_config["loki"]["protect"]
+    more = run_config | {"lora_model_dir": str(first), "output_dir": str(tmp_path / "more")}
+    train(more)
+    directions = Directions.load(tmp_path / "more" / FILE_NAME)
+    assert directions == Directions.load(first / FILE_NAME) and directions.counts == [11] * 3
+    for layer, u in enumerate(directions.basis):
+        delta = update(tmp_path / "more", layer)
+        assert leakage(delta, u) < 1e-6 and not torch.equal(delta, update(first, layer))
+    (first / FILE_NAME).unlink()
+    more["loki"] = more["loki"] | {"protect": {"inputs": 0.9}}
+    with pytest.raises(ValueError, match="was trained without protected inputs"):
+        train(more)
+
+
+@pytest.mark.parametrize(
+    ("protect", "message"),
+    [
+        ({"inputs": 1.0}, r"loki.protect.inputs: .*less than 1"),
+        ({"inputs": 0.9, "directions": 3}, "two ways to say how many; give one"),
+        ({"directions": 0}, "loki.protect.directions"),
+        ({"anchor": -1}, "loki.protect.anchor"),
+        ({"text": "plain.txt"}, "`text` needs something to protect"),
+        ({"inputs": 0.9, "text": "plain.csv"}, "protect.text 'plain.csv' must be a .txt or a"),
+        ({"inputs": 0.9, "text": "none.txt"}, "protect.text: .*'none.txt' does not exist"),
+        ({"share": 0.9}, "known fields: anchor, anchor_batch, directions, inputs, text"),
+    ],
+)
+def test_faulty_blocks_are_named_before_anything_is_loaded(run_config, protect, message):
+    run_config["loki"]["protect"] = protect
+    with pytest.raises(ValueError, match=message):
+        settings.prepare(run_config)
+
+
+def test_with_a_rows_file_the_calibration_is_still_read_early(run_config, tmp_path):
+    rows = RowSelection([[1], [2], [3]], 64).save(tmp_path / "rows.json")
+    run_config["loki"] = {"rows": str(rows), "calibration": {"source": "none.jsonl"}}
+    settings.prepare(dict(run_config))
+    run_config["loki"]["protect"] = {"inputs": 0.9}
+    with pytest.raises(ValueError, match="'none.jsonl' does not exist"):
+        settings.prepare(run_config)

@@ -1,0 +1,142 @@
+"""The anchor: KL(base ‖ tuned) on calibration prompts, inside a real Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.families import tiny
+from helpers.prompts import prompts
+from transformers import Trainer, TrainingArguments
+
+from loki_plugin import implant
+from loki_plugin.implanting.anchor import Anchor, divergence
+
+ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
+PROMPTS = [tuple(p.tolist()) for p in prompts(lengths=(9, 5, 12, 7))]
+
+
+def tuned(rank=None):
+    model = implant(tiny("llama"), ROWS, rank)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def truth(model):
+    """One prompt after another, against a second model, in float64."""
+    base, terms = tiny("llama"), []
+    for ids in PROMPTS:
+        ids = torch.tensor([ids])
+        p = base(input_ids=ids).logits[0].double().log_softmax(-1)
+        q = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        terms.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(terms).mean()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_it_is_the_divergence_over_all_real_tokens_and_its_gradient(rank):
+    model = tuned(rank)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted, found = truth(model), divergence(model, PROMPTS)
+    assert wanted > 0.02
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+    for a, b in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_an_untouched_adapter_is_the_base_and_the_model_is_left_as_it_was():
+    model = implant(tiny("gpt2"), ROWS).train()  # GPT-2 has dropout
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    model.base_model.model.transformer.h[1].eval()
+    training = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    assert divergence(model, PROMPTS).item() == 0
+    assert [m.training for m in model.modules()] == training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
+
+
+def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0):
+    """One Trainer run; returns model, gradients of the last step (before it), and trainer."""
+    model = tuned()
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=0,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    gradients = []
+    if anchor:
+        anchor.attach(trainer)
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args):
+        optimizer = create(*args)
+        optimizer.register_step_pre_hook(
+            lambda *_: gradients.append(
+                [p.grad.clone() for p in model.parameters() if p.requires_grad]
+            )
+        )
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+    trainer.train()
+    return model, gradients[-1], trainer
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_counts_once_per_step_whatever_is_accumulated(
+    tmp_path, accumulate, accepts, monkeypatch
+):
+    if not accepts:
+        monkeypatch.setattr(Trainer, "_get_num_items_in_batch", lambda *a: None)
+    settings = {"accumulate": accumulate, "size": 2}
+    _, plain, _ = run(tmp_path, **settings)
+    anchor = Anchor(PROMPTS, 0.5, len(PROMPTS))  # always all prompts
+    _, anchored, _ = run(tmp_path, anchor, **settings)
+    model = tuned()
+    kl = truth(model)
+    wanted = torch.autograd.grad(kl, [p for p in model.parameters() if p.requires_grad])
+    assert float(anchor.last) == pytest.approx(kl.item(), rel=1e-4)
+    for a, b, g in zip(anchored, plain, wanted, strict=True):
+        assert torch.allclose(a - b, 0.5 * g, rtol=1e-3, atol=1e-5)
+
+
+def test_it_holds_the_model_to_the_base(tmp_path):
+    settings = {"steps": 12, "rate": 0.02}
+    free, *_ = run(tmp_path, **settings)
+    held, *_ = run(tmp_path, Anchor(PROMPTS, 20.0, 4), **settings)
+    assert divergence(held, PROMPTS) < 0.4 * divergence(free, PROMPTS)
+
+
+def test_evaluation_is_not_anchored(tmp_path):
+    anchor = Anchor(PROMPTS, 1e6, 2)
+    *_, trainer = run(tmp_path, anchor)
+    data = trainer.train_dataset
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(**{k: torch.tensor(data[k][:]) for k in data.column_names}).loss
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_prompts_depend_on_the_step_so_that_a_run_resumes():
+    anchor, again = Anchor(PROMPTS, 1.0, 2), Anchor(PROMPTS, 1.0, 2)
+    drawn = [anchor.draw(step, 7) for step in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)]
+    assert [again.draw(step, 7) for step in (3, 3, 4, 4)] == drawn[6:]
+    assert len({tuple(d) for d in drawn}) > 4
+    assert len(Anchor(PROMPTS, 1.0, 99).draw(0, 7)) == len(PROMPTS)
