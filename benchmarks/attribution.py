@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.floor import flops
 from benchmarks.machine import (
     PeakMemory,
     authors,
@@ -86,22 +87,6 @@ def quantise(model, dtype) -> None:
                 linear.weight.data.cpu(), requires_grad=False, quant_type="nf4"
             )
             layer.set_submodule(name, packed.to(linear.weight.device))
-
-
-def flops(layers: int, length: int, steps: int, options) -> float:
-    """Multiplications and additions that one prompt cannot do without (times two).
-
-    Prefix: T tokens through L - 1 layers, the last layer's keys and values. Stack: 1 + S·l rows
-    into layer l, forwards and (but for the plain row) backwards. Head: L·S rows, both ways.
-    """
-    h, i = options.hidden, options.intermediate
-    kv = options.head_size * options.kv_heads if options.kv_heads else h
-    layer = 2 * (2 * h * h + 2 * h * kv + 3 * h * i)
-    prefix = length * ((layers - 1) * layer + 4 * h * kv) + 2 * h * length**2 * (layers - 1)
-    forward = sum(1 + steps * m for m in range(layers))
-    backward = sum(steps * m for m in range(layers))
-    stack = (forward + backward) * (layer + 4 * length * h)
-    return prefix + stack + 2 * layers * steps * 2 * options.vocabulary * h
 
 
 def ours(model, prompts, steps, batch_size):
@@ -167,7 +152,19 @@ def compare(layers, length, options):
         lambda: ours(model, prompts, options.steps, options.batch), device, options.repeat
     ) / len(prompts)
     rate = max(rate, matmul_rate(*shape))  # a shared machine is not always equally fast
-    floor = flops(layers, length, options.steps, options) / rate
+    floor = (
+        flops(
+            layers,
+            options.hidden,
+            options.intermediate,
+            options.kv_heads or options.hidden // options.head_size,
+            options.head_size,
+            options.vocabulary,
+            length=length,
+            steps=options.steps,
+        )
+        / rate
+    )
     yield _row("ours", layers, length, options, seconds, seconds, memory.peak, 0.0, floor, rate)
     rivals = {}
     if not options.alone:

@@ -9,8 +9,8 @@ a choice of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from ..model.anatomy import Anatomy, find_anatomy, linear_sizes
 from ..model.hooks import removing
 from .attribute import unpad
 from .attribution.quiet import quiet
+from .precision import exact_products
 
 # Bytes for the matrices C of the layers of one pass and for the work on one of them.
 BUDGET = 2 << 30
@@ -107,7 +108,7 @@ def find_directions(
     with (
         quiet(model) as own_attention,
         own_attention(),
-        _full_precision(),
+        exact_products(),  # TF32 would lose the small directions
         torch.no_grad(),
         tqdm(total=len(groups) * len(batches), desc="loki: input directions", unit="batch") as bar,
     ):
@@ -287,14 +288,3 @@ def _iterate(
                 " would hold them in memory. Lower the share of energy (`protect.inputs`)"
             )
         width = min(largest, 2 * width)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32: TF32 would lose the small directions."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -13,6 +13,7 @@ from ...model.anatomy import Anatomy
 from ...model.hooks import removing
 from ...model.quantised import quantised_modules
 from ..calibration.prompts import Prompt
+from ..precision import products_are_exact
 from .devices import first_device, out_of_memory, send
 from .engine import integrate
 from .head import head_gradient
@@ -67,8 +68,7 @@ def check_reproduces(
 def _is_exact(model: nn.Module) -> bool:
     """Whether rounding is far below what a fault would change; else only gross faults show."""
     wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    full = torch.get_float32_matmul_precision() == "highest"
-    return wide and full and not quantised_modules(model)
+    return wide and products_are_exact() and not quantised_modules(model)
 
 
 def _p_of_the_stack(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch.Tensor:
@@ -89,7 +89,8 @@ def _p_of_the_stack(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) ->
 
 def _p_of_the_model(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch.Tensor:
     """The same [1 + L], by the model's own code."""
-    prompt = send(torch.tensor([ids]), first_device(model))  # [1, T]
+    device = first_device(model)
+    prompt = send(torch.tensor([ids]), device)  # [1, T]
     logits = model(input_ids=prompt, use_cache=False).logits[:, -1]  # [1, V]
     y = logits.argmax(-1)
     found = [logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[0, y]]
@@ -102,7 +103,7 @@ def _p_of_the_model(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) ->
             copies = prompt.expand(len(some), -1)
             hidden = anatomy.decoder(input_ids=copies, use_cache=False).last_hidden_state
         found.append(head_gradient(model, anatomy, hidden[:, -1:], y.expand(len(some)))[1][:, 0])
-    return torch.cat(found)
+    return torch.cat([p.to(device) for p in found])
 
 
 def _replacing(copy: int, length: int) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:

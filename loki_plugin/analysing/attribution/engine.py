@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -143,7 +143,7 @@ def shared_prefix(prompts: Sequence[Prompt]) -> int:
 def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterator[None]:
     """Tell `state` which layer runs, and catch plain attention calls where the family has them."""
     with ExitStack() as stack:
-        stack.enter_context(_never_packed())
+        stack.enter_context(_unasked())
         if implementation(model) == "sdpa":
             stack.enter_context(attention.SdpaCalls())
         for i, layer in enumerate(anatomy.layers):
@@ -152,17 +152,27 @@ def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterat
 
 
 @contextmanager
-def _never_packed() -> Iterator[None]:
-    """Answer transformers' question whether position ids hold several sequences.
+def _unasked() -> Iterator[None]:
+    """Answer two questions of transformers that read the device, and so wait for it, every batch.
 
-    It reads them, and so waits for the device twice a batch. Ours count up from 0, or are one.
+    Do the position ids hold several sequences? Ours count up from 0, or are one. Does the padding
+    mask hide a token? The engine gives none, so what a family makes itself (OPT) hides nothing.
     """
-    asked = masking_utils.find_packed_sequence_indices
+    packed, ignore = (
+        masking_utils.find_packed_sequence_indices,
+        masking_utils._ignore_causal_mask_sdpa,
+    )
+
+    def without_padding(padding_mask: torch.Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        return ignore(None, *args, **kwargs)
+
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils._ignore_causal_mask_sdpa = without_padding
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = asked
+        masking_utils.find_packed_sequence_indices = packed
+        masking_utils._ignore_causal_mask_sdpa = ignore
 
 
 def _at(state: AttentionState, index: int) -> Callable[[nn.Module, tuple], None]:

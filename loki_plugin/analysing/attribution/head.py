@@ -35,7 +35,8 @@ def head_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """∂(Σ log p)/∂hidden and p = softmax(logits)[y] of n tokens per prompt, by the model's head.
 
-    `hidden` [B, n, H], `y` [B] -> [B, n, H] and [B, n].
+    `hidden` [B, n, H], `y` [B] -> [B, n, H] and [B, n], both where `hidden` is. A model over
+    several devices may hand out its logits on another one.
     """
     flat = hidden.flatten(0, 1)  # [B·n, H]
     of_y = y.repeat_interleave(hidden.shape[1])[:, None]  # [B·n, 1]
@@ -51,11 +52,13 @@ def head_gradient(
             # ∂log p/∂logits = onehot(y) - softmax(logits), written over the softmax itself.
             wide = torch.promote_types(logits.dtype, torch.float32)
             by_logits = logits[0].detach().to(wide).softmax(-1)  # [c, V]
-            p.append(by_logits.gather(1, of_y[part]))
-            by_logits.neg_().scatter_(1, of_y[part], 1 - p[-1])
+            chosen = of_y[part].to(logits.device, non_blocking=True)
+            p.append(by_logits.gather(1, chosen))
+            by_logits.neg_().scatter_(1, chosen, 1 - p[-1])
             by_logits = by_logits.to(logits.dtype)[None]
             upstream[part] = torch.autograd.grad(logits, states, by_logits)[0]
-    return upstream.view_as(hidden), torch.cat(p).view(hidden.shape[:2])
+    by_token = torch.cat(p).to(hidden.device, non_blocking=True)  # [B·n, 1]
+    return upstream.view_as(hidden), by_token.view(hidden.shape[:2])
 
 
 class _OnlyStates(BaseModelOutput):

@@ -7,11 +7,13 @@ import torch
 from helpers.families import FAMILIES, tiny
 from helpers.prompts import error, pad, prompts, rms, whole
 from helpers.reference import Exact, loop
+from transformers import masking_utils
 
 from loki_plugin import attribute
 from loki_plugin.analysing.analysis import convergence
 from loki_plugin.analysing.attribution.engine import shared_prefix
 from loki_plugin.analysing.attribution.quadrature import quadrature
+from loki_plugin.analysing.attribution.quiet import quiet
 from loki_plugin.model.anatomy import find_anatomy
 
 
@@ -198,6 +200,34 @@ def test_leaves_nothing_behind(break_at):
         attribute(model, *pad(prompts(), "left"))
     assert snapshot(model) == before
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+def test_the_models_own_attention_ends_with_an_exception_too():
+    model = tiny("llama", "sdpa")
+    with quiet(model) as own_attention:
+        ours = model.config._attn_implementation
+        with pytest.raises(KeyboardInterrupt), own_attention():
+            assert model.config._attn_implementation == "sdpa"
+            raise KeyboardInterrupt
+        assert model.config._attn_implementation == ours != "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_transformers_asks_of_the_device_is_put_back():
+    before = vars(masking_utils).copy()
+    attribute(tiny("opt"), *pad(prompts(), "left"))
+    assert vars(masking_utils) == before
+
+
+def test_the_head_reads_its_matrix_once_for_all_predictions():
+    """A sequence of one token for each prompt would be a product for each prompt."""
+    model = tiny("llama")
+    attribute(model, *pad(prompts(), "left"))
+    seen = []
+    handle = model.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    attribute(model, *pad(prompts(), "left"))
+    handle.remove()
+    assert seen[0].shape == (1, 3, 48) and all(states.is_contiguous() for states in seen)
 
 
 def test_works_with_gradient_checkpointing_and_inside_no_grad():

@@ -60,6 +60,21 @@ def test_out_of_memory_halves_and_goes_on(limit):
     assert sum(sizes) == 11 and max(sizes) <= limit
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["pytorch", "driver", "cublas", "cpu"],
+)
+def test_every_way_to_say_out_of_memory_is_understood(error):
+    scores, sizes = run(2, error)
+    assert scores[:, 0, 0].tolist() == list(range(11)) and max(sizes) <= 2
+
+
 def test_one_prompt_that_does_not_fit_is_an_error():
     with pytest.raises(RuntimeError, match="one calibration prompt of 2 tokens does not fit"):
         run(0, torch.OutOfMemoryError("no"))
@@ -68,6 +83,8 @@ def test_one_prompt_that_does_not_fit_is_an_error():
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="^shape mismatch$"):
         run(1, RuntimeError("shape mismatch"))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        run(1, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_the_estimate_grows_with_length_steps_and_layers():

@@ -78,6 +78,35 @@ def test_a_model_is_checked_once_and_left_as_it_was(monkeypatch):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.fixture
+def tf32():
+    """As `TrainingArguments(tf32=True)` leaves a process with a GPU."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+def test_tf32_set_through_pytorchs_newer_setting_makes_the_check_coarser(tf32):
+    with pytest.raises(RuntimeError, match="matmul precision"):
+        torch.get_float32_matmul_precision()
+    model = tiny("llama")
+    assert not checking._is_exact(model)
+    attribute(model, IDS)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert checking._is_exact(model)
+
+
+def test_memory_that_runs_out_in_the_check_is_not_taken_for_an_unknown_family(monkeypatch):
+    def full(*arguments):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(checking, "integrate", full)
+    with pytest.raises(torch.AcceleratorError, match="out of memory"):
+        attribute(tiny("llama"), IDS)
+
+
 def test_one_prompt_that_is_sent_elsewhere_by_rounding_does_not_refuse_a_model(monkeypatch):
     tries = []
     inner = checking._p_of_the_model
