@@ -1,0 +1,8 @@
+"""An Axolotl plugin that lets 16-bit runs through on a CPU, which Axolotl keeps for GPUs."""
+
+from axolotl.integrations.base import BasePlugin
+
+
+class OnCpu(BasePlugin):
+    def get_training_args(self, cfg):
+        return {"use_cpu": True}
