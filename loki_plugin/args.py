@@ -134,6 +134,17 @@ class LokiConfig(_Block):
     )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the rows")
     report: bool = Field(True, description="write loki_report.json into output_dir")
+    form: Literal["dense", "low-rank"] | None = Field(
+        None,
+        description="internal: what the first registration decided, for those after it (Ray"
+        " registers a configuration again, when `adapter` and `lora_r` are the carrier's)",
+    )
+
+    @model_validator(mode="after")
+    def _form_and_rank_agree(self):
+        if self.form is not None and (self.form == "dense") != (self.rank is None):
+            raise ValueError(f"form is {self.form}, but rank is {self.rank}; leave `form` out")
+        return self
 
     @field_serializer("quota", when_used="json")
     def _plain_quota(self, value: Decimal) -> int | float:

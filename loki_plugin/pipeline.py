@@ -16,6 +16,7 @@ from .analysing.calibration.prompts import Calibration, load_prompts
 from .analysing.scores.cache import cache_folder, open_log
 from .analysing.scores.log import ScoreLog, fill
 from .args import AttributionArgs, LokiConfig
+from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
 from .rows import RowSelection
@@ -25,8 +26,12 @@ LOG = logging.getLogger("loki_plugin")
 _CONVERGENCE_PROMPTS = 8
 
 
-def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection:
+def choose_rows(
+    model: nn.Module, tokenizer, config: LokiConfig, inputs: Inputs | None = None
+) -> RowSelection:
     """Analyse `model` on the calibration prompts, or take its scores from the cache; select rows.
+
+    `inputs` are read now unless given.
 
     Under `torch.distributed` the ranks share the work and all return one selection, bit for bit.
 
@@ -35,26 +40,27 @@ def choose_rows(model: nn.Module, tokenizer, config: LokiConfig) -> RowSelection
             before the first prompt runs.
     """
     rank, world = ranks.current(), ranks.count()
+    inputs = inputs or Inputs.read(config)
     if world == 1:
-        return _choose(model, tokenizer, config, 0, 1)
+        return _choose(model, tokenizer, config, inputs, 0, 1)
     loaded = ranks.gather(not any(p.is_meta for p in model.parameters()))
     # Sharded training loads the weights of one rank only; that one then works alone.
     first = loaded.index(True)
     selection = None
     if all(loaded):
-        selection = _choose(model, tokenizer, config, rank, world)
+        selection = _choose(model, tokenizer, config, inputs, rank, world)
     elif rank == first:
-        selection = _choose(model, tokenizer, config, 0, 1)
+        selection = _choose(model, tokenizer, config, inputs, 0, 1)
     return ranks.broadcast(selection, first)
 
 
 def _choose(
-    model: nn.Module, tokenizer, config: LokiConfig, worker: int, workers: int
+    model: nn.Module, tokenizer, config: LokiConfig, inputs: Inputs, worker: int, workers: int
 ) -> RowSelection | None:
     anatomy = find_anatomy(model)
     quota_to_count(config.quota, anatomy.hidden_size)
-    excluded = [RowSelection.load(path).check_shape(anatomy) for path in config.exclude]
-    calibration = load_prompts(tokenizer, **config.calibration.model_dump())
+    excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
+    calibration = load_prompts(tokenizer, **config.calibration.model_dump(), records=inputs.records)
     mark = fingerprint(model)
     settings = config.attribution.model_dump(exclude={"batch_size"})
     log = open_log(

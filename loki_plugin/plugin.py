@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 
 from .host import patches, settings
-from .host.run import Run
+from .host.files import Files
+from .host.run import Run, leave_alone
 
 
 class LokiPlugin(BasePlugin):
@@ -13,6 +16,9 @@ class LokiPlugin(BasePlugin):
 
     def __init__(self):
         super().__init__()
+        self._before: dict[str, Any] = {}  # the keys of the configuration that we changed
+        self._only_reads = False  # inference or merging: no rows are chosen, nothing trains
+        self._files: Files | None = None
         self._run: Run | None = None
 
     def register(self, cfg):
@@ -20,9 +26,21 @@ class LokiPlugin(BasePlugin):
         if not self._acts_on(cfg):
             return
         patches.show_log()
-        settings.LOG.info("\n".join(settings.prepare(cfg)))
+        self._before = settings.remember(cfg)
+        lines = settings.prepare(cfg)
+        if lines:
+            settings.LOG.info("\n".join(lines))
+        # Validation drops the key `inference`.
+        self._only_reads = bool(cfg.get("inference") or cfg.get("merge_lora"))
+        patches.mark_evaluation()
         if cfg.get("merge_lora"):
             patches.take_over_merge()
+
+    def on_config_validation_error(self, cfg):
+        """Undo `register`: a rejected configuration is the caller's again."""
+        if self._acts_on(cfg):
+            settings.restore(cfg, self._before)
+            patches.give_back_merge()
 
     def _acts_on(self, cfg) -> bool:
         """Axolotl's plugin manager outlives a run and calls every plugin it ever loaded.
@@ -43,19 +61,46 @@ class LokiPlugin(BasePlugin):
         return [AdapterCapabilities(name="loki", lora_like=True)]
 
     def load_datasets(self, cfg, preprocess=False):
-        """The first hook after validation; Axolotl puts CPU rank r on a device called `r`."""
-        if self._acts_on(cfg) and str(cfg.device) == "cpu":
-            cfg.device_map = {"": "cpu"}
+        """The first hook of `train` and `preprocess`, and of no other command."""
+        if not self._acts_on(cfg):
+            return
+        if str(cfg.device) == "cpu":
+            cfg.device_map = {"": "cpu"}  # Axolotl puts CPU rank r on a device called `r`
+        if not preprocess:
+            self._only_reads = False
+            self._files = Files.read(cfg)
+
+    def pre_model_load(self, cfg):
+        """Faults in files show here at the latest (callers of `axolotl.train.train`)."""
+        if not self._acts_on(cfg):
+            return
+        self._run = None
+        if self._trains() and self._files is None:
+            self._files = Files.read(cfg)
+
+    def _trains(self) -> bool:
+        return not (self._only_reads or patches.evaluating())
 
     def post_model_build(self, cfg, model):
         """The base model is in memory, maybe quantised, before adapters: find the rows."""
         if not self._acts_on(cfg):
             return
-        self._run = Run.start(cfg, model)
+        if not self._trains():
+            leave_alone(cfg, model)
+            return
+        self._run, self._files = Run.start(cfg, model, self._files), None
         self._run.apply_to(cfg, model)
 
+    def get_training_args(self, cfg):
+        """Axolotl asks for these where it makes a trainer: to train, or to evaluate."""
+        if self._acts_on(cfg) and self._run is None and not patches.evaluating():
+            raise RuntimeError(
+                "this configuration was loaded for inference or merging, but a trainer is made for"
+                " it, so its rows were not chosen; load it with `load_cfg` again"
+            )
+
     def post_lora_load(self, cfg, model):
-        if self._acts_on(cfg):
+        if self._acts_on(cfg) and self._run is not None:
             self._run.install(model, fresh=not cfg.lora_model_dir)
 
     def post_trainer_create(self, cfg, trainer):

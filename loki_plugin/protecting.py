@@ -19,17 +19,18 @@ from .analysing.directions import find_directions
 from .analysing.scores.cache import DIRECTIONS, cache_folder
 from .args import LokiConfig
 from .directions import FILE_NAME, Directions
+from .inputs import Inputs
 from .model.fingerprint import fingerprint
 from .model.loading import is_loaded
 
 LOG = logging.getLogger("loki_plugin")
 
 
-def protecting_prompts(tokenizer, config: LokiConfig) -> list[tuple[int, ...]]:
+def protecting_prompts(tokenizer, config: LokiConfig, inputs: Inputs) -> list[tuple[int, ...]]:
     """Token ids of the calibration prompts and of `protect.text`, distinct ones once, in order."""
-    prompts = [p.ids for p in load_prompts(tokenizer, **config.calibration.model_dump()).prompts]
-    if config.protect.text:
-        prompts += load_texts(tokenizer, config.protect.text)
+    settings = config.calibration.model_dump()
+    found = load_prompts(tokenizer, **settings, records=inputs.records).prompts
+    prompts = [p.ids for p in found] + load_texts(tokenizer, inputs.texts)
     return list(dict.fromkeys(prompts))
 
 

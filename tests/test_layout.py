@@ -18,6 +18,7 @@ FLOORS = [
         "loki_plugin.evaluating",
     },
     {"loki_plugin.args"},
+    {"loki_plugin.inputs"},
     {
         "loki_plugin.pipeline",
         "loki_plugin.protecting",

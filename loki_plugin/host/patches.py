@@ -1,8 +1,14 @@
-"""What is changed in Axolotl itself: our log is shown, and merging a LoKI run is ours."""
+"""What is changed in Axolotl itself.
+
+Our log is shown, merging a LoKI run is ours, and evaluating one says that it evaluates.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..rows import FILE_NAME, RowSelection
@@ -53,4 +59,42 @@ def take_over_merge() -> None:
         )
 
     do_merge_lora.merges_loki = True
+    do_merge_lora.original = original
     merge_lora.do_merge_lora = do_merge_lora
+
+
+def give_back_merge() -> None:
+    """Undo `take_over_merge`."""
+    module = sys.modules.get("axolotl.cli.merge_lora")
+    if module is not None:
+        module.do_merge_lora = getattr(module.do_merge_lora, "original", module.do_merge_lora)
+
+
+_EVALUATING = ContextVar("evaluating", default=False)
+
+
+def evaluating() -> bool:
+    """Whether `axolotl evaluate` is loading a model; no key of its configuration says so."""
+    return _EVALUATING.get()
+
+
+def mark_evaluation() -> None:
+    """Make `evaluating()` true while `axolotl evaluate` runs."""
+    module = sys.modules.get("axolotl.evaluate")
+    if module is None or getattr(module.setup_model_and_tokenizer, "marks_evaluation", False):
+        return
+    load, make_trainer = module.setup_model_and_tokenizer, module.setup_trainer
+
+    def marked(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            token = _EVALUATING.set(True)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _EVALUATING.reset(token)
+
+        call.marks_evaluation = True
+        return call
+
+    module.setup_model_and_tokenizer, module.setup_trainer = marked(load), marked(make_trainer)

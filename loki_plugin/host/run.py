@@ -14,7 +14,7 @@ from ..directions import Directions
 from ..implanting.anchor import Anchor
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
-from .settings import parse
+from .files import Files
 
 LOG = logging.getLogger("loki_plugin")
 QUANTISED = "embeddings, norms and biases (quantised weights may be repacked)"
@@ -33,42 +33,33 @@ class Run:
     verdict: Verdict | None = None  # None until the training has ended
 
     @classmethod
-    def start(cls, cfg, model) -> Run:
+    def start(cls, cfg, model, files: Files) -> Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
-        from ..pipeline import choose_rows
 
-        config = parse(cfg)
         check_adaptable(find_anatomy(model), model)
         started = time.perf_counter()
-        if cfg.lora_model_dir:
-            selection = RowSelection.load(Path(cfg.lora_model_dir) / FILE_NAME).check(model)
-            source = f"adapter {cfg.lora_model_dir}"
-        elif config.rows:
-            selection = RowSelection.load(config.rows).check(model)
-            source = config.rows
+        if files.rows is None:
+            selection = _analyse(cfg, model, files)
         else:
-            from axolotl.loaders import load_tokenizer
-
-            selection = choose_rows(model, load_tokenizer(cfg), config)
-            source = "analysis"
+            selection = files.rows.check(model)
         seconds = time.perf_counter() - started
-        run = cls(config, selection)
-        run.facts |= {"rows_from": source, "rows_seconds": round(seconds, 3)}
-        run._protect(cfg, model)
+        run = cls(files.config, selection)
+        run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
+        run._protect(cfg, model, files)
         counts = selection.counts
         LOG.info(
             "loki: %s of %s rows per layer train, in %d layers (rows from %s, %.1f s)",
             counts[0] if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}",
             selection.hidden_size,
             selection.num_layers,
-            source,
+            files.source,
             seconds,
         )
         return run
 
-    def _protect(self, cfg, model) -> None:
+    def _protect(self, cfg, model, files: Files) -> None:
         """Directions from what training goes on from, or from the calibration; anchor prompts."""
         from ..protecting import (
             choose_directions,
@@ -84,7 +75,7 @@ class Run:
         if settings.anchor or (settings.reads and not found):
             from axolotl.loaders import load_tokenizer
 
-            prompts = protecting_prompts(load_tokenizer(cfg), self.config)
+            prompts = protecting_prompts(load_tokenizer(cfg), self.config, files.inputs)
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:
@@ -234,6 +225,28 @@ class Run:
         mark(folder, self.verdict)
         if self.config.report:
             write_report(folder, self.config, self.selection, self.facts, self.verdict)
+
+
+def _analyse(cfg, model, files: Files) -> RowSelection:
+    from axolotl.loaders import load_tokenizer
+
+    from ..pipeline import choose_rows
+
+    return choose_rows(model, load_tokenizer(cfg), files.config, files.inputs)
+
+
+def leave_alone(cfg, model) -> None:
+    """`inference` and `evaluate` load a saved adapter as the plain LoRA that it is.
+
+    Without `lora_model_dir` Axolotl makes a fresh LoRA, which changes nothing: the base answers.
+    """
+    from ..model.anatomy import find_anatomy
+
+    if cfg.lora_model_dir:
+        LOG.info("loki: reads the adapter %s; nothing is analysed", cfg.lora_model_dir)
+        return
+    LOG.warning("loki: no lora_model_dir is given, so the base model answers; nothing is analysed")
+    cfg.lora_target_modules = find_anatomy(model).names
 
 
 def _resumed_checkpoint(cfg) -> str | None:

@@ -5,15 +5,14 @@ A LoKI run travels through Axolotl as a LoRA run whose adapter is constrained.
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..analysing.calibration.prompts import check_texts
-from ..analysing.calibration.sources import check_source
 from ..args import LokiConfig
-from ..rows import RowSelection
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -37,6 +36,16 @@ REFUSED = {
     "unfrozen_parameters": "it trains parameters of the base model",
     "fix_untrained_tokens": "it changes embeddings of the base model",
     "gptq": "only 16/32-bit and bitsandbytes 8-bit or 4-bit bases are supported",
+    "model_quantization_config": "only bitsandbytes 8-bit or 4-bit bases are supported",
+    "use_onebitllms": "it rewrites every linear layer of the base model",
+    "qat": "it rounds the weights of the base model, frozen ones too",
+    "llmcompressor": "it prunes the base model",
+    "fp8": "it replaces the linear layers, and with them the constraint to the rows",
+    "reinit_weights": "the rows would be chosen and trained on random weights",
+    "shrink_embeddings": "it cuts tokens off the base model's embeddings",
+    "lisa_step_interval": "LISA trains layers of the base model",
+    "spectrum_top_fraction": "Spectrum trains layers of the base model",
+    "lora_exclude_modules": "use `loki.exclude` or a rows file to leave layers out",
 }
 OVERRIDDEN = {
     "lora_target_modules": ["down_proj"],
@@ -49,6 +58,7 @@ OVERRIDDEN = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
 }
+WRITTEN = (*OVERRIDDEN, "adapter", "lora_r", "lora_alpha", "loki")
 
 
 def parse(cfg) -> LokiConfig:
@@ -86,15 +96,20 @@ def _fields_at(path: tuple) -> list[str]:
 def prepare(cfg) -> list[str]:
     """Check the run and rewrite its keys so that Axolotl builds the LoRA carrier.
 
+    A configuration that went through here before comes out as it went in. `cfg` is changed only
+    if all is well with it.
+
     Returns the lines that say what was set and what was overridden.
 
     Raises:
         ValueError: a setting that contradicts LoKI, before anything is loaded.
     """
     config = parse(cfg)
-    _refuse(cfg)
+    _refuse(cfg, config)
     adapter, rank = _adapter(cfg, config)
-    lines = [f"loki: adapter '{cfg.get('adapter') or 'not set'}' runs as '{adapter}'"]
+    lines = []
+    if config.form is None:
+        lines.append(f"loki: adapter '{cfg.get('adapter') or 'not set'}' runs as '{adapter}'")
     wanted = {**OVERRIDDEN, "adapter": adapter, "lora_r": rank or 1, "lora_alpha": rank or 1}
     for key, value in wanted.items():
         given = cfg.get(key)
@@ -102,30 +117,65 @@ def prepare(cfg) -> list[str]:
             reason = "set from the rows" if key in ("lora_r", "lora_alpha") else f"now {value}"
             lines.append(f"loki: overrides {key} = {given!r}: {reason}")
         cfg[key] = value
-    cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank}
-    if config.rows and config.exclude:
-        raise ValueError(
-            "loki.rows and loki.exclude disagree: rows from a file are used as they are; give one"
-        )
-    if config.rows:
-        RowSelection.load(config.rows)  # a bad file must fail now, not after the model is loaded
-    if not config.rows or config.protect.on:
-        check_source(config.calibration.source, config.calibration.columns)
-    for path in config.exclude:
-        RowSelection.load(path)
-    if config.protect.text:
-        check_texts(config.protect.text)
+    form = "dense" if rank is None else "low-rank"
+    cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank, "form": form}
     return lines
 
 
-def _refuse(cfg) -> None:
+def remember(cfg) -> dict[str, Any]:
+    """What `prepare` may change, as it stands now; see `restore`."""
+    return {key: cfg[key] for key in WRITTEN if key in cfg}
+
+
+def restore(cfg, before: dict[str, Any]) -> None:
+    """Undo `prepare`."""
+    for key in WRITTEN:
+        cfg.pop(key, None)
+    cfg.update(before)
+
+
+def _refuse(cfg, config: LokiConfig) -> None:
     faults = [f"  {key}: {why}" for key, why in REFUSED.items() if cfg.get(key)]
     if (cfg.get("peft") or {}).get("loftq_config"):
         faults.append("  peft.loftq_config: LoKI's update starts at zero")
+    if (cfg.get("tensor_parallel_size") or 1) > 1:
+        faults.append("  tensor_parallel_size: it spreads the rows of a layer over the GPUs")
+    if cfg.get("optimizer") == "polora":
+        faults.append("  optimizer: polora works on pairs of A and B, and LoKI has no such pairs")
+    if cfg.get("lr_groups") and config.lr_scale != 1:
+        faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
+    faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(
             "these settings cannot be used with loki; remove them:\n" + "\n".join(faults)
         )
+    if config.rows and config.exclude:
+        raise ValueError(
+            "loki.rows and loki.exclude disagree: rows from a file are used as they are; give one"
+        )
+
+
+def _deepspeed_faults(deepspeed, config: LokiConfig) -> list[str]:
+    """What a DeepSpeed configuration may not define: there the trainer's own makers are skipped."""
+    if isinstance(deepspeed, str):
+        if not Path(deepspeed).is_file():
+            return []  # Axolotl's to say
+        try:
+            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except ValueError as error:
+            return [f"  deepspeed: '{deepspeed}' is not JSON: {error}"]
+    deepspeed, faults = deepspeed or {}, []
+    if deepspeed.get("optimizer"):
+        faults.append(
+            "  deepspeed: its configuration defines an `optimizer`, which loki cannot guard; take"
+            " it out there and set `optimizer:` in the YAML"
+        )
+    if deepspeed.get("scheduler") and config.lr_scale != 1:
+        faults.append(
+            "  deepspeed: its configuration defines a `scheduler`, which knows nothing of"
+            " `loki.lr_scale`; take it out there and set `lr_scheduler:` in the YAML"
+        )
+    return faults
 
 
 def _adapter(cfg, config: LokiConfig) -> tuple[str, int | None]:
@@ -135,7 +185,7 @@ def _adapter(cfg, config: LokiConfig) -> tuple[str, int | None]:
             f"adapter: {given} cannot be combined with plugins: [loki]; use `adapter: loki`, or"
             " `lora`/`qlora` with `lora_r` for the low-rank form"
         )
-    if given in ("lora", "qlora"):
+    if given in ("lora", "qlora") and config.form is None:
         r = cfg.get("lora_r")
         if rank is not None and r is not None and r != rank:
             raise ValueError(f"lora_r = {r} and loki.rank = {rank} disagree; give one of them")
@@ -145,6 +195,6 @@ def _adapter(cfg, config: LokiConfig) -> tuple[str, int | None]:
                 f"adapter: {given} with plugins: [loki] is the low-rank form and needs `lora_r`;"
                 " for the dense form write `adapter: loki`"
             )
-        if given == "qlora":
-            return given, rank
+    if given == "qlora":
+        return given, rank
     return ("qlora" if cfg.get("load_in_4bit") else "lora"), rank

@@ -70,8 +70,9 @@ def load_prompts(
     columns: dict[str, str] | None = None,
     split: str | None = None,
     seed: int = 0,
+    records: list[Record] | None = None,
 ) -> Calibration:
-    """Read a calibration source and turn it into token ids.
+    """Read a calibration source, unless its `records` are given, and turn it into token ids.
 
     Multiple-choice questions become the paper's prompt, through the tokenizer's chat template
     where it has one, else as plain text. See `CalibrationArgs` for the settings.
@@ -80,7 +81,7 @@ def load_prompts(
         ValueError: a source that cannot be read, a faulty record (file and line named), no prompt
             left, or `target="gold"` where a record has none.
     """
-    records = load_records(source, columns, split)
+    records = records or load_records(source, columns, split)
     drawn = _draw(records, samples_per_subject or (50 if source == "mmlu" else None), seed)
     shots = _few_shots(records, few_shot, seed) if few_shot else {}
     prompts: dict[str, Prompt] = {}
@@ -110,17 +111,13 @@ def load_prompts(
     return Calibration(ordered, dropped, source)
 
 
-def load_texts(tokenizer, path: str) -> list[tuple[int, ...]]:
-    """All tokens of a .txt or .jsonl file of texts, in windows of at most `WINDOW` tokens.
+def load_texts(tokenizer, records: list[Record]) -> list[tuple[int, ...]]:
+    """All tokens of texts, in windows of at most `WINDOW` tokens.
 
     Records with a prompt or a question become what `load_prompts` makes of them.
-
-    Raises:
-        ValueError: another kind of file, an unreadable one, or a faulty record.
     """
-    check_texts(path)
     windows = []
-    for record in load_records(path):
+    for record in records:
         if record.text is not None:
             ids = tokenizer(record.text)["input_ids"]
         else:
@@ -129,12 +126,16 @@ def load_texts(tokenizer, path: str) -> list[tuple[int, ...]]:
     return windows
 
 
-def check_texts(path: str) -> None:
-    """Read the file of `protect.text` once, so that its faults show before a model is loaded."""
+def read_texts(path: str) -> list[Record]:
+    """Read the file of `protect.text`.
+
+    Raises:
+        ValueError: another kind of file, an unreadable one, or a faulty record.
+    """
     if Path(path).suffix.lower() not in TEXT_FILES:
         raise ValueError(f"protect.text '{path}' must be a {' or a '.join(TEXT_FILES)} file")
     try:
-        load_records(path)
+        return load_records(path)
     except ValueError as error:
         raise ValueError(f"protect.text: {error}") from error
 

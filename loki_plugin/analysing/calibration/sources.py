@@ -59,16 +59,6 @@ def load_records(
     return records
 
 
-def check_source(source: str, columns: dict[str, str] | None = None) -> None:
-    """Read a local file once, so that its faults show before a model is loaded.
-
-    Raises:
-        ValueError: as `load_records`.
-    """
-    if Path(source).suffix.lower() in _READERS:
-        load_records(source, columns)
-
-
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise ValueError(f"calibration.source '{path}' does not exist or is not a file")

@@ -1,0 +1,105 @@
+"""The files of a training run, each read once, before the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..args import LokiConfig
+from ..inputs import Inputs
+from ..rows import FILE_NAME, RowSelection
+from .settings import parse
+
+_QUANTISERS = ("bitsandbytes",)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a training run has read.
+
+    Attributes:
+        config: the `loki:` block.
+        source: where the rows come from, in words.
+        rows: the rows of the adapter that goes on, or of `loki.rows`; None = to be analysed.
+        inputs: what analysing and protecting read.
+    """
+
+    config: LokiConfig
+    source: str
+    rows: RowSelection | None
+    inputs: Inputs
+
+    @classmethod
+    def read(cls, cfg) -> Files:
+        """Read what the run needs and no more.
+
+        Raises:
+            ValueError: a file that cannot be read or contradicts another one; a quantised base.
+        """
+        config = parse(cfg)
+        check_base(cfg)
+        source, rows = "analysis", None
+        if cfg.lora_model_dir:
+            source = f"adapter {cfg.lora_model_dir}"
+            rows = _rows_of_adapter(Path(cfg.lora_model_dir), config)
+        elif config.rows:
+            source, rows = config.rows, RowSelection.load(config.rows)
+        inputs = Inputs.read(config, analysed=rows is None)
+        if rows is not None:
+            for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
+                _check_disjoint(rows, cfg.lora_model_dir, excluded, path)
+        return cls(config, source, rows, inputs)
+
+
+def check_base(cfg) -> None:
+    """Refuse a base checkpoint whose stored weights no rows can be merged into.
+
+    Raises:
+        ValueError: a base quantised by anything but bitsandbytes.
+    """
+    from axolotl.loaders.utils import load_model_config
+
+    quantisation = getattr(load_model_config(cfg), "quantization_config", None) or {}
+    if not isinstance(quantisation, dict):
+        quantisation = quantisation.to_dict()
+    method = quantisation.get("quant_method")
+    method = getattr(method, "value", method)
+    if quantisation and method not in _QUANTISERS:
+        raise ValueError(
+            f"base_model '{cfg.base_model}' is quantised with '{method}': rows cannot be merged"
+            " into it. Train on the 16-bit model that it was made from, with `load_in_4bit: true`"
+            " or `load_in_8bit: true` where memory is short"
+        )
+
+
+def _rows_of_adapter(folder: Path, config: LokiConfig) -> RowSelection:
+    """The rows of an adapter that goes on; they may not be others than the block asks for."""
+    if not (folder / FILE_NAME).is_file():
+        raise ValueError(
+            f"lora_model_dir '{folder}' has no {FILE_NAME}, so it cannot be told which rows it"
+            " trains; give a local folder that loki saved, or copy the rows file of its run there"
+        )
+    rows = RowSelection.load(folder / FILE_NAME)
+    if config.rows and RowSelection.load(config.rows) != rows:
+        raise ValueError(
+            f"loki.rows '{config.rows}' are not the rows of lora_model_dir '{folder}', and an"
+            " adapter keeps its rows; take `rows` out of the `loki:` block, or start a new adapter"
+        )
+    return rows
+
+
+def _check_disjoint(rows: RowSelection, folder: str, other: RowSelection, path: str) -> None:
+    if other.num_layers != rows.num_layers:
+        raise ValueError(
+            f"loki.exclude '{path}' has {other.num_layers} layers, but the adapter"
+            f" '{folder}' has {rows.num_layers}; they belong to different models"
+        )
+    pairs = zip(rows.rows, other.rows, strict=True)
+    common = [sorted({*a.tolist()} & {*b.tolist()}) for a, b in pairs]
+    if any(common):
+        layer = next(i for i, shared in enumerate(common) if shared)
+        raise ValueError(
+            f"lora_model_dir '{folder}' trains {sum(map(len, common))} rows that loki.exclude"
+            f" '{path}' keeps out (layer {layer}: {common[layer][:5]}); an adapter keeps its rows:"
+            " start a new one without `lora_model_dir`, or take the file out of `exclude`"
+        )

@@ -1,0 +1,40 @@
+"""The files that choosing rows and protecting inputs need, read before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .analysing.calibration.prompts import read_texts
+from .analysing.calibration.sources import Record, load_records
+from .args import LokiConfig
+from .rows import RowSelection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read.
+
+    Attributes:
+        records: of the calibration source.
+        excluded: the rows that must not train again.
+        texts: of `protect.text`.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    excluded: list[RowSelection] = field(default_factory=list)
+    texts: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, config: LokiConfig, analysed: bool = True) -> Inputs:
+        """Read what a run of `config` needs; `analysed` is False where its rows are given.
+
+        Raises:
+            ValueError: a file that cannot be read, or a faulty record or row in it.
+        """
+        source, text = config.calibration, config.protect.text
+        needed = analysed or config.protect.on
+        return cls(
+            load_records(source.source, source.columns, source.split) if needed else [],
+            [RowSelection.load(path) for path in config.exclude],
+            read_texts(text) if text else [],
+        )

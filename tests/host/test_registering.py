@@ -1,0 +1,120 @@
+"""Registering: once or often, undone when the configuration is rejected."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from helpers.axolotl import load, load_after
+
+from loki_plugin.host import settings
+
+FORMS = {
+    "dense": {"adapter": "loki"},
+    "dense without adapter": {"adapter": None},
+    "rank 3": {"adapter": "loki", "loki": {"rank": 3}},
+    "lora_r 3": {"adapter": "lora", "lora_r": 3, "lora_alpha": 16},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("four_bit", [False, True], ids=["16-bit", "4-bit"])
+def test_registering_again_changes_nothing(form, four_bit):
+    config = {"load_in_4bit": four_bit, **copy.deepcopy(FORMS[form])}
+    if config["adapter"] == "lora" and four_bit:
+        config["adapter"] = "qlora"
+    settings.prepare(config)
+    once = copy.deepcopy(config)
+    assert once["adapter"] == ("qlora" if four_bit else "lora")
+    assert once["loki"]["rank"] == (None if "dense" in form else 3)
+    for _ in range(2):
+        assert settings.prepare(config) == []
+        assert config == once
+
+
+@pytest.mark.parametrize("form", ["dense", "lora_r 3"])
+def test_a_ray_worker_trains_what_its_driver_registered(run_config, monkeypatch, form):
+    """Ray's workers get the validated configuration and register and validate it again."""
+    from axolotl.cli import train
+
+    seen = []
+    monkeypatch.setattr(train, "do_train", lambda cfg, cli_args: seen.append(cfg))
+    run_config["loki"]["quota"] = 2.5
+    change = {"load_in_4bit": True, "use_ray": True, **FORMS[form]}
+    driver = load(run_config | change | ({"adapter": "qlora"} if form != "dense" else {}))
+    train.ray_train_func({"cfg": copy.deepcopy(driver.to_dict()), "cli_args": None})
+    (worker,) = seen
+    assert worker.loki.to_dict() == driver.loki.to_dict()
+    assert worker.adapter == driver.adapter == "qlora"
+    assert (worker.loki.rank, worker.loki.form) == ((None, "dense"), (3, "low-rank"))[
+        form != "dense"
+    ]
+
+
+def test_a_form_that_contradicts_the_rank_is_refused(run_config):
+    run_config["loki"] |= {"form": "dense", "rank": 4}
+    with pytest.raises(ValueError, match="form is dense, but rank is 4; leave `form` out"):
+        load(run_config)
+
+
+def test_a_rejected_configuration_is_left_as_it_was(run_config):
+    """Axolotl tells its plugins when validation fails after they have registered."""
+    run_config |= {"lora_dropout": 0.1, "merge_lora": True, "micro_batch_size": "many"}
+    from axolotl.cli import merge_lora
+
+    theirs = merge_lora.do_merge_lora
+    cfg, error = load_after(run_config)
+    assert "micro_batch_size" in str(error)
+    assert {k: cfg.to_dict()[k] for k in run_config if k != "datasets"} == {
+        k: v for k, v in run_config.items() if k != "datasets"
+    }
+    assert not {"lora_target_modules", "lora_r", "lora_mlp_kernel"} & cfg.keys()
+    assert merge_lora.do_merge_lora is theirs
+
+
+def test_a_refused_configuration_is_left_as_it_was():
+    config = {"adapter": "loki", "loki": {"quota": 5}, "peft_use_dora": True}
+    before = copy.deepcopy(config)
+    with pytest.raises(ValueError, match="peft_use_dora"):
+        settings.prepare(config)
+    config |= {"peft_use_dora": None, "loki": {"rows": "a.json", "exclude": ["b.json"]}}
+    with pytest.raises(ValueError, match="disagree"):
+        settings.prepare(config)
+    assert config.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_quantization_config": "FineGrainedFP8Config"}, "model_quantization_config: only"),
+        ({"use_onebitllms": True}, "use_onebitllms: it rewrites every linear layer"),
+        ({"qat": {"weight_dtype": "int8"}}, "qat: it rounds the weights of the base model"),
+        ({"fp8": True}, "fp8: it replaces the linear layers"),
+        ({"reinit_weights": True}, "reinit_weights: .* random weights"),
+        ({"shrink_embeddings": True}, "shrink_embeddings: it cuts tokens off"),
+        ({"lisa_step_interval": 5}, "lisa_step_interval: LISA trains layers"),
+        ({"spectrum_top_fraction": 0.5}, "spectrum_top_fraction: Spectrum trains layers"),
+        ({"lora_exclude_modules": ["0"]}, "lora_exclude_modules: use `loki.exclude`"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: it spreads the rows"),
+        ({"optimizer": "polora"}, "optimizer: polora works on pairs"),
+        ({"lr_groups": [1], "loki": {"lr_scale": 2}}, "lr_groups: its rates are absolute"),
+        ({"deepspeed": {"optimizer": {"type": "AdamW"}}}, "deepspeed: .* defines an `optimizer`"),
+        (
+            {"deepspeed": {"scheduler": {"type": "WarmupLR"}}, "loki": {"lr_scale": 2}},
+            "deepspeed: .* defines a `scheduler`",
+        ),
+    ],
+)
+def test_what_would_train_something_else_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings.prepare({"adapter": "loki"} | change)
+
+
+def test_a_deepspeed_file_is_read(tmp_path):
+    file = tmp_path / "zero1.json"
+    file.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}))
+    with pytest.raises(ValueError, match="defines an `optimizer`"):
+        settings.prepare({"adapter": "loki", "deepspeed": str(file)})
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    settings.prepare({"adapter": "loki", "deepspeed": str(file)})
