@@ -18,6 +18,7 @@ class LokiPlugin(BasePlugin):
         super().__init__()
         self._before: dict[str, Any] = {}  # the keys of the configuration that we changed
         self._only_reads = False  # inference or merging: no rows are chosen, nothing trains
+        self._took_over = False
         self._files: Files | None = None
         self._run: Run | None = None
 
@@ -33,14 +34,14 @@ class LokiPlugin(BasePlugin):
         # Validation drops the key `inference`.
         self._only_reads = bool(cfg.get("inference") or cfg.get("merge_lora"))
         patches.mark_evaluation()
-        if cfg.get("merge_lora"):
-            patches.take_over_merge()
+        self._took_over = bool(cfg.get("merge_lora")) and patches.take_over_merge()
 
     def on_config_validation_error(self, cfg):
         """Undo `register`: a rejected configuration is the caller's again."""
         if self._acts_on(cfg):
             settings.restore(cfg, self._before)
-            patches.give_back_merge()
+            if self._took_over:
+                patches.give_back_merge()
 
     def _acts_on(self, cfg) -> bool:
         """Axolotl's plugin manager outlives a run and calls every plugin it ever loaded.

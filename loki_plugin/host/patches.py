@@ -32,8 +32,8 @@ def show_log() -> None:
         LOG.addHandler(_ToAxolotl())
 
 
-def take_over_merge() -> None:
-    """`axolotl merge-lora` on a LoKI run uses our merge.
+def take_over_merge() -> bool:
+    """`axolotl merge-lora` on a LoKI run uses our merge; returns whether this is new.
 
     Axolotl's default method round-trips every matrix of a 4-bit run through NF4, and its legacy
     method rounds the whole base to `torch_dtype`: both change frozen rows.
@@ -42,7 +42,7 @@ def take_over_merge() -> None:
 
     original = merge_lora.do_merge_lora
     if getattr(original, "merges_loki", False):
-        return
+        return False
 
     def do_merge_lora(*, cfg):
         if cfg.loki is None:
@@ -61,13 +61,14 @@ def take_over_merge() -> None:
     do_merge_lora.merges_loki = True
     do_merge_lora.original = original
     merge_lora.do_merge_lora = do_merge_lora
+    return True
 
 
 def give_back_merge() -> None:
     """Undo `take_over_merge`."""
-    module = sys.modules.get("axolotl.cli.merge_lora")
-    if module is not None:
-        module.do_merge_lora = getattr(module.do_merge_lora, "original", module.do_merge_lora)
+    from axolotl.cli import merge_lora
+
+    merge_lora.do_merge_lora = merge_lora.do_merge_lora.original
 
 
 _EVALUATING = ContextVar("evaluating", default=False)
