@@ -25,15 +25,16 @@ def prepare_trainer(
     """Guard a trainer whose model carries the row constraint.
 
     Wraps `create_optimizer`: before it, everything but our parameters is frozen again and checked;
-    after it, every group's learning rate is multiplied by `lr_scale` (the scheduler, built later,
-    starts from it). Each checkpoint gets the rows file. Training stops when NaN reaches a weight.
+    after it, every group's learning rate is multiplied by `lr_scale`. Wraps `create_scheduler`, so
+    that every scheduler follows: some take the rate from the groups, some (one-cycle, Rex) from
+    the arguments. Each checkpoint gets the rows file. Training stops when NaN reaches a weight.
 
     Raises:
         ValueError: `resume_from` is a checkpoint of other rows.
         RuntimeError: a parameter that is not ours is trainable.
     """
     check_resume(resume_from, selection)
-    create = trainer.create_optimizer
+    create, schedule = trainer.create_optimizer, trainer.create_scheduler
 
     def create_optimizer(*args, **kwargs):
         adapter.freeze(trainer.model)
@@ -46,8 +47,17 @@ def prepare_trainer(
                 group["lr"] *= lr_scale
         return optimizer
 
+    def create_scheduler(*args, **kwargs):
+        given = trainer.args.learning_rate
+        trainer.args.learning_rate = given * lr_scale
+        try:
+            return schedule(*args, **kwargs)
+        finally:
+            trainer.args.learning_rate = given
+
     adapter.check(trainer.model)
     trainer.create_optimizer = create_optimizer
+    trainer.create_scheduler = create_scheduler
     trainer.add_callback(RowsBesideCheckpoints(selection))
     trainer.add_callback(StopAtNaN())
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.axolotl import load
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loki_plugin.cli import loki
 from loki_plugin.directions import FILE_NAME, Directions
-from loki_plugin.host import settings
+from loki_plugin.host.files import Files
 from loki_plugin.implanting.protection import leakage
 from loki_plugin.rows import RowSelection
 
@@ -152,13 +153,13 @@ def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
 def test_faulty_blocks_are_named_before_anything_is_loaded(run_config, protect, message):
     run_config["loki"]["protect"] = protect
     with pytest.raises(ValueError, match=message):
-        settings.prepare(run_config)
+        Files.read(load(run_config))
 
 
 def test_with_a_rows_file_the_calibration_is_still_read_early(run_config, tmp_path):
     rows = RowSelection([[1], [2], [3]], 64).save(tmp_path / "rows.json")
     run_config["loki"] = {"rows": str(rows), "calibration": {"source": "none.jsonl"}}
-    settings.prepare(dict(run_config))
+    Files.read(load(run_config))
     run_config["loki"]["protect"] = {"inputs": 0.9}
     with pytest.raises(ValueError, match="'none.jsonl' does not exist"):
-        settings.prepare(run_config)
+        Files.read(load(run_config))
