@@ -22,6 +22,7 @@ import yaml
 from tqdm import tqdm
 
 COMMANDS = Path(sys.executable).parent
+MARKER = ".loki_demo"
 EPOCHS, BATCH = 8, 20
 # benchmarks/forgetting.py has other rates and quotas; with these both learn about half of the task.
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
@@ -39,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    _claim(work)
     os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
     os.environ["PATH"] = f"{COMMANDS}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -64,6 +65,18 @@ def main() -> None:
     report["seconds"] = round(time.perf_counter() - started, 1)
     (work / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n")
     _show(report, work)
+
+
+def _claim(work: Path) -> None:
+    """Make `work`, or see that it is ours: the demo deletes and overwrites what lies there."""
+    if work.exists() and not (work / MARKER).exists():
+        if not work.is_dir() or any(work.iterdir()):
+            sys.exit(
+                f"'{work}' holds something that this demo did not make (it has no {MARKER});"
+                " nothing was touched. Give --work an empty or a new folder"
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    (work / MARKER).write_text("Made by `python -m demo`, which may delete what lies here.\n")
 
 
 def _write_data(work: Path) -> None:

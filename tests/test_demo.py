@@ -112,6 +112,30 @@ def test_packed_texts_do_not_see_each_other(small):
                 assert labels[0, start : start + length].tolist() == expected
 
 
+@pytest.mark.parametrize("name", ["loki", "lora", "cache", "base"])
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(base, "make", lambda folder: pytest.fail("the demo went on"))
+    monkeypatch.setattr(sys, "argv", ["demo", "--work", str(tmp_path), "--fresh"])
+    with pytest.raises(SystemExit, match="this demo did not make .* nothing was touched"):
+        demo.main()
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        name,
+        f"{name}/thesis.txt",
+    ]
+
+
+def test_the_demo_knows_its_own_folder_again(tmp_path):
+    demo._claim(tmp_path / "new" / "work")
+    (tmp_path / "new" / "work" / "loki").mkdir()
+    demo._claim(tmp_path / "new" / "work")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        demo._claim(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_the_whole_job_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base, "STEPS", 20)
