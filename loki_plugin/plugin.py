@@ -101,7 +101,8 @@ class LokiPlugin(BasePlugin):
             )
 
     def post_lora_load(self, cfg, model):
-        if self._acts_on(cfg) and self._run is not None:
+        # With `rl:` the trainer is still to wrap the model.
+        if self._acts_on(cfg) and self._run is not None and not cfg.rl:
             self._run.install(model, fresh=not cfg.lora_model_dir)
 
     def post_trainer_create(self, cfg, trainer):

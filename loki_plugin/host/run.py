@@ -128,7 +128,10 @@ class Run:
     def prepare_trainer(self, cfg, trainer) -> None:
         from ..implanting.protection import DirectionsBesideCheckpoints
         from ..implanting.training import prepare_trainer
+        from .preference import model_of
 
+        if cfg.rl:
+            self.install(model_of(trainer), fresh=not cfg.lora_model_dir)
         prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
         if self.directions:
             trainer.add_callback(DirectionsBesideCheckpoints(self.directions))

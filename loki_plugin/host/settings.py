@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..args import LokiConfig
+from .preference import preference_faults
 
 LOG = logging.getLogger("loki_plugin")
 
 # Keys that would train, move or scale something else than the selected rows.
 REFUSED = {
-    "rl": "preference training is not supported yet; use supervised data sets",
     "reward_model": "reward models are not supported yet",
     "process_reward_model": "reward models are not supported yet",
     "relora": "ReLoRA merges and restarts the adapter; LoKI keeps one",
@@ -144,6 +144,7 @@ def _refuse(cfg, config: LokiConfig) -> None:
         faults.append("  optimizer: polora works on pairs of A and B, and LoKI has no such pairs")
     if cfg.get("lr_groups") and config.lr_scale != 1:
         faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
+    faults += preference_faults(cfg)
     faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(

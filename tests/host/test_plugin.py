@@ -94,7 +94,9 @@ def test_all_faults_are_shown_at_once(run_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rl": "dpo"}, "rl: preference training is not supported yet"),
+        ({"rl": "ebft"}, "rl: ebft: loki trains preferences with dpo, ipo, kto"),
+        ({"rl": "dpo", "lora_model_dir": "x"}, "lora_model_dir with rl: dpo: .* merge the earlier"),
+        ({"rl": "kto", "rl_adapter_ref_model": True}, "rl_adapter_ref_model: the base with the"),
         ({"lora_modules_to_save": ["embed_tokens"]}, "lora_modules_to_save: it trains whole"),
         ({"peft_use_dora": True}, "peft_use_dora: DoRA rescales every row"),
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config"),
