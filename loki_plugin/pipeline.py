@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .args import AttributionArgs, LokiConfig
 from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
+from .model.loading import is_loaded
 from .rows import RowSelection
 from .selecting.select import quota_to_count, select_rows
 
@@ -40,38 +42,45 @@ def choose_rows(
             before the first prompt runs.
     """
     rank, world = ranks.current(), ranks.count()
-    inputs = inputs or Inputs.read(config)
+    with ranks.together():
+        inputs = inputs or Inputs.read(config)
     if world == 1:
         return _choose(model, tokenizer, config, inputs, 0, 1)
-    loaded = ranks.gather(not any(p.is_meta for p in model.parameters()))
+    loaded = ranks.gather(is_loaded(model))
+    if not any(loaded):
+        raise ValueError("no rank holds the weights of the model; load it on one of them at least")
     # Sharded training loads the weights of one rank only; that one then works alone.
     first = loaded.index(True)
     selection = None
-    if all(loaded):
-        selection = _choose(model, tokenizer, config, inputs, rank, world)
-    elif rank == first:
-        selection = _choose(model, tokenizer, config, inputs, 0, 1)
+    with ranks.together():
+        if all(loaded):
+            selection = _choose(model, tokenizer, config, inputs, rank, world)
+        elif rank == first:
+            selection = _choose(model, tokenizer, config, inputs, 0, 1)
     return ranks.broadcast(selection, first)
 
 
 def _choose(
     model: nn.Module, tokenizer, config: LokiConfig, inputs: Inputs, worker: int, workers: int
 ) -> RowSelection | None:
-    anatomy = find_anatomy(model)
-    quota_to_count(config.quota, anatomy.hidden_size)
-    excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
-    calibration = load_prompts(tokenizer, **config.calibration.model_dump(), records=inputs.records)
-    mark = fingerprint(model)
-    settings = config.attribution.model_dump(exclude={"batch_size"})
-    log = open_log(
-        cache_folder(config.cache_dir),
-        mark,
-        calibration,
-        settings,
-        anatomy.num_layers,
-        anatomy.hidden_size,
-        str(model.config._name_or_path),
-    )
+    with _together(workers):
+        anatomy = find_anatomy(model)
+        quota_to_count(config.quota, anatomy.hidden_size)
+        excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
+        calibration = load_prompts(
+            tokenizer, **config.calibration.model_dump(), records=inputs.records
+        )
+        mark = fingerprint(model)
+        settings = config.attribution.model_dump(exclude={"batch_size"})
+        log = open_log(
+            cache_folder(config.cache_dir),
+            mark,
+            calibration,
+            settings,
+            anatomy.num_layers,
+            anatomy.hidden_size,
+            str(model.config._name_or_path),
+        )
     started = time.perf_counter()
     _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
     seconds = time.perf_counter() - started
@@ -103,6 +112,10 @@ def _choose(
     return RowSelection(rows, anatomy.hidden_size, mark, made)
 
 
+def _together(workers: int) -> AbstractContextManager:
+    return ranks.together() if workers > 1 else nullcontext()
+
+
 def _complete(
     log: ScoreLog,
     model: nn.Module,
@@ -115,15 +128,18 @@ def _complete(
     """Make the shards that the log lacks, each worker every `workers`-th of them."""
     if workers > 1:
         shared = ranks.broadcast(log.missing(), 0)
-        mine = set(log.missing()).intersection(shared[worker::workers])
-        _analyse(log, model, anatomy, calibration, settings, sorted(mine))
-        ranks.wait()
+        with ranks.together():
+            mine = set(log.missing()).intersection(shared[worker::workers])
+            _analyse(log, model, anatomy, calibration, settings, sorted(mine))
         # Nodes without a common disk send the first worker what its own does not show.
         for shard in ranks.broadcast(log.missing(), 0):
             owner = shared.index(shard) % workers
-            scores = ranks.broadcast(log.scores(shard) if worker == owner else None, owner)
-            if worker == 0:
-                log.write(shard, scores)
+            with ranks.together():
+                scores = log.scores(shard) if worker == owner else None
+            scores = ranks.broadcast(scores, owner)
+            with ranks.together():
+                if worker == 0:
+                    log.write(shard, scores)
         return
     with log.locked():
         missing = log.missing()

@@ -76,7 +76,8 @@ def choose_directions(
     """
     loaded = ranks.gather(is_loaded(model))
     first = loaded.index(True)  # sharded training loads the weights of one rank only
-    found = _choose(model, prompts, config) if ranks.current() == first else None
+    with ranks.together():
+        found = _choose(model, prompts, config) if ranks.current() == first else None
     if ranks.count() == 1:
         return found
     layers = ranks.broadcast(found and len(found.basis), first)

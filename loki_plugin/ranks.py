@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -43,7 +45,24 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return message[0]
 
 
-def wait() -> None:
-    """Until every rank is here."""
-    if count() > 1:
-        dist.barrier()
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block on every rank; an error on one of them ends all, none is left waiting.
+
+    The block holds no exchange of its own, or only such that every rank leaves with the same
+    outcome. It ends when every rank is through.
+
+    Raises:
+        RuntimeError: on the ranks that went through, naming the rank that did not and its error.
+    """
+    mine = None
+    try:
+        yield
+    except Exception as error:  # raised again below, when the others know
+        mine = error
+    faults = gather(None if mine is None else f"{type(mine).__name__}: {mine}")
+    if mine is not None:
+        raise mine
+    for rank, fault in enumerate(faults):
+        if fault is not None:
+            raise RuntimeError(f"rank {rank} ended with {fault}")

@@ -15,6 +15,7 @@ from ..implanting.anchor import Anchor
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .files import Files
+from .sharding import check_loaded
 
 LOG = logging.getLogger("loki_plugin")
 QUANTISED = "embeddings, norms and biases (quantised weights may be repacked)"
@@ -38,12 +39,14 @@ class Run:
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
 
+        check_loaded(model)
         check_adaptable(find_anatomy(model), model)
         started = time.perf_counter()
         if files.rows is None:
             selection = _analyse(cfg, model, files)
         else:
-            selection = files.rows.check(model)
+            with ranks.together():
+                selection = files.rows.check(model)
         seconds = time.perf_counter() - started
         run = cls(files.config, selection)
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ..args import LokiConfig
 from .preference import preference_faults
+from .sharding import fsdp_faults, zero_faults
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -145,6 +146,7 @@ def _refuse(cfg, config: LokiConfig) -> None:
     if cfg.get("lr_groups") and config.lr_scale != 1:
         faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
     faults += preference_faults(cfg)
+    faults += fsdp_faults(cfg)
     faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(
@@ -165,7 +167,8 @@ def _deepspeed_faults(deepspeed, config: LokiConfig) -> list[str]:
             deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
         except ValueError as error:
             return [f"  deepspeed: '{deepspeed}' is not JSON: {error}"]
-    deepspeed, faults = deepspeed or {}, []
+    deepspeed = deepspeed or {}
+    faults = zero_faults(deepspeed)
     if deepspeed.get("optimizer"):
         faults.append(
             "  deepspeed: its configuration defines an `optimizer`, which loki cannot guard; take"

@@ -8,6 +8,7 @@ import pytest
 from helpers.axolotl import load
 
 from loki_plugin.args import LokiConfig
+from loki_plugin.host.sharding import sharding_faults
 
 
 def test_the_block_has_one_default_for_every_field(run_config):
@@ -101,6 +102,11 @@ def test_all_faults_are_shown_at_once(run_config):
         ({"peft_use_dora": True}, "peft_use_dora: DoRA rescales every row"),
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config"),
         ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters"),
+        (
+            {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
+            "fsdp_config: .*use DDP .several",
+        ),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3 .*use ZeRO-1 or 2"),
         ({"adapter": "llama-adapter"}, "adapter: llama-adapter cannot be combined"),
         ({"adapter": "lora"}, "needs `lora_r`"),
         ({"adapter": "lora", "lora_r": 4, "loki": {"rank": 8}}, "lora_r = 4 and loki.rank = 8"),
@@ -109,6 +115,16 @@ def test_all_faults_are_shown_at_once(run_config):
 def test_what_contradicts_loki_is_refused(run_config, change, message):
     with pytest.raises(ValueError, match=message):
         load(run_config | change)
+
+
+def test_a_deepspeed_file_is_read_for_its_stage(run_config, tmp_path):
+    file = tmp_path / "zero.json"
+    for stage in (2, 3):
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        faults = sharding_faults(run_config | {"deepspeed": str(file)})
+        assert [f.split(";")[0] for f in faults] == (
+            ["  deepspeed: ZeRO-3 shards the base"] if stage == 3 else []
+        )
 
 
 def test_without_the_plugin_the_adapter_is_refused(run_config):

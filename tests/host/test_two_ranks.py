@@ -1,0 +1,67 @@
+"""DDP through Axolotl: two CPU ranks train one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.torchrun import two_ranks
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import os, sys
+import torch
+from safetensors.torch import save_file
+from loki_plugin.plugin import LokiPlugin
+
+create, finish = LokiPlugin.post_trainer_create, LokiPlugin.post_train
+
+def post_trainer_create(self, cfg, trainer):
+    create(self, cfg, trainer)
+    print("world", trainer.args.world_size, trainer.accelerator.distributed_type, flush=True)
+
+def post_train(self, cfg, model):
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    save_file(tensors, f"{sys.argv[2]}/rank-{os.environ['RANK']}.safetensors")
+    finish(self, cfg, model)
+
+LokiPlugin.post_trainer_create, LokiPlugin.post_train = post_trainer_create, post_train
+
+if __name__ == "__main__":  # data sets are tokenised in processes that import this file
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+
+    do_train(load_cfg(sys.argv[1]), TrainerCliArgs())
+"""
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["dense", "rank2"])
+def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
+    run_config, train, tmp_path, rank
+):
+    """SGD, so that the update is linear in the gradient that the ranks average."""
+    run_config["loki"]["rank"] = rank
+    run_config |= {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 4, "weight_decay": 0.1}
+    (tmp_path / "rank.py").write_text(SCRIPT)
+    (tmp_path / "config.yaml").write_text(json.dumps(run_config))
+    said = two_ranks(tmp_path / "rank.py", tmp_path / "config.yaml", tmp_path)
+    assert said.count("world 2 DistributedType.MULTI_CPU") == 2, said[-3000:]
+    one, two = (load_file(tmp_path / f"rank-{r}.safetensors") for r in range(2))
+    assert one.keys() == two.keys() and len(one) == (3 if rank is None else 6)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+    report = json.loads((Path(run_config["output_dir"]) / "loki_report.json").read_text())
+    assert report["verified"] is True and report["verified_what"]["base"] == "every byte"
+
+    together = load_file(Path(run_config["output_dir"]) / "adapter_model.safetensors")
+    alone_dir = tmp_path / "alone"
+    train(run_config | {"micro_batch_size": 8, "output_dir": str(alone_dir)})
+    alone = load_file(alone_dir / "adapter_model.safetensors")
+    for name, tensor in alone.items():
+        assert tensor.abs().max() > 1e-3
+        assert torch.allclose(together[name], tensor, atol=1e-5, rtol=1e-3), name
