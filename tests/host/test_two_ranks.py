@@ -68,4 +68,5 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
     alone = load_file(alone_dir / "adapter_model.safetensors")
     for name, tensor in alone.items():
         assert tensor.abs().max() > 1e-3
-        assert torch.allclose(together[name], tensor, atol=1e-5, rtol=1e-3), name
+        # Axolotl averages the ranks' mean losses, whose numbers of tokens differ by one or two.
+        assert (together[name] - tensor).norm() < 5e-3 * tensor.norm(), name
