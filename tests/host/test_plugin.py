@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 from helpers.axolotl import load
 
 from loki_plugin.args import LokiConfig
-from loki_plugin.host.sharding import sharding_faults
+from loki_plugin.host.sharding import zero_faults
 
 
 def test_the_block_has_one_default_for_every_field(run_config):
@@ -119,12 +120,10 @@ def test_what_contradicts_loki_is_refused(run_config, change, message):
 
 def test_a_deepspeed_file_is_read_for_its_stage(run_config, tmp_path):
     file = tmp_path / "zero.json"
-    for stage in (2, 3):
-        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        faults = sharding_faults(run_config | {"deepspeed": str(file)})
-        assert [f.split(";")[0] for f in faults] == (
-            ["  deepspeed: ZeRO-3 shards the base"] if stage == 3 else []
-        )
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(ValueError, match="deepspeed: ZeRO-3 shards the base; use ZeRO-1 or 2"):
+        load(run_config | {"deepspeed": str(file)})
+    assert zero_faults({"zero_optimization": {"stage": 2}}) == zero_faults({}) == []
 
 
 def test_without_the_plugin_the_adapter_is_refused(run_config):
