@@ -19,6 +19,7 @@ class LokiPlugin(BasePlugin):
         self._before: dict[str, Any] = {}  # the keys of the configuration that we changed
         self._only_reads = False  # inference or merging: no rows are chosen, nothing trains
         self._took_over = False
+        self._embeddings: list[str] | None = None
         self._files: Files | None = None
         self._run: Run | None = None
 
@@ -100,9 +101,16 @@ class LokiPlugin(BasePlugin):
                 " it, so its rows were not chosen; load it with `load_cfg` again"
             )
 
+    def pre_lora_load(self, cfg, model):
+        """Axolotl's check of new tokens has passed; what it asked for must not be made."""
+        if self._acts_on(cfg):
+            self._embeddings, cfg.lora_modules_to_save = cfg.lora_modules_to_save, None
+
     def post_lora_load(self, cfg, model):
-        # With `rl:` the trainer is still to wrap the model.
-        if self._acts_on(cfg) and self._run is not None and not cfg.rl:
+        if not self._acts_on(cfg):
+            return
+        cfg.lora_modules_to_save = self._embeddings  # the tokenizer may be loaded again
+        if self._run is not None and not cfg.rl:  # with `rl:` the trainer is still to wrap it
             self._run.install(model, fresh=not cfg.lora_model_dir)
 
     def post_trainer_create(self, cfg, trainer):

@@ -16,6 +16,7 @@ from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .files import Files
 from .sharding import check_loaded
+from .tokens import calibration_tokenizer
 
 LOG = logging.getLogger("loki_plugin")
 QUANTISED = "embeddings, norms and biases (quantised weights may be repacked)"
@@ -38,19 +39,21 @@ class Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
+        from ..pipeline import choose_rows
 
         check_loaded(model)
         check_adaptable(find_anatomy(model), model)
+        tokenizer = calibration_tokenizer(cfg, model, files)
         started = time.perf_counter()
         if files.rows is None:
-            selection = _analyse(cfg, model, files)
+            selection = choose_rows(model, tokenizer, files.config, files.inputs)
         else:
             with ranks.together():
                 selection = files.rows.check(model)
         seconds = time.perf_counter() - started
         run = cls(files.config, selection)
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
-        run._protect(cfg, model, files)
+        run._protect(cfg, model, tokenizer, files)
         counts = selection.counts
         LOG.info(
             "loki: %s of %s rows per layer train, in %d layers (rows from %s, %.1f s)",
@@ -62,7 +65,7 @@ class Run:
         )
         return run
 
-    def _protect(self, cfg, model, files: Files) -> None:
+    def _protect(self, cfg, model, tokenizer, files: Files) -> None:
         """Directions from what training goes on from, or from the calibration; anchor prompts."""
         from ..protecting import (
             choose_directions,
@@ -76,9 +79,7 @@ class Run:
         found = earlier_directions(self.config, cfg.lora_model_dir, _resumed_checkpoint(cfg))
         prompts = []
         if settings.anchor or (settings.reads and not found):
-            from axolotl.loaders import load_tokenizer
-
-            prompts = protecting_prompts(load_tokenizer(cfg), self.config, files.inputs)
+            prompts = protecting_prompts(tokenizer, self.config, files.inputs)
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:
@@ -231,14 +232,6 @@ class Run:
         mark(folder, self.verdict)
         if self.config.report:
             write_report(folder, self.config, self.selection, self.facts, self.verdict)
-
-
-def _analyse(cfg, model, files: Files) -> RowSelection:
-    from axolotl.loaders import load_tokenizer
-
-    from ..pipeline import choose_rows
-
-    return choose_rows(model, load_tokenizer(cfg), files.config, files.inputs)
 
 
 def leave_alone(cfg, model) -> None:

@@ -30,7 +30,6 @@ REFUSED = {
     "peft_layers_pattern": "use `loki.exclude` or a rows file to leave layers out",
     "peft_layer_replication": "replicated layers have no rows of their own",
     "peft_trainable_token_indices": "it trains embeddings",
-    "lora_modules_to_save": "it trains whole modules",
     "lora_rank_pattern": "LoKI sets the ranks from the rows",
     "lora_alpha_pattern": "LoKI sets the ranks from the rows",
     "loraplus_lr_ratio": "use `loki.lr_scale`",
@@ -59,7 +58,10 @@ OVERRIDDEN = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
 }
-WRITTEN = (*OVERRIDDEN, "adapter", "lora_r", "lora_alpha", "loki")
+# Axolotl takes new tokens beside an adapter only if their embeddings are named to be trained. They
+# stand in the configuration for its check and are out of it while the adapter is made.
+EMBEDDINGS = ["embed_in", "embed_out", "embed_tokens", "embeddings", "lm_head", "word_embeddings"]
+WRITTEN = (*OVERRIDDEN, "adapter", "lora_r", "lora_alpha", "lora_modules_to_save", "loki")
 
 
 def parse(cfg) -> LokiConfig:
@@ -112,10 +114,14 @@ def prepare(cfg) -> list[str]:
     if config.form is None:
         lines.append(f"loki: adapter '{cfg.get('adapter') or 'not set'}' runs as '{adapter}'")
     wanted = {**OVERRIDDEN, "adapter": adapter, "lora_r": rank or 1, "lora_alpha": rank or 1}
+    if _adds_tokens(cfg):
+        wanted["lora_modules_to_save"] = EMBEDDINGS
+    reasons = dict.fromkeys(("lora_r", "lora_alpha"), "set from the rows")
+    reasons["lora_modules_to_save"] = "embeddings do not train, those of new tokens neither"
     for key, value in wanted.items():
         given = cfg.get(key)
         if given is not None and given != value and key != "adapter":
-            reason = "set from the rows" if key in ("lora_r", "lora_alpha") else f"now {value}"
+            reason = reasons.get(key, f"now {value}")
             lines.append(f"loki: overrides {key} = {given!r}: {reason}")
         cfg[key] = value
     form = "dense" if rank is None else "low-rank"
@@ -137,6 +143,9 @@ def restore(cfg, before: dict[str, Any]) -> None:
 
 def _refuse(cfg, config: LokiConfig) -> None:
     faults = [f"  {key}: {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    modules = cfg.get("lora_modules_to_save")
+    if modules and not (_adds_tokens(cfg) and set(modules) <= set(EMBEDDINGS)):
+        faults.append("  lora_modules_to_save: it trains whole modules")
     if (cfg.get("peft") or {}).get("loftq_config"):
         faults.append("  peft.loftq_config: LoKI's update starts at zero")
     if (cfg.get("tensor_parallel_size") or 1) > 1:
@@ -156,6 +165,10 @@ def _refuse(cfg, config: LokiConfig) -> None:
         raise ValueError(
             "loki.rows and loki.exclude disagree: rows from a file are used as they are; give one"
         )
+
+
+def _adds_tokens(cfg) -> bool:
+    return bool(cfg.get("tokens") or cfg.get("special_tokens"))
 
 
 def _deepspeed_faults(deepspeed, config: LokiConfig) -> list[str]:

@@ -8,8 +8,11 @@ CHATML = (
 )
 
 
-def make_tokenizer(folder, chat_template: str | None = CHATML):
-    """A byte-level BPE tokenizer with ChatML tokens, saved to `folder`."""
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(folder, chat_template: str | None = CHATML, special: list[str] = SPECIAL):
+    """A byte-level BPE tokenizer, by default with ChatML tokens, saved to `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -18,12 +21,12 @@ def make_tokenizer(folder, chat_template: str | None = CHATML):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(["say the number and the answer, please"] * 4, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>"
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=special[-1], pad_token="<pad>"
     )
     fast.chat_template = chat_template
     fast.save_pretrained(folder)

@@ -1,0 +1,111 @@
+"""YAMLs that add tokens: the base that is analysed does not know them yet."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.axolotl import load
+from helpers.tokenizers import make_tokenizer
+from safetensors.torch import load_file
+
+from loki_plugin.host.settings import EMBEDDINGS
+from loki_plugin.rows import RowSelection
+
+CHATML = {"chat_template": "chatml", "tokens": ["<|im_start|>", "<|im_end|>"]}
+CHATML |= {"special_tokens": {"eos_token": "<|im_end|>"}}
+PAD = {"special_tokens": {"pad_token": "<|new_pad|>"}}
+LISTED = {"special_tokens": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}}
+LISTED |= {"chat_template": "chatml"}
+
+
+@pytest.fixture(scope="module")
+def plain_base(tmp_path_factory):
+    """A Llama of 3 layers x 64 rows whose tokenizer has no chat tokens and no template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("plain_base")
+    tokenizer = make_tokenizer(folder, chat_template=None, special=["<pad>", "<s>", "</s>"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("added", [CHATML, PAD, LISTED], ids=["chatml", "pad", "listed"])
+def test_new_tokens_train_the_rows_and_nothing_else(
+    run_config, train, plain_base, tmp_path, monkeypatch, added
+):
+    from loki_plugin.plugin import LokiPlugin
+
+    models, log = [], []
+    look, handle = LokiPlugin.post_lora_load, logging.getLogger("axolotl").handle
+
+    def post_lora_load(self, cfg, model):
+        look(self, cfg, model)
+        if self._acts_on(cfg):  # plugins of earlier tests are called too
+            models.append((model, model.get_input_embeddings().weight.detach().clone()))
+
+    monkeypatch.setattr(LokiPlugin, "post_lora_load", post_lora_load)
+    monkeypatch.setattr(
+        logging.getLogger("axolotl"),
+        "handle",
+        lambda record: (log.append(record.getMessage()), handle(record)),
+    )
+    run_config |= {"base_model": str(plain_base), "chat_template": "chatml", **added}
+    if added is PAD:
+        run_config |= {"chat_template": "jinja", "chat_template_jinja": "{{ messages[0].content }}"}
+        run_config["chat_template_jinja"] = (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        )
+    train(run_config)
+    out = Path(run_config["output_dir"])
+    old = load_file(plain_base / "model.safetensors")["model.embed_tokens.weight"]
+    count = 1 if added is PAD else 2
+    ((model, embeddings),) = models
+    assert len(embeddings) == len(old) + count
+    assert torch.equal(embeddings[: len(old)], old)
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 3 and all(".down_proj.lora_A." in n for n in trainable)
+    assert any(f"{count} tokens are new to the base" in line for line in log)
+    assert any("base's own tokenizer" in line for line in log) == (added is not PAD)
+    saved = load_file(out / "adapter_model.safetensors")
+    (stored,) = (t for n, t in saved.items() if n.endswith("embed_tokens.weight"))
+    assert torch.equal(stored, embeddings)
+    report = json.loads((out / "loki_report.json").read_text())
+    assert report["rows_per_layer"] == [6] * 3
+
+    # The rows were chosen before the base grew: they fit the base as it lies there, and going on
+    # from the adapter, or from its rows, fits too.
+    first = RowSelection.load(out / "loki_rows.json")
+    for i, more in enumerate(
+        ({"lora_model_dir": str(out)}, {"loki": {"rows": str(out / "loki_rows.json")}})
+    ):
+        again = str(tmp_path / f"again{i}")
+        train(run_config | {"output_dir": again} | more)
+        assert RowSelection.load(Path(again) / "loki_rows.json") == first
+    assert torch.equal(models[1][1], embeddings)  # those that the adapter brought
+
+
+def test_embeddings_that_axolotl_wants_listed_do_not_train(run_config):
+    listed = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    cfg = load(run_config | {"tokens": ["<x>"]} | listed)
+    assert cfg.lora_modules_to_save == EMBEDDINGS
+    with pytest.raises(ValueError, match="lora_modules_to_save: it trains whole"):
+        load(run_config | listed)
+    listed["lora_modules_to_save"].append("q_proj")
+    with pytest.raises(ValueError, match="lora_modules_to_save: it trains whole"):
+        load(run_config | {"tokens": ["<x>"]} | listed)
