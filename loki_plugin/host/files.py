@@ -8,9 +8,8 @@ from pathlib import Path
 from ..args import LokiConfig
 from ..inputs import Inputs
 from ..rows import FILE_NAME, RowSelection
+from .base import check_base
 from .settings import parse
-
-_QUANTISERS = ("bitsandbytes",)
 
 
 @dataclass(frozen=True)
@@ -49,27 +48,6 @@ class Files:
             for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
                 _check_disjoint(rows, cfg.lora_model_dir, excluded, path)
         return cls(config, source, rows, inputs)
-
-
-def check_base(cfg) -> None:
-    """Refuse a base checkpoint whose stored weights no rows can be merged into.
-
-    Raises:
-        ValueError: a base quantised by anything but bitsandbytes.
-    """
-    from axolotl.loaders.utils import load_model_config
-
-    quantisation = getattr(load_model_config(cfg), "quantization_config", None) or {}
-    if not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
-    method = quantisation.get("quant_method")
-    method = getattr(method, "value", method)
-    if quantisation and method not in _QUANTISERS:
-        raise ValueError(
-            f"base_model '{cfg.base_model}' is quantised with '{method}': rows cannot be merged"
-            " into it. Train on the 16-bit model that it was made from, with `load_in_4bit: true`"
-            " or `load_in_8bit: true` where memory is short"
-        )
 
 
 def _rows_of_adapter(folder: Path, config: LokiConfig) -> RowSelection:

@@ -14,6 +14,7 @@ from ..directions import Directions
 from ..implanting.anchor import Anchor
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
+from .base import check_base
 from .files import Files
 from .sharding import check_loaded
 from .tokens import calibration_tokenizer
@@ -42,6 +43,8 @@ class Run:
         from ..pipeline import choose_rows
 
         check_loaded(model)
+        if not Path(cfg.base_model).is_dir():
+            check_base(cfg)  # its weights have come from the hub by now
         check_adaptable(find_anatomy(model), model)
         tokenizer = calibration_tokenizer(cfg, model, files)
         started = time.perf_counter()

@@ -200,3 +200,37 @@ def test_after_training_no_command_needs_the_files(trained, run_config, monkeypa
     with torch.no_grad(), seen[-1].disable_adapter():
         assert torch.equal(seen[-1](input_ids=ids).logits, answers[0])
     assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+
+
+def copied(base: Path, target: Path, weights: bool = True) -> Path:
+    target.mkdir()
+    for file in base.glob("*"):
+        if weights or "safetensors" not in file.name:
+            (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_base_without_safetensors_is_refused(run_config, train, no_model, base, tmp_path):
+    old = copied(base, tmp_path / "old", weights=False)
+    torch.save({}, old / "pytorch_model.bin")
+    run_config["base_model"] = str(old)
+    message = "could not be merged into it afterwards: .*has no model.safetensors.*pytorch_model"
+    with pytest.raises(ValueError, match=message):
+        train(run_config)
+
+
+def test_a_base_whose_down_projections_have_other_keys_is_refused(
+    run_config, train, no_model, base, tmp_path
+):
+    """As in wrappers that store their text model under names of their own."""
+    from safetensors.torch import save_file
+
+    other = copied(base, tmp_path / "other", weights=False)
+    (other / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = {}
+    for file in base.glob("*.safetensors"):
+        tensors |= {n.replace("down_proj", "w2"): t for n, t in load_file(file).items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    run_config["base_model"] = str(other)
+    with pytest.raises(ValueError, match="afterwards: .*down_proj.weight matches 0 tensors"):
+        train(run_config)
