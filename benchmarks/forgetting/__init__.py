@@ -1,0 +1,1 @@
+"""What keeps knowledge? Small models of a generated world learn something new, in many ways."""

@@ -1,0 +1,61 @@
+"""What keeps knowledge?
+
+    python -m benchmarks.forgetting screen --size small --work DIR    # every arm, three rates
+    python -m benchmarks.forgetting final --size small --work DIR     # finalists, five rates
+    python -m benchmarks.forgetting suppress --size small --work DIR  # do the scores mean anything?
+    python -m benchmarks.forgetting report --size small --work DIR    # figures, docs/evidence.md
+
+A run that is killed goes on where it stopped; `--minutes` ends it between two runs. One thread; two
+processes may work side by side on different `--arms` only if they write different `--output` files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.forgetting import base, report, sweep
+from benchmarks.forgetting.tasks import TASKS
+from benchmarks.writer import RESULTS
+
+FINALISTS = (
+    "lora_all_r16,lora_all_r16_wd0.3,lora_attn,lora_gateup,lora_replay1,lora_anchor,random_q30,"
+    "loki_q30,loki_protect_q30,loki_protect_text_q30,random_protect_q30"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("screen", "final", "suppress", "report"))
+    parser.add_argument("--work", type=Path, required=True, help="where base models are kept")
+    parser.add_argument("--size", choices=base.SIZES, default="small")
+    parser.add_argument("--arms", help="names, separated by commas")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--minutes", type=float, help="begin no run after that")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    until = None if options.minutes is None else time.time() + 60 * options.minutes
+    names = {"screen": "forgetting_screen.csv", "final": "forgetting_final.csv"}
+    if options.what == "report":
+        report.write(options.output, base.load(options.work, options.size))
+        return
+    known = base.load(options.work, options.size)
+    if options.what == "suppress":
+        report.suppress(known, options.output)
+        return
+    runs = sweep.Sweep(known, options.size, options.output / names[options.what])
+    arms = options.arms.split(",") if options.arms else None
+    if options.what == "screen":
+        runs.run_all(sweep.screening(arms), until)
+    else:
+        finalists = arms or FINALISTS.split(",")
+        runs.run_all(sweep.finals(finalists, options.seeds, options.tasks.split(",")), until)
+
+
+if __name__ == "__main__":
+    main()

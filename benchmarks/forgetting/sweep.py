@@ -1,0 +1,166 @@
+"""The sweep: one line of a results file per run; what is there already is not run again."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.forgetting.arms import ARMS, Arm, Context, padded, passes
+from benchmarks.forgetting.base import Base, encode, fit, packed
+from benchmarks.forgetting.measures import Before, before, measure
+from benchmarks.forgetting.tasks import TASKS
+from benchmarks.machine import PeakMemory
+
+# People to learn about (tasks b and c take as many items), steps, and the shape of a batch.
+AMOUNT = {"ci": (12, 60), "small": (60, 150), "reported": (300, 400)}
+ROWS, WIDTH = 8, 96
+_ANCHOR_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Key:
+    """What tells one run from another."""
+
+    arm: str
+    task: str
+    seed: int
+    lr: float
+
+
+def screening(names: Iterable[str] | None = None) -> Iterator[Key]:
+    """All arms, new facts, three rates, one seed."""
+    for name in names or ARMS:
+        for rate in ARMS[name].rates:
+            yield Key(name, "facts", 0, rate)
+
+
+def finals(names: Iterable[str], seeds: int, tasks: Iterable[str]) -> Iterator[Key]:
+    """Five rates: the arm's three, one below, and one between the upper two."""
+    for seed in range(seeds):
+        for task in tasks:
+            for name in names:
+                low, middle, high = ARMS[name].rates
+                five = (low / 3, low, middle, float(f"{(middle * high) ** 0.5:.2g}"), high)
+                for rate in five:
+                    yield Key(name, task, seed, rate)
+
+
+class Sweep:
+    """Runs of one base; what several of them need is made once."""
+
+    def __init__(self, base: Base, size: str, file: Path):
+        self.base, self.size, self.file = base, size, file
+        self._contexts: dict[int, Context] = {}
+        self._before: dict[tuple[str, int], Before] = {}
+        self.weights = {k: v.detach().clone() for k, v in base.model().named_parameters()}
+
+    def done(self) -> set[Key]:
+        if not self.file.is_file():
+            return set()
+        with self.file.open(newline="") as file:
+            return {
+                Key(r["arm"], r["task"], int(r["seed"]), float(r["lr"]))
+                for r in csv.DictReader(file)
+            }
+
+    def run_all(self, keys: Iterable[Key], until: float | None = None) -> None:
+        """Run what is missing; `until` is a time.time() after which no further run begins."""
+        for key in keys:
+            if until is not None and time.time() > until:
+                print("the time is up; run the same command again to go on", flush=True)
+                return
+            if key not in self.done():
+                self._append(self.run(key))
+
+    def run(self, key: Key) -> dict:
+        arm = ARMS[key.arm]
+        people, steps = AMOUNT[self.size]
+        learned, tested = TASKS[key.task](self.base.world, key.seed, people)
+        context = self._contexts.setdefault(key.seed, Context(self.base, key.seed))
+        was = self._asked(key, tested)
+        model = arm.build(self.base.model(), context)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, key.lr, weight_decay=arm.decay)
+        coded = [encode(self.base.tokenizer, item) for item in learned]
+        stream = packed(
+            passes(coded, arm, context, key.seed),
+            ROWS,
+            WIDTH,
+            self.base.tokenizer.pad_token_id,
+            key.seed,
+        )
+        started = time.perf_counter()
+        with PeakMemory(torch.device("cpu")) as memory:
+            losses = fit(model, optimizer, stream, steps, extra=_anchor(model, arm, context))
+        seconds = time.perf_counter() - started
+        found = measure(model, self.base, was, key.task, tested)
+        row = {
+            "arm": key.arm,
+            "task": key.task,
+            "seed": key.seed,
+            "lr": key.lr,
+            **found,
+            "delta_norm": self._moved(model),
+            "params": _trained_parameters(model, trained),
+            "train_loss": sum(losses[-10:]) / len(losses[-10:]),
+            "seconds": seconds,
+            "peak_mib": memory.peak / 2**20,
+        }
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+
+    def _asked(self, key: Key, tested) -> Before:
+        which = (key.task, key.seed)
+        if which not in self._before:
+            self._before[which] = before(self.base.model(), self.base, {key.task: tested})
+        return self._before[which]
+
+    def _moved(self, model) -> float:
+        """‖ΔW‖_F over all weights, with the adapter merged."""
+        merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        total = 0.0
+        for name, tensor in merged.named_parameters():
+            if name in self.weights:
+                total += float((tensor.detach() - self.weights[name]).square().sum())
+        return total**0.5
+
+    def _append(self, row: dict) -> None:
+        new = not self.file.is_file()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(
+            f"{row['arm']} {row['task']} seed {row['seed']} lr {row['lr']:g}: task"
+            f" {row['task_score']:.3f}, kept {row['retention']:.3f}, forgetting"
+            f" {row['forgetting']:.3f}, KL {row['kl_general']:.3f}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def _trained_parameters(model, trained) -> int:
+    return sum(p.numel() for p in trained)
+
+
+def _anchor(model, arm: Arm, context: Context):
+    """weight · KL(base || tuned) on a few calibration prompts, at all their positions."""
+    if not arm.anchor:
+        return None
+    generator = torch.Generator().manual_seed(context.seed)
+
+    def extra(step: int) -> torch.Tensor:
+        chosen = torch.randperm(len(context.prompts), generator=generator)[:_ANCHOR_PROMPTS]
+        ids, mask = padded([context.prompts[i] for i in chosen])
+        with torch.no_grad(), model.disable_adapter():
+            wanted = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        given = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        per_token = (wanted.exp() * (wanted - given)).sum(-1)
+        return arm.anchor * (per_token * mask).sum() / mask.sum()
+
+    return extra

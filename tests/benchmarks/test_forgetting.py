@@ -1,0 +1,169 @@
+"""The forgetting benchmark: its world, its measures by hand, and one small run from end to end."""
+
+from __future__ import annotations
+
+import csv
+import random
+
+import pytest
+import torch
+
+from benchmarks.forgetting import base as bases
+from benchmarks.forgetting import report
+from benchmarks.forgetting.arms import ARMS, Context, passes
+from benchmarks.forgetting.measures import flips, kl
+from benchmarks.forgetting.sweep import Key, Sweep, finals, screening
+from benchmarks.forgetting.tasks import TASKS
+from benchmarks.forgetting.world import COVERED, HELD_OUT, make
+
+
+def test_the_world_and_its_tasks_are_the_same_every_time_and_follow_the_seed():
+    first, again, other = make(20), make(20), make(20, seed=1)
+    assert first.items == again.items and first.sentences == again.sentences
+    assert first.items != other.items
+    for task in TASKS.values():
+        known = task(first, 0, 10)
+        assert known == task(first, 0, 10) == task(again, 0, 10)  # asking changes nothing
+        assert known != task(first, 1, 10)
+
+
+def test_what_is_measured_was_never_calibrated_on():
+    world = make(20)
+    calibrated = {(i.prompt, i.answer) for i in world.calibration()}
+    assert {i.kind for i in world.calibration()} == set(COVERED)
+    for kind, items in world.measured().items():
+        assert items and not calibrated & {(i.prompt, i.answer) for i in items}, kind
+        if kind in HELD_OUT:
+            assert items == world.items[kind]
+
+
+def test_new_facts_are_about_new_people_and_other_tasks_test_what_they_did_not_teach():
+    world = make(20)
+    asked = {i.prompt for items in world.items.values() for i in items}
+    learned, tested = TASKS["facts"](world, 0, 10)
+    assert learned == tested and not asked & {i.prompt for i in learned}
+    for name in ("calls", "classes"):
+        learned, tested = TASKS[name](world, 0, 10)
+        assert tested and not {i.prompt for i in learned} & {i.prompt for i in tested}
+        assert {i.answer.split()[0] for i in learned} >= {i.answer.split()[0] for i in tested}
+
+
+def test_no_two_questions_of_a_kind_are_the_same():
+    for kind, items in make(60).items.items():
+        prompts = [i.prompt for i in items]
+        assert len(prompts) == len(set(prompts)), kind
+
+
+def test_flips_and_kl_by_hand():
+    assert flips([True, True, False, False], [True, False, True, False]) == (1, 1)
+    base, tuned = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    by_hand = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
+    assert kl(base, tuned) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def runs(*curve):
+    return [{"lr": lr, "task_score": s, "forgetting": f} for lr, s, f in curve]
+
+
+def test_matching_interpolates_between_the_rates_around_the_score():
+    curve = runs((1e-3, 0.2, 0.0), (1e-2, 1.0, 0.8), (1e-1, 0.1, 9.0))
+    assert report.at_score(curve, "forgetting", 0.6) == pytest.approx(0.4)
+    assert report.at_score(curve[::-1], "forgetting", 0.2) == 0.0  # in any order; the lowest rate
+    assert report.at_score(runs((1e-3, 0.2, 0.0), (1e-2, 0.5, 1.0)), "forgetting", 0.6) is None
+
+
+def test_packing_keeps_prompts_unlearned_and_sequences_apart():
+    sequences = [([1, 2, 3, 4], 2), ([5, 6], 1), ([7, 8, 9], 2)]
+    stream = bases.packed(iter([sequences] * 9), rows=2, width=6, pad=0, seed=0)
+    ids, labels, positions = next(stream)
+    assert ids.shape == labels.shape == positions.shape == (2, 6)
+    for line, wanted, place in zip(ids.tolist(), labels.tolist(), positions.tolist(), strict=True):
+        starts = [i for i, p in enumerate(place) if p == 0 and line[i]]
+        for start in starts:
+            (sequence,) = [s for s in sequences if s[0][0] == line[start]]
+            n, first = len(sequence[0]), sequence[1]
+            assert line[start : start + n] == sequence[0]
+            expected = [-100] * (first - 1) + sequence[0][first:] + [-100]
+            assert wanted[start : start + n] == expected
+
+
+def test_replay_is_drawn_anew_for_each_pass_in_its_share():
+    class Known:
+        pretraining = [([i], 1) for i in range(1000)]
+
+    learned = [([-1], 1)] * 190
+    stream = passes(learned, ARMS["lora_replay5"], Known(), 0)
+    first, second = next(stream), next(stream)
+    assert len(first) == len(second) == 200 and first[:190] == learned
+    assert first[190:] != second[190:]
+    assert next(passes(learned, ARMS["lora_all_r16"], Known(), 0)) == learned
+
+
+def test_every_arm_is_screened_and_finals_have_five_rates():
+    keys = list(screening())
+    assert {k.arm for k in keys} == set(ARMS) and len(keys) == len(set(keys)) == 3 * len(ARMS)
+    five = {k.lr for k in finals(["loki_q30"], 1, ["facts"])}
+    assert len(five) == 5 and set(ARMS["loki_q30"].rates) <= five
+    assert len(set(finals(["full", "dora"], 2, TASKS))) == 5 * 2 * 2 * 3
+
+
+@pytest.mark.slow
+def test_a_small_sweep_from_end_to_end(tmp_path):
+    """Resumes run by run; full fine-tuning at a high rate forgets, protected inputs do not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        base = bases.load(tmp_path, "ci")
+        assert bases.load(tmp_path, "ci").report == base.report  # kept, not trained again
+        file = tmp_path / "forgetting_screen.csv"
+        sweep = Sweep(base, "ci", file)
+        keys = [
+            Key("full", "facts", 0, 1e-2),
+            Key("lora_all_r16", "facts", 0, 3e-3),
+            Key("lora_all_r16", "facts", 0, 1e-2),
+            Key("loki_q30", "facts", 0, 3e-3),
+            Key("loki_protect_q30", "facts", 0, 3e-3),
+        ]
+        sweep.run_all(keys[:2])
+        ran = []
+        sweep.run, inner = (lambda key: ran.append(key) or inner(key)), sweep.run
+        sweep.run_all(keys)
+        assert ran == keys[2:]
+    finally:
+        torch.set_num_threads(threads)
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    wanted = "arm task seed lr task_score retention forgetting flips_down flips_up kl_task"
+    wanted += " kl_general delta_norm params seconds peak_mib"
+    assert set(wanted.split()) <= set(rows[0])
+    found = {r["arm"]: r for r in rows}
+    assert float(found["full"]["kl_general"]) > 5 * float(found["loki_protect_q30"]["kl_general"])
+    assert float(found["loki_q30"]["kl_general"]) > float(found["loki_protect_q30"]["kl_general"])
+    assert float(found["full"]["retention"]) < float(found["loki_protect_q30"]["retention"])
+    rows_of_base = sum(m.weight.numel() for m in _down(base.model()))
+    assert int(found["loki_q30"]["params"]) == rows_of_base * 19 // 64  # floor(0.3 · 64) rows
+    report.suppress(base, tmp_path)
+    report.write(tmp_path, base, tmp_path / "evidence.md")
+    text = (tmp_path / "evidence.md").read_text()
+    assert "loki_protect_q30" in text and "What predicts forgetting" in text
+    assert (tmp_path / "forgetting_pareto.png").stat().st_size > 5000
+
+
+def _down(model):
+    from loki_plugin.model.anatomy import find_anatomy
+
+    return find_anatomy(model).down
+
+
+def test_calibration_prompts_end_before_the_answer():
+    class Tiny:
+        world = make(5)
+
+        class tokenizer:
+            def __new__(cls, text):
+                return {"input_ids": [ord(c) for c in text]}
+
+    context = Context(Tiny, 0)
+    item = random.Random(0).choice(Tiny.world.calibration())
+    texts = ["".join(map(chr, ids)) for ids in context.prompts]
+    assert f"<|user|>{item.prompt}<|bot|>" in texts
