@@ -26,6 +26,7 @@ from . import attention
 from .attention import AttentionState, Mode, PrefixDone
 from .devices import Copies, first_device, send
 from .head import head_gradient, resolve_targets
+from .norms import fused_norms
 from .quadrature import Rule
 from .quiet import implementation
 from .stack import Stack
@@ -141,9 +142,14 @@ def shared_prefix(prompts: Sequence[Prompt]) -> int:
 
 @contextmanager
 def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterator[None]:
-    """Tell `state` which layer runs, and catch plain attention calls where the family has them."""
+    """The model as the passes need it, and `state` told which layer runs.
+
+    Plain attention calls are caught where the family has them, plain norms are fused, and nothing
+    reads the device.
+    """
     with ExitStack() as stack:
         stack.enter_context(_unasked())
+        stack.enter_context(fused_norms(model))
         if implementation(model) == "sdpa":
             stack.enter_context(attention.SdpaCalls())
         for i, layer in enumerate(anatomy.layers):

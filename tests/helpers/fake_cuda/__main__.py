@@ -52,7 +52,8 @@ def _never_runs(*args, **kwargs):
 
 # Without a CUDA kernel of its own, autograd would take an operation apart as CUDA never does.
 _kernels = torch.library.Library("aten", "IMPL", "CUDA")
-_kernels.impl("silu_backward", _never_runs)
+for name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
+    _kernels.impl(name, _never_runs)
 
 
 def pretend() -> None:
@@ -189,6 +190,7 @@ def measured(
         "TFLOP": sum(meter.flops.values()) / 1e12,
         "moved_GB": sum(meter.moved.values()) / 1e9,
         "peak_bytes": meter.peak,
+        "operations": dict(meter.operations.most_common()),
         "waits": dict(meter.waits),
         "scores": [list(scores.shape), str(scores.dtype), str(scores.device)],
         "p": [list(p.shape), str(p.device)],

@@ -27,6 +27,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         kernels: by phase.
+        operations: "phase: name of the kernel" -> how often.
         flops: of matrix products, by phase.
         moved: bytes read and written, by phase.
         waits: the host waits for the device: "phase: what at line" -> how often.
@@ -36,6 +37,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kernels, self.flops, self.moved = Counter(), Counter(), Counter()
+        self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.live = self.peak = 0
         self._phases = ["other"]
@@ -130,6 +132,7 @@ class Meter(TorchDispatchMode):
         ):
             return
         phase = self._phases[-1]
+        self.operations[f"{phase}: {name}"] += 1
         if name == "gemm_4bit":  # two scales, the weight made whole, an ordinary product
             tokens, (outputs, inputs) = args[0].numel() // args[0].shape[-1], args[2]
             whole = 2 * outputs * inputs
