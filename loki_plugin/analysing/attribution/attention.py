@@ -101,7 +101,8 @@ def attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if state.mode is Mode.REPLAY:
-        return query.transpose(1, 2).contiguous(), None
+        batch, heads, tokens, size = query.shape
+        return query.new_empty(batch, tokens, heads, size), None
     if state.mode is Mode.STACK:
         return _stack(state, query, key, value, scaling, softcap, s_aux), None
 

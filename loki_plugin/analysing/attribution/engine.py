@@ -112,13 +112,15 @@ def integrate(
     # 6. One backward to all nodes of all layers.
     grads = torch.autograd.grad(hidden, stack.leaves, upstream)  # L of [B, S, H]
     # 7. The sum over the nodes, times z.
-    on = {g.device: factors.to(g.device, non_blocking=True) for g in grads}
-    scores = [
-        z[:, 0].to(p.dtype) * torch.einsum("bs,bsh->bh", on[g.device][:, i], g.to(p.dtype))
-        for i, (z, g) in enumerate(zip(stack.outputs, grads, strict=True))
-    ]
-    together = torch.stack([s.to(device, non_blocking=True) for s in scores], 1)
-    return Integral(together, p.to(device, non_blocking=True))
+    grad = _together(grads, device).to(p.dtype)  # [L, B, S, H]
+    z = _together(stack.outputs, device)[:, :, 0].transpose(0, 1)  # [B, L, H]
+    total = torch.einsum("bls,lbsh->blh", factors.to(device, non_blocking=True), grad)
+    return Integral(total * z, p.to(device, non_blocking=True))
+
+
+def _together(by_layer: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """L tensors of a shape as one [L, ...] on `device`."""
+    return torch.stack([x.to(device, non_blocking=True) for x in by_layer])
 
 
 def padded(prompts: Sequence[Prompt], device: torch.device) -> torch.Tensor:

@@ -46,7 +46,10 @@ class Stack:
         # Llama 4's router is a linear that answers with a pair; it runs again in the replay.
         if self.state.mode is Mode.STACK and isinstance(output, torch.Tensor):
             answer = output.view(self.batch, -1, output.shape[-1])  # OPT: [B·n, F] -> [B, n, F]
-            self._memo[module] = answer[:, :1].detach().clone()  # Falcon adds to it in place
+            plain = answer[:, :1].detach()
+            # What goes into the residual stream may be added to in place (Falcon).
+            wide = plain.shape[-1] == self.anatomy.hidden_size
+            self._memo[module] = plain.clone() if wide else plain
 
     def _grow(self, down: nn.Module) -> Callable[[nn.Module, tuple, dict, Any], Any]:
         def grow(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

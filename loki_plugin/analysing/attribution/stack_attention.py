@@ -81,10 +81,10 @@ class StackAttention(torch.autograd.Function):
         by_weight = by_weight.view(b, kv, groups, n, length)  # [B, K, G, n, T]
         wide_grad = grad.to(wide)
         by_own = (wide_grad * v.to(wide)[:, :, None]).sum(-1, keepdim=True)  # [B, K, G, n, 1]
-        # Backward of the softmax over the prefix keys and the own key; a sink has no value.
-        _put(by_weight, last, 0)
+        # Backward of the softmax over the prefix keys and the own key; a sink has no value. The
+        # weight at the own key's index is 0, and makes 0 of what stands there.
         by_weight *= weights
-        mean = by_weight.sum(-1, keepdim=True) + by_own * own
+        mean = by_weight.sum(-1, keepdim=True).addcmul_(by_own, own)
         by_score = by_weight.addcmul_(weights, mean, value=-1)
         by_own_score = own * (by_own - mean)
         if slope is not None:
