@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .model.anatomy import Anatomy, find_anatomy
-from .model.fingerprint import fingerprint, same_model
+from .model.fingerprint import difference
 
 FILE_NAME = "loki_rows.json"
 FORMAT = "loki_rows"
@@ -159,10 +159,10 @@ class RowSelection:
         """
         selection = self.check_shape(find_anatomy(model))
         if self.fingerprint is not None:
-            difference = same_model(self.fingerprint, fingerprint(model))
-            if difference:
+            found = difference(self.fingerprint, model)
+            if found:
                 raise ValueError(
-                    f"rows file was made for another model: {difference}. Leave `loki.rows` out"
+                    f"rows file was made for another model: {found}. Leave `loki.rows` out"
                     " to run the analysis on this one, or, if you mean to carry the rows over,"
                     " pass them as a bare list of lists"
                 )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .quantised import unpack
+from .quantised import row_scales, unpack
 
 # What loading, tokenizers and trainers change without changing the function of the model.
 _VOLATILE = {
@@ -17,27 +17,46 @@ _VOLATILE = {
     "eos_token_id", "max_position_embeddings", "pad_token_id", "quantization_config", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
+# The rows files and cache keys of version 0.1.1 have these; rows files may have more.
+FIELDS = ("config", "identity", "weights", "quantisation")
+_BLOCK = 1 << 15  # words that stay in a core's cache
+_AT_ONCE = 1 << 24  # words that fill another device
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so no single change of a word can cancel
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(model: nn.Module, block: int = _BLOCK) -> dict[str, str]:
     """What identifies `model`, the same before and after an adapter is wrapped around it.
 
     Returns:
         `config`: hash of the architecture. `identity`: hash of what quantisation leaves alone
-        (embeddings, norms, biases), each rounded to bfloat16, so that a 32-bit, a 16-bit and a
-        4-bit load of one checkpoint agree. `weights`: checksum over every stored byte, including
-        4-bit storage and its scales. `quantisation`: how the weights are stored.
+        (embeddings, norms, biases), each rounded to bfloat16, so that a 32-bit and a bfloat16 load
+        of one checkpoint agree. `half`: the same, rounded to float16 and then to bfloat16, so that
+        any two of the loads in float32, bfloat16 and float16 agree if the checkpoint is stored in
+        bfloat16 or float16 (|values| below 65280), and float32 and float16 if it is stored in
+        float32. `weights`: checksum over every stored byte, including 4-bit storage and its scales.
+        `quantisation`: how the weights are stored.
+
+    Raises:
+        ValueError: a model whose weights are not in this process.
     """
     unpack(model)
-    identity, weights = hashlib.sha256(), hashlib.sha256()
+    identity, half, weights = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for name, tensor, stored in _tensors(model):
-        _update(weights, name, stored)
+        if stored.is_meta:
+            raise ValueError(
+                f"the model's weights are not in this process: '{name}' is on the meta device, as"
+                " on the other ranks of a sharded load, so nothing can be said about its values."
+                " Ask on the rank that holds them, or load the whole model on every rank"
+            )
+        _update(weights, name, stored, block)
         if tensor is not None:
-            _update(identity, name, tensor.to(torch.bfloat16))
+            tensor = tensor.detach()
+            _update(identity, name, tensor.to(torch.bfloat16), block)
+            _update(half, name, tensor.to(torch.float16).to(torch.bfloat16), block)
     return {
         "config": _config_hash(model),
         "identity": identity.hexdigest(),
+        "half": half.hexdigest(),
         "weights": weights.hexdigest(),
         "quantisation": _quantisation(model),
     }
@@ -47,11 +66,12 @@ def same_model(made_for: dict[str, str], given: dict[str, str]) -> str | None:
     """None when rows made under one fingerprint may be used on the other, else what differs.
 
     Under the same quantisation every weight must agree; under another one the architecture and
-    everything that quantisation leaves alone.
+    everything that quantisation leaves alone, in one of the two roundings.
     """
     if made_for.get("config") != given["config"]:
         return "its architecture differs"
-    if made_for.get("identity") != given["identity"]:
+    half = made_for.get("half", "unknown") == given.get("half")  # 0.1.1 did not note it
+    if made_for.get("identity") != given["identity"] and not half:
         return "its embeddings or norms have other values"
     same_storage = made_for.get("quantisation") == given["quantisation"]
     if same_storage and made_for.get("weights") != given["weights"]:
@@ -59,10 +79,23 @@ def same_model(made_for: dict[str, str], given: dict[str, str]) -> str | None:
     return None
 
 
+def difference(made_for: dict[str, str], model: nn.Module) -> str | None:
+    """None when rows made under that fingerprint may be used on `model`, else what differs.
+
+    Raises:
+        ValueError: as `fingerprint`.
+    """
+    found = same_model(made_for, fingerprint(model))
+    if found and "half" not in made_for:
+        # Version 0.1.1 added larger blocks on a GPU.
+        return found if same_model(made_for, fingerprint(model, _AT_ONCE)) else None
+    return found
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor]]:
     """(base model's name, the tensor if quantisation leaves it alone, what is stored), sorted."""
     entries = []
-    linear = {id(m.weight) for m in model.modules() if _is_quantisable(m)}
+    linear = {id(m.weight): row_scales(m) for m in model.modules() if _is_quantisable(m)}
     for name, tensor in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -75,8 +108,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, torch
             if state.nested:
                 parts += [("offset", state.offset), ("absmax2", state.state2.absmax)]
             entries += [(f"{name}.{part}", None, value) for part, value in parts]
-        if getattr(tensor, "SCB", None) is not None:  # bitsandbytes 8-bit
-            entries.append((f"{name}.SCB", None, tensor.SCB))
+        scales = linear.get(id(tensor))
+        if scales is not None:
+            entries.append((f"{name}.SCB", None, scales))
     return iter(sorted(entries, key=lambda e: e[0]))
 
 
@@ -84,24 +118,33 @@ def _is_quantisable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _update(digest, name: str, tensor: torch.Tensor) -> None:
+def _update(digest, name: str, tensor: torch.Tensor, block: int) -> None:
     data = tensor.detach()
     header = [name, list(data.shape), str(data.dtype) if not data.is_floating_point() else "float"]
     digest.update(json.dumps(header).encode())
-    digest.update(str(_checksum(data)).encode())
+    digest.update(str(_checksum(data, block)).encode())
 
 
-def _checksum(tensor: torch.Tensor) -> list[int]:
-    """Σ_i word_i · (2i+1)·c mod 2^64 per block of the tensor's bytes: order and value count."""
+def _checksum(tensor: torch.Tensor, block: int, at_once: int | None = None) -> list[int]:
+    """Σ_i word_i · (2i+1)·c mod 2^64 per block of the tensor's bytes: order and value count.
+
+    How many blocks are added `at_once` changes nothing: one on a CPU, as many as fill a GPU.
+    """
     data = tensor.contiguous().view(-1).view(torch.uint8)
     tail = data.numel() % 8
     words = data[: data.numel() - tail].view(torch.int64)
-    # Blocks that stay in a core's cache, or that fill a GPU.
-    block = 1 << (24 if words.is_cuda else 15)
+    at_once = at_once or (1 if words.device.type == "cpu" else max(1, _AT_ONCE // block))
     scale = 2 * torch.arange(min(block, len(words)), device=words.device) + 1
     scale *= _ODD
-    sums = [(part * scale[: len(part)]).sum() for part in words.split(block)]
-    return [*(torch.stack(sums).tolist() if sums else []), *data[data.numel() - tail :].tolist()]
+    whole = len(words) - len(words) % block
+    sums = [
+        (part.view(-1, block) * scale).sum(1)
+        for part in words[:whole].split(at_once * block)
+        if len(part)
+    ]
+    if whole < len(words):
+        sums.append((words[whole:] * scale[: len(words) - whole]).sum()[None])
+    return [*(torch.cat(sums).tolist() if sums else []), *data[data.numel() - tail :].tolist()]
 
 
 def _config_hash(model: nn.Module) -> str:
@@ -128,7 +171,7 @@ def _quantisation(model: nn.Module) -> str:
         if state is not None:
             double = "-double" if state.nested else ""
             return f"bnb-{state.quant_type}{double}-{state.blocksize}"
-        if getattr(weight, "SCB", None) is not None:
+        if row_scales(module) is not None:
             return "bnb-int8"
     dtypes = {
         str(m.weight.dtype).removeprefix("torch.") for m in model.modules() if _is_quantisable(m)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import nn
 
 
@@ -11,8 +16,21 @@ def quantised_modules(model: nn.Module) -> list[nn.Module]:
         m
         for m in model.modules()
         if getattr(getattr(m, "weight", None), "quant_state", None) is not None
-        or getattr(getattr(m, "weight", None), "SCB", None) is not None
+        or row_scales(m) is not None
     ]
+
+
+def row_scales(module: nn.Module) -> torch.Tensor | None:
+    """The scales [F] of an 8-bit linear module's outputs, or None where it is none.
+
+    bitsandbytes moves them from the weight to the module's state in the first forward.
+    """
+    # An adapter's layer answers `weight` too, but the parameter is its base layer's.
+    for holder in (module._parameters.get("weight"), module.__dict__.get("state")):
+        scales = getattr(holder, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            return scales
+    return None
 
 
 def unpack(model: nn.Module) -> None:
@@ -25,3 +43,56 @@ def unpack(model: nn.Module) -> None:
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             module.state_dict()
+
+
+@contextmanager
+def dequantising(model: nn.Module) -> Iterator[None]:
+    """For the duration, 8-bit linear modules multiply by the weights that they stand for.
+
+    bitsandbytes' own 8-bit product rounds its inputs, and takes some columns out of that by what
+    stands in any token of the batch, so that a prompt's result depends on its neighbours; it also
+    waits for the device. Here each weight is dequantised for one product and dropped again.
+    """
+    saved = []
+    try:
+        for module in model.modules():
+            if row_scales(module) is not None:
+                # accelerate moves the inputs to the module's device and calls `_old_forward`.
+                name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+                saved.append((module, name, module.__dict__.get(name)))
+                setattr(module, name, _dequantised_forward(module))
+        yield
+    finally:
+        for module, name, forward in saved:
+            if forward is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, forward)
+
+
+def _dequantised_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = _DequantisedProduct.apply(x, module)
+        return y if module.bias is None else y + module.bias.to(y.dtype)
+
+    return forward
+
+
+def _dequantise(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """W [F, I] = int8 · scale / 127."""
+    scales = row_scales(module)
+    assert scales is not None
+    return module.weight.data.to(dtype).mul_(scales[:, None] * (1 / 127))
+
+
+class _DequantisedProduct(torch.autograd.Function):
+    """x @ Wᵀ; W is made again for the backward, so that no layer's waits for it in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, _dequantise(module, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ _dequantise(ctx.module, gradient.dtype), None

@@ -8,7 +8,9 @@ from helpers.families import tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loki_plugin import implant
-from loki_plugin.model.fingerprint import fingerprint, same_model
+from loki_plugin.model import fingerprint as module
+from loki_plugin.model.fingerprint import difference, fingerprint, same_model
+from loki_plugin.model.quantised import quantised_modules, row_scales
 
 
 def test_wrapping_an_adapter_and_training_mode_change_nothing():
@@ -70,3 +72,98 @@ def test_loads_of_one_checkpoint_in_other_precisions_are_the_same_model(tmp_path
     other = fingerprint(tiny("llama", seed=1))
     assert "embeddings or norms" in same_model(plain, other)
     assert "architecture" in same_model(plain, fingerprint(tiny("qwen2")))
+
+
+def spread(model):
+    """Weights of all magnitudes that checkpoints hold, so that roundings differ."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = torch.randint(-30, 4, parameter.shape, generator=generator)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 2.0**size)
+    return model
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_which_loads_of_a_checkpoint_agree(tmp_path, stored):
+    spread(tiny("llama")).to(stored).save_pretrained(tmp_path)
+
+    def load(dtype):
+        return fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+
+    wide, brain, half = map(load, (torch.float32, torch.bfloat16, torch.float16))
+    assert same_model(wide, brain) is None and same_model(brain, wide) is None
+    assert same_model(wide, half) is None and same_model(half, wide) is None
+    together = same_model(brain, half)
+    if stored is torch.float32:  # two roundings of 24 bits to 8: what they dropped is gone
+        assert "embeddings or norms" in together
+    else:
+        assert together is None
+    other = fingerprint(tiny("llama", seed=1))
+    assert "embeddings or norms" in same_model(half, other)
+
+
+def test_a_fingerprint_of_version_0_1_1_is_compared_as_it_was():
+    model = tiny("llama")
+    old = {k: v for k, v in fingerprint(model).items() if k in module.FIELDS}
+    assert difference(old, model) is None
+    assert same_model(old, fingerprint(tiny("llama", seed=1))) is not None
+    bare = {k: v for k, v in old.items() if k != "identity"} | {"identity": "x"}
+    assert "embeddings or norms" in difference(bare, model)
+
+
+def test_the_checksum_of_version_0_1_1_stands():
+    """Worked by hand: Σ word_i · (2i+1) · c mod 2^64, in blocks of 2^15 words, and odd bytes."""
+    words = torch.arange(-7, (1 << 15) + 5)
+    constant = 0x9E3779B97F4A7C15
+    sums = []
+    for start in (0, 1 << 15):
+        part = words[start : start + (1 << 15)].tolist()
+        total = sum(w * (2 * i + 1) * constant for i, w in enumerate(part)) % (1 << 64)
+        sums.append(total - (1 << 64) if total >> 63 else total)
+    tensor = torch.cat([words.view(torch.uint8), torch.tensor([1, 2, 3], dtype=torch.uint8)])
+    assert module._checksum(tensor, 1 << 15) == [*sums, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 64, 200])
+def test_a_device_that_adds_many_blocks_at_once_gets_the_same_checksum(count):
+    words = torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(0))
+    one = module._checksum(words, 16, at_once=1)
+    assert len(one) == -(-count // 16)
+    for at_once in (2, 3, 1000):
+        assert module._checksum(words, 16, at_once) == one
+
+
+def test_a_rows_file_that_version_0_1_1_made_on_a_gpu_still_loads(monkeypatch):
+    """There it added blocks of 2^24 words; a tiny model needs smaller ones to tell."""
+    monkeypatch.setattr(module, "_AT_ONCE", 1 << 9)
+    model = tiny("llama")
+    old = {k: v for k, v in fingerprint(model, 1 << 9).items() if k in module.FIELDS}
+    assert same_model(old, fingerprint(model, 1 << 7)) is not None
+    assert difference(old, model) is None
+    with torch.no_grad():
+        model.model.layers[2].mlp.gate_proj.weight[7, 11] += 1e-4
+    assert "other values" in difference(old, model)
+
+
+def test_a_model_on_the_meta_device_is_refused_by_name():
+    with torch.device("meta"):
+        model = tiny("llama")
+    with pytest.raises(ValueError, match="'lm_head.weight' is on the meta device.*rank that holds"):
+        fingerprint(model)
+
+
+def test_an_8_bit_model_is_the_same_before_and_after_its_first_forward(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=settings
+    )
+    before, found = fingerprint(model), quantised_modules(model)
+    assert before["quantisation"] == "bnb-int8" and len(found) == 21
+    with torch.no_grad():
+        model(input_ids=torch.arange(1, 9)[None])
+    assert found[0].weight.SCB is None  # bitsandbytes has moved it
+    assert quantised_modules(model) == found and fingerprint(model) == before
+    row_scales(found[0])[3] *= 2
+    assert fingerprint(model)["weights"] != before["weights"]

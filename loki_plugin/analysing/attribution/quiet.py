@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...model.quantised import quantised_modules, unpack
+from ...model.quantised import dequantising, quantised_modules, unpack
 from . import attention
 
 # Inside it, the model attends as it was loaded.
@@ -39,13 +39,14 @@ def quiet(model: nn.Module) -> Iterator[OwnAttention]:
     try:
         model.eval()
         for module in quantised_modules(model):
-            # They have no dropout, and compute as they will train: in evaluation, on a CPU, 4-bit
-            # weights would repack themselves and lose their gradient, 8-bit ones round their input.
+            # They have no dropout, and in evaluation, on a CPU, 4-bit weights would repack
+            # themselves and lose their gradient.
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(False)
         _set_attention([(config, implementation(model)) for config, _ in found])
-        yield own_attention
+        with dequantising(model):
+            yield own_attention
     finally:
         _set_attention(found)
         for parameter in trainable:
