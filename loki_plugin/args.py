@@ -132,6 +132,12 @@ class LokiConfig(_Block):
     cache_dir: str | None = Field(
         None, description="where score logs are kept; null = the platform's user cache folder"
     )
+    cache_limit: float | None = Field(
+        20.0,
+        gt=0,
+        description="gigabytes of scores that are kept; the analyses used longest ago are dropped"
+        " first; null = no limit",
+    )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the rows")
     report: bool = Field(True, description="write loki_report.json into output_dir")
     form: Literal["dense", "low-rank"] | None = Field(

@@ -160,7 +160,7 @@ _DIRECTORY = click.option("--dir", "folder", help="default: the user cache folde
 @_DIRECTORY
 def list_command(folder: str | None):
     """List the analyses that are kept, with size and age."""
-    from .analysing.scores.cache import cache_folder, entries
+    from .analysing.scores.cache import cache_folder, entries, strangers
 
     place = cache_folder(folder)
     found = entries(place)
@@ -171,17 +171,22 @@ def list_command(folder: str | None):
             f"{e.key}  {e.prompts} prompts, {state}, {e.bytes / 2**20:.1f} MiB,"
             f" {e.age_seconds / 3600:.1f} h old  {e.model}"
         )
+    for name in strangers(place):
+        click.echo(f"{name}  is not ours (its manifest.json is another program's); left alone")
 
 
 @cache.command("clear", cls=_Command)
 @click.argument("key", required=False)
 @_DIRECTORY
 def clear_command(key: str | None, folder: str | None):
-    """Delete the analysis KEY, or all of them."""
+    """Delete the analysis KEY, or all of them; never one that is in use, nor others' files."""
     from .analysing.scores.cache import cache_folder, clear
 
     place = cache_folder(folder)
-    click.echo(f"removed {len(clear(place, key))} analyses from {place}")
+    removed, in_use = clear(place, key)
+    click.echo(f"removed {len(removed)} analyses from {place}")
+    for each in in_use:
+        click.echo(f"{each}  is in use by a running analysis; kept")
 
 
 @loki.command("forgetting", cls=_Command)

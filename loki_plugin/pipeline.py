@@ -14,7 +14,7 @@ from . import ranks
 from .analysing.analysis import analyse, convergence
 from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
-from .analysing.scores.cache import cache_folder, open_log
+from .analysing.scores.cache import cache_folder, open_log, prune
 from .analysing.scores.log import ScoreLog, fill
 from .args import AttributionArgs, LokiConfig
 from .inputs import Inputs
@@ -81,20 +81,23 @@ def _choose(
             anatomy.hidden_size,
             str(model.config._name_or_path),
         )
-    started = time.perf_counter()
-    _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
-    seconds = time.perf_counter() - started
-    if worker:
-        return None  # its disk may lack the shards of others; the first worker selects for all
-    error = _convergence(log, model, anatomy, calibration, config.attribution)
-    rows = select_rows(
-        log.read(),
-        config.quota,
-        config.strategy,
-        magnitude=config.magnitude,
-        exclude=[s.rows for s in excluded],
-        seed=config.seed,
-    )
+    # Until the scores are read, nobody may take them away.
+    with log.locked() if worker == 0 else nullcontext():
+        started = time.perf_counter()
+        _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
+        seconds = time.perf_counter() - started
+        if worker:
+            return None  # its disk may lack the shards of others; the first selects for all
+        error = _convergence(log, model, anatomy, calibration, config.attribution)
+        rows = select_rows(
+            log.read(),
+            config.quota,
+            config.strategy,
+            magnitude=config.magnitude,
+            exclude=[s.rows for s in excluded],
+            seed=config.seed,
+        )
+    prune(log.folder.parent, config.cache_limit, keep=log.folder.name)
     made = {
         **config.model_dump(mode="json", include={"quota", "strategy", "magnitude", "exclude"}),
         "seed": config.seed,
@@ -141,24 +144,23 @@ def _complete(
                 if worker == 0:
                     log.write(shard, scores)
         return
-    with log.locked():
-        missing = log.missing()
-        if not missing:
-            age, size = log.age_and_size()
-            LOG.info(
-                "loki: analysis found in the cache (%s, %.1f h old, %.1f MiB)",
-                log.folder,
-                age / 3600,
-                size / 2**20,
-            )
-            return
-        if len(missing) < log.num_shards:
-            LOG.info(
-                "loki: resuming, %d of %d shards are done",
-                log.num_shards - len(missing),
-                log.num_shards,
-            )
-        _analyse(log, model, anatomy, calibration, settings, missing)
+    missing = log.missing()
+    if not missing:
+        age, size = log.age_and_size()
+        LOG.info(
+            "loki: analysis found in the cache (%s, %.1f h old, %.1f MiB)",
+            log.folder,
+            age / 3600,
+            size / 2**20,
+        )
+        return
+    if len(missing) < log.num_shards:
+        LOG.info(
+            "loki: resuming, %d of %d shards are done",
+            log.num_shards - len(missing),
+            log.num_shards,
+        )
+    _analyse(log, model, anatomy, calibration, settings, missing)
 
 
 def _rule(settings: AttributionArgs) -> Rule:

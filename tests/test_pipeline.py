@@ -106,6 +106,17 @@ def test_other_weights_settings_or_prompts_never_share_an_entry(
     assert list((tmp_path / "c").iterdir()) == []
 
 
+def test_the_cache_keeps_to_its_limit(tokenizer, source, tmp_path, logged):
+    config = configure(source, tmp_path / "c", cache_limit=1e-6)  # GB: less than one analysis
+    first = choose_rows(model(), tokenizer, config)
+    changed = model()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    second = choose_rows(changed, tokenizer, config)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [second.made["analysis"]]
+    assert any(f"dropped analysis {first.made['analysis']}" in m for m in logged)
+
+
 def test_order_of_prompts_and_batch_size_do_not_change_the_rows(tokenizer, source, tmp_path):
     rows = choose_rows(model(), tokenizer, configure(source, tmp_path / "a"))
     shuffled = write(tmp_path / "shuffled.jsonl", [*range(89, -1, -1)])

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import shutil
+import re
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_dir
 
+from ...model.fingerprint import FIELDS
 from ..calibration.prompts import Calibration
-from .log import MANIFEST, ScoreLog
+from .log import MANIFEST, ScoreLog, remove_log, shards_of
+
+LOG = logging.getLogger("loki_plugin")
 
 DIRECTIONS = "directions"  # the folder of protected input directions, beside the analyses
+# Raised when the same model, prompts and settings get other scores, not with every release.
+_SCORES, _SCORES_8_BIT = "0.1.1", "0.2.0"
+_DIRECTIONS_FILE = re.compile(r"[0-9a-f]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Entry:
     complete: bool
     bytes: int
     age_seconds: float
+    used: float  # when an analysis last asked for it, in seconds since the epoch
 
 
 def cache_folder(given: str | None = None) -> Path:
@@ -47,65 +54,122 @@ def open_log(
     hidden_size: int,
     model: str,
 ) -> ScoreLog:
-    """The score log of one analysis: model, prompts, settings and package version decide which."""
+    """The score log of one analysis: model, prompts, settings and scores version decide which."""
+    eight_bit = fingerprint["quantisation"] == "bnb-int8"
     manifest = {
-        "loki_plugin": version("loki_plugin"),
+        "loki_plugin": _SCORES_8_BIT if eight_bit else _SCORES,
         "model": model,
-        "fingerprint": fingerprint,
+        "fingerprint": {field: fingerprint[field] for field in FIELDS},
         "calibration": calibration.hash,
         "settings": settings,
         "num_layers": num_layers,
         "hidden_size": hidden_size,
         "prompts": [p.key for p in calibration.prompts],
     }
-    # The name that a model was loaded by does not make it another one.
-    identity = {k: v for k, v in manifest.items() if k != "model"}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    key = _key(manifest)
     path = folder / key / MANIFEST
     if path.exists():
         manifest["model"] = json.loads(path.read_text(encoding="utf-8")).get("model", model)
+        os.utime(path)  # when it was last used
     return ScoreLog(folder / key, manifest)
 
 
+def _key(manifest: dict[str, Any]) -> str:
+    # The name that a model was loaded by does not make it another one.
+    identity = {k: v for k, v in manifest.items() if k != "model"}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A manifest of ours, or None: the folder of ours is called what its manifest says."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(manifest, dict) and "model" in manifest
+    return manifest if ours and _key(manifest) == path.parent.name else None
+
+
 def entries(folder: Path) -> list[Entry]:
-    """Every analysis in a cache folder, the newest first."""
+    """Every analysis in a cache folder, the newest first; folders of others are passed over."""
     found = []
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        log = ScoreLog(path.parent, manifest)
+        manifest = _read(path)
+        if manifest is None:
+            continue
         files = [f.stat() for f in path.parent.glob("*.safetensors")]
-        newest = max([path.stat().st_mtime, *(f.st_mtime for f in files)])
+        used = path.stat().st_mtime
+        newest = max((f.st_mtime for f in files), default=used)
         found.append(
             Entry(
                 key=path.parent.name,
                 model=manifest["model"],
                 prompts=len(manifest["prompts"]),
                 shards=len(files),
-                complete=len(files) == log.num_shards,
+                complete=len(files) == shards_of(len(manifest["prompts"])),
                 bytes=sum(f.st_size for f in files),
                 age_seconds=time.time() - newest,
+                used=max(used, newest),
             )
         )
     return sorted(found, key=lambda e: e.age_seconds)
 
 
-def clear(folder: Path, key: str | None = None) -> list[str]:
-    """Delete one analysis, or all with the protected directions. Returns the analyses' keys.
+def strangers(folder: Path) -> list[str]:
+    """Names of the folders that hold a manifest which is not ours; they are never touched."""
+    return [p.parent.name for p in sorted(folder.glob(f"*/{MANIFEST}")) if _read(p) is None]
 
-    Other folders than ours stay.
+
+def clear(folder: Path, key: str | None = None) -> tuple[list[str], list[str]]:
+    """Delete one analysis, or all with the protected directions; only files that we wrote.
+
+    Returns:
+        The keys of the analyses that were removed, and of those that are in use and stay.
 
     Raises:
-        ValueError: no analysis of that key.
+        ValueError: no analysis of that key, or one that is in use.
     """
     keys = [e.key for e in entries(folder)]
     if key is not None and key not in keys:
         raise ValueError(f"'{folder}' has no analysis '{key}'; it has {keys or 'none'}")
     chosen = keys if key is None else [key]
-    for each in chosen:
-        shutil.rmtree(folder / each)
-    if key is None and (folder / DIRECTIONS).is_dir():
-        shutil.rmtree(folder / DIRECTIONS)
-    return chosen
+    removed = [each for each in chosen if remove_log(folder / each)]
+    if key is not None and not removed:
+        raise ValueError(f"analysis '{key}' is in use by a running analysis; try again after it")
+    directions = folder / DIRECTIONS
+    if key is None and directions.is_dir():
+        for path in directions.iterdir():
+            if _DIRECTIONS_FILE.fullmatch(path.name):
+                path.unlink()
+        if not any(directions.iterdir()):
+            directions.rmdir()
+    return removed, [each for each in chosen if each not in removed]
+
+
+def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
+    """Drop the analyses that were used longest ago until the others fit into `limit` gigabytes.
+
+    The analysis `keep`, and those in use, stay whatever they take. Returns the dropped keys.
+    """
+    if limit is None:
+        return []
+    found = entries(folder)
+    size, dropped = sum(e.bytes for e in found), []
+    for entry in sorted(found, key=lambda e: e.used):
+        if size <= limit * 1e9:
+            break
+        if entry.key != keep and remove_log(folder / entry.key):
+            size -= entry.bytes
+            dropped.append(entry.key)
+            LOG.info(
+                "loki: dropped analysis %s of %s (%.2f GB) from the cache, the one used longest"
+                " ago; loki.cache_limit is %g GB",
+                entry.key,
+                entry.model,
+                entry.bytes / 1e9,
+                limit,
+            )
+    return dropped
 
 
 def find_log(folder: Path, key: str | None = None) -> ScoreLog:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from safetensors.torch import save
 LOG = logging.getLogger("loki_plugin")
 MANIFEST = "manifest.json"
 SHARD_PROMPTS = 64
+_LOCK = ".lock"
+# What a log writes: manifest and facts, shards, and what a killed writer left of them.
+_OURS = re.compile(r"[a-z_]+\.json|scores-\d{5}\.safetensors|\..*\.partial|\.lock")
 
 
 class ScoreLog:
@@ -47,20 +51,25 @@ class ScoreLog:
         self.shape = (manifest["num_layers"], manifest["hidden_size"])
         content = json.dumps(manifest, sort_keys=True, indent=1)
         self.digest = hashlib.sha256(content.encode()).hexdigest()
+        self._content = content
+        self._sound: set[int] = set()
+        self._claim()
+
+    def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / MANIFEST
         if not path.exists():
-            _write(path, content.encode())
-        elif path.read_text(encoding="utf-8") != content:
+            self._sound.clear()
+            _write(path, self._content.encode())
+        elif path.read_text(encoding="utf-8") != self._content:
             raise ValueError(
                 f"'{self.folder}' is the score log of another analysis; give another cache_dir or"
                 " clear it with `loki cache clear`"
             )
-        self._sound: set[int] = set()
 
     @property
     def num_shards(self) -> int:
-        return -(-len(self.manifest["prompts"]) // SHARD_PROMPTS)
+        return shards_of(len(self.manifest["prompts"]))
 
     def prompts(self, shard: int) -> range:
         """Positions of the shard's prompts in the canonical order."""
@@ -111,13 +120,14 @@ class ScoreLog:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out; a second one waits here and then finds the work done."""
-        lock = FileLock(self.folder / ".lock")
+        lock = FileLock(self.folder / _LOCK)
         try:
             lock.acquire(timeout=0.1)
         except Timeout:
             LOG.info("loki: another process analyses the same model; waiting for it")
             lock.acquire()
         try:
+            self._claim()  # the cache may have been cleared meanwhile
             yield
         finally:
             lock.release()
@@ -153,6 +163,32 @@ class ScoreLog:
             return False
         self._sound.add(shard)
         return True
+
+
+def shards_of(prompts: int) -> int:
+    """How many shards that many prompts fill."""
+    return -(-prompts // SHARD_PROMPTS)
+
+
+def remove_log(folder: Path) -> bool:
+    """Delete the log's own files, and the folder if nothing else is in it; False if it is in use.
+
+    The manifest goes last, so that what is left of a removal that was cut off is still known.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    try:
+        ours = [p for p in folder.iterdir() if p.is_file() and _OURS.fullmatch(p.name)]
+        for path in sorted(ours, key=lambda p: (p.name == _LOCK, p.name == MANIFEST)):
+            path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    finally:
+        lock.release()
+    return True
 
 
 def fill(log: ScoreLog, make: Callable[[range], torch.Tensor], shards: list[int], done) -> None:

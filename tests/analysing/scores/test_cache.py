@@ -1,0 +1,146 @@
+"""The cache of score logs: what is found again, what is dropped, and what is never touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from loki_plugin.analysing.calibration.prompts import Calibration, Prompt
+from loki_plugin.analysing.scores.cache import clear, entries, find_log, open_log, prune, strangers
+from loki_plugin.analysing.scores.log import ScoreLog, fill
+from loki_plugin.cli import loki
+
+PROMPTS = [Prompt((i, i + 1), None) for i in range(70)]
+CALIBRATION = Calibration(PROMPTS, 0, "here")
+MARK = {"config": "c", "identity": "i", "weights": "w", "quantisation": "none:float32"}
+SETTINGS = {"steps": 7, "rule": "left", "path": "token"}
+
+
+def make(positions):
+    return torch.stack([torch.arange(16.0).view(2, 8) * (i + 1) for i in positions])
+
+
+def analysis(folder, weights="w", used=None) -> ScoreLog:
+    """A finished analysis of a model with these weights; `used` is its age in seconds."""
+    log = open_log(folder, MARK | {"weights": weights}, CALIBRATION, SETTINGS, 2, 8, "model")
+    fill(log, make, log.missing(), lambda n: None)
+    if used is not None:
+        for path in log.folder.iterdir():
+            time = path.stat().st_mtime - used
+            os.utime(path, (time, time))
+    return log
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def run(*arguments):
+    return CliRunner().invoke(loki, ["cache", *map(str, arguments)])
+
+
+def test_a_log_that_version_0_1_1_wrote_is_found_again(tmp_path):
+    manifest = {
+        "loki_plugin": "0.1.1",
+        "fingerprint": MARK,
+        "calibration": CALIBRATION.hash,
+        "settings": SETTINGS,
+        "num_layers": 2,
+        "hidden_size": 8,
+        "prompts": [p.key for p in PROMPTS],
+    }
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:20]
+    old = ScoreLog(tmp_path / key, manifest | {"model": "its/name"})
+    fill(old, make, old.missing(), lambda n: None)
+    # What newer fingerprints say besides, and the release that asks, do not change the scores.
+    new = open_log(tmp_path, MARK | {"half": "h"}, CALIBRATION, SETTINGS, 2, 8, "other/name")
+    assert new.folder == old.folder and new.missing() == []
+    assert torch.equal(torch.cat(list(new.read())), make(range(70)))
+
+
+def test_8_bit_scores_of_version_0_1_1_are_others(tmp_path):
+    """They came from another product."""
+    mark = MARK | {"quantisation": "bnb-int8"}
+    log = open_log(tmp_path, mark, CALIBRATION, SETTINGS, 2, 8, "model")
+    assert log.manifest["loki_plugin"] != "0.1.1"
+
+
+@pytest.mark.parametrize("content", ['{"name": "an app"}', "[1]", "oops", '{"model": "m"}'])
+def test_folders_of_others_are_named_and_never_deleted(tmp_path, content):
+    log = analysis(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "manifest.json").write_text(content)
+    assert [e.key for e in entries(tmp_path)] == [log.folder.name]
+    assert strangers(tmp_path) == ["theirs"]
+    listed = run("list", "--dir", tmp_path)
+    assert listed.exit_code == 0 and listed.output.startswith("1 analyses")
+    assert "theirs  is not ours" in listed.output
+    assert run("clear", "theirs", "--dir", tmp_path).exit_code == 1
+    assert "removed 1 analyses" in run("clear", "--dir", tmp_path).output
+    assert prune(tmp_path, 1e-12, keep="") == []
+    assert files(tmp_path) == ["theirs/manifest.json"]
+
+
+def test_a_copied_analysis_under_another_name_is_not_ours_to_delete(tmp_path):
+    log = analysis(tmp_path)
+    log.folder.rename(tmp_path / "backup")
+    assert entries(tmp_path) == [] and strangers(tmp_path) == ["backup"]
+    assert clear(tmp_path) == ([], []) and (tmp_path / "backup").is_dir()
+
+
+def test_files_of_others_in_our_folders_stay(tmp_path):
+    log = analysis(tmp_path)
+    log.fact("convergence_error", lambda: 0.1)
+    (log.folder / ".x.partial").touch()
+    for name in ("notes.txt", "scores.safetensors", "sub/manifest.json"):
+        (log.folder / name).parent.mkdir(exist_ok=True)
+        (log.folder / name).touch()
+    (tmp_path / "directions").mkdir()
+    (tmp_path / "directions" / f"{'a' * 20}.safetensors").touch()
+    (tmp_path / "directions" / "notes.txt").touch()
+    assert clear(tmp_path) == ([log.folder.name], [])
+    left = [f"{log.folder.name}/{n}" for n in ("notes.txt", "scores.safetensors")]
+    left += [f"{log.folder.name}/sub/manifest.json", "directions/notes.txt"]
+    assert files(tmp_path) == sorted(left)
+
+
+def test_an_analysis_that_runs_keeps_its_log(tmp_path):
+    busy, idle = analysis(tmp_path, "busy", used=100), analysis(tmp_path, "idle")
+    with busy.locked():
+        result = run("clear", busy.folder.name, "--dir", tmp_path)
+        assert result.exit_code == 1 and "is in use by a running analysis" in result.output
+        assert prune(tmp_path, 1e-12, keep=idle.folder.name) == []
+        result = run("clear", "--dir", tmp_path)
+        assert "removed 1 analyses" in result.output
+        assert f"{busy.folder.name}  is in use" in result.output
+        assert busy.missing() == [] and not idle.folder.exists()
+    assert run("clear", busy.folder.name, "--dir", tmp_path).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_that_was_cleared_before_it_was_locked_is_begun_again(tmp_path):
+    log = analysis(tmp_path)
+    clear(tmp_path)
+    with log.locked():
+        assert log.missing() == [0, 1]
+        fill(log, make, [0, 1], lambda n: None)
+    assert find_log(tmp_path).missing() == []
+
+
+def test_beyond_the_limit_what_was_used_longest_ago_goes_first(tmp_path):
+    logs = [analysis(tmp_path, str(i), used=1000 - 100 * i) for i in range(4)]
+    names = [log.folder.name for log in logs]
+    size = entries(tmp_path)[0].bytes / 1e9
+    assert prune(tmp_path, None, keep="") == prune(tmp_path, 4 * size, keep="") == []
+    # Asked for again: the oldest is now the last to go.
+    assert analysis(tmp_path, "0").folder == logs[0].folder
+    assert prune(tmp_path, 2.5 * size, keep=names[3]) == [names[1], names[2]]
+    assert {e.key for e in entries(tmp_path)} == {names[0], names[3]}
+    # The one just written stays, whatever it takes.
+    assert prune(tmp_path, size / 2, keep=names[3]) == [names[0]]
+    assert [e.key for e in entries(tmp_path)] == [names[3]]
