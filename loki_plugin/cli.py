@@ -253,6 +253,7 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
     from transformers import AutoTokenizer
 
     from .analysing.scores.cache import cache_folder, find_log
+    from .args import CalibrationArgs
     from .forgetting import load_model, load_questions
     from .model.fingerprint import fingerprint, same_model
     from .suppress import curve, text
@@ -265,7 +266,7 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
             f"analysis {log.folder.name} was made of {log.manifest['model']}, not of '{model}':"
             f" {difference}; choose another one of `loki cache list`"
         )
-    asked = load_questions(AutoTokenizer.from_pretrained(model), prompts)
+    asked = load_questions(AutoTokenizer.from_pretrained(model), CalibrationArgs(source=prompts))
     found = curve(
         loaded,
         [p.ids for p in asked],

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from .analysing.calibration.prompts import Prompt, load_prompts
-from .analysing.calibration.sources import load_records
+from .analysing.calibration.sources import Record, load_records
+from .args import CalibrationArgs
 from .evaluating.change import TaskChange, mean_relative_drop
 from .evaluating.harness import changes, check_tasks, evaluate_tasks
 from .evaluating.quick import Forgetting, compare, log_probabilities
 
 ADAPTER = "adapter_config.json"
+# Enough for a figure, few enough for a minute on an 8B model.
+QUICK_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -155,17 +159,32 @@ def plot(report: ForgettingReport, path: str | Path) -> Path:
     return path
 
 
-def load_questions(tokenizer, source: str) -> list[Prompt]:
+def load_questions(
+    tokenizer, settings: CalibrationArgs, records: list[Record] | None = None
+) -> list[Prompt]:
     """The prompts of a calibration source, with their gold tokens where every record has one."""
-    records = load_records(source)
+    records = records or load_records(settings.source, settings.columns, settings.split)
     answered = all(r.answer is not None or r.target is not None for r in records)
-    return load_prompts(tokenizer, source, target="gold" if answered else "predicted").prompts
+    asked = settings.model_dump() | {"target": "gold" if answered else "predicted"}
+    return load_prompts(tokenizer, **asked, records=records).prompts
+
+
+def of_an_adapter(model: PeftModel, prompts: Sequence[Prompt]) -> Forgetting:
+    """What the active adapter of a model in memory has changed; its base is the adapter off.
+
+    At most `QUICK_PROMPTS` of the prompts are asked, evenly chosen.
+    """
+    some = prompts[:: -(-len(prompts) // QUICK_PROMPTS)]
+    ids = [p.ids for p in some]
+    with model.disable_adapter():
+        base = log_probabilities(model, ids)
+    return compare(base, log_probabilities(model, ids), [p.target for p in some])
 
 
 def _on_prompts(base: str, tuned: str, source: str, device: str | None, dtype: str) -> Forgetting:
     from transformers import AutoTokenizer
 
-    found = load_questions(AutoTokenizer.from_pretrained(base), source)
+    found = load_questions(AutoTokenizer.from_pretrained(base), CalibrationArgs(source=source))
     ids = [p.ids for p in found]
     # One model at a time in memory; its answers wait on the CPU.
     before = log_probabilities(load_model(base, None, device, dtype), ids)

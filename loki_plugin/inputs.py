@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .analysing.calibration.prompts import read_texts
-from .analysing.calibration.sources import Record, load_records
+from .analysing.calibration.sources import BUILTIN, Record, load_records
 from .args import LokiConfig
 from .rows import RowSelection
 
@@ -28,11 +28,13 @@ class Inputs:
     def read(cls, config: LokiConfig, analysed: bool = True) -> Inputs:
         """Read what a run of `config` needs; `analysed` is False where its rows are given.
 
+        The shipped questions are always there, for the report says how much a run forgot.
+
         Raises:
             ValueError: a file that cannot be read, or a faulty record or row in it.
         """
         source, text = config.calibration, config.protect.text
-        needed = analysed or config.protect.on
+        needed = analysed or config.protect.on or (config.report and source.source == BUILTIN)
         return cls(
             load_records(source.source, source.columns, source.split) if needed else [],
             [RowSelection.load(path) for path in config.exclude],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ranks
+from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
 from ..directions import Directions
 from ..implanting.anchor import Anchor
@@ -33,11 +34,13 @@ class Run:
     anchor: Anchor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
+    measured: list[Prompt] = field(default_factory=list)  # asked before and after
     verdict: Verdict | None = None  # None until the training has ended
 
     @classmethod
     def start(cls, cfg, model, files: Files) -> Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
+        from ..forgetting import load_questions
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
         from ..pipeline import choose_rows
@@ -57,6 +60,9 @@ class Run:
         run = cls(files.config, selection)
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
         run._protect(cfg, model, tokenizer, files)
+        if files.config.report and files.inputs.records:
+            calibration = files.config.calibration
+            run.measured = load_questions(tokenizer, calibration, files.inputs.records)
         counts = selection.counts
         LOG.info(
             "loki: %s of %s rows per layer train, in %d layers (rows from %s, %.1f s)",
@@ -167,6 +173,7 @@ class Run:
             return
         if ranks.is_first():
             self._read_back(folder, model)
+            self._measure_forgetting(model)
         self._publish(folder)
         if self.verdict.faults:
             raise RuntimeError(
@@ -227,6 +234,28 @@ class Run:
                 self.facts["protection"]["leakage_per_layer"] = leakage
         except ValueError as error:
             self.verdict.faults.append(str(error))
+
+    def _measure_forgetting(self, model) -> None:
+        """How much did the run forget? On the calibration prompts, which take a minute."""
+        from ..forgetting import of_an_adapter
+        from ..model.loading import is_sharded
+
+        if not self.measured or is_sharded(model):
+            why = "the model is sharded" if self.measured else "no calibration was read"
+            self.facts["forgetting"] = {"not_measured": why}
+            return
+        started = time.perf_counter()
+        try:
+            found = of_an_adapter(model, self.measured)
+        except RuntimeError as error:  # out of memory, say; the training itself is safe on disk
+            LOG.warning("loki: how much was forgotten could not be measured: %s", error)
+            self.facts["forgetting"] = {"not_measured": str(error)}
+            return
+        self.facts["forgetting"] = found.to_json() | {
+            "calibration": self.config.calibration.source,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        LOG.info("loki: forgotten, on the calibration's own prompts: %s", found.text())
 
     def _publish(self, folder: Path) -> None:
         if not ranks.is_first():

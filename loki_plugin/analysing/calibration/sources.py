@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = ("subject", "question", "choices", "answer", "prompt", "target", "text")
+BUILTIN = "builtin"
 MMLU = ("cais/mmlu", "all")
 
 
@@ -46,7 +47,7 @@ def load_records(
         raise ValueError(
             f"calibration.columns names unknown fields {unknown}; known: {', '.join(FIELDS)}"
         )
-    if source == "builtin":
+    if source == BUILTIN:
         file = resources.files("loki_plugin.analysing.calibration") / "data" / "builtin.jsonl"
         rows = _jsonl(file.read_text(encoding="utf-8"), "builtin.jsonl")
     elif Path(source).suffix.lower() in _READERS:
