@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -128,7 +129,7 @@ class _Source:
         if name is not None and Path(name).is_file():
             from .analysing.scores.hdf5 import Hdf5Scores
 
-            self.chunks = Hdf5Scores(name)
+            self.chunks: Any = Hdf5Scores(name)
             self.prompts, _, self.hidden_size = self.chunks.shape
             self.fingerprint = None
             self.title = f"scores of {name}"

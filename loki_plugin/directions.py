@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .model.anatomy import find_anatomy, linear_sizes
+from .model.anatomy import find_anatomy
 from .model.fingerprint import fingerprint, same_model
 
 FILE_NAME = "loki_directions.safetensors"
@@ -52,7 +52,7 @@ class Directions:
             and all(torch.equal(a, b) for a, b in zip(self.basis, other.basis, strict=True))
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def counts(self) -> list[int]:
@@ -66,7 +66,7 @@ class Directions:
             ValueError: another layer count, another intermediate size, or another model by
                 fingerprint.
         """
-        sizes = [linear_sizes(module)[0] for module in find_anatomy(model).down]
+        sizes = find_anatomy(model).input_sizes
         given = [basis.shape[0] for basis in self.basis]
         if given != sizes:
             raise ValueError(

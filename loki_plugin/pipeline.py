@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,14 +45,15 @@ def choose_rows(
     rank, world = ranks.current(), ranks.count()
     with ranks.together():
         inputs = inputs or Inputs.read(config)
+    selection: Any = None
     if world == 1:
-        return _choose(model, tokenizer, config, inputs, 0, 1)
+        selection = _choose(model, tokenizer, config, inputs, 0, 1)
+        return selection
     loaded = ranks.gather(is_loaded(model))
     if not any(loaded):
         raise ValueError("no rank holds the weights of the model; load it on one of them at least")
     # Sharded training loads the weights of one rank only; that one then works alone.
     first = loaded.index(True)
-    selection = None
     with ranks.together():
         if all(loaded):
             selection = _choose(model, tokenizer, config, inputs, rank, world)

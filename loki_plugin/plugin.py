@@ -20,8 +20,8 @@ class LokiPlugin(BasePlugin):
         self._only_reads = False  # inference or merging: no rows are chosen, nothing trains
         self._took_over = False
         self._embeddings: list[str] | None = None
-        self._files: Files | None = None
-        self._run: Run | None = None
+        self._files: Any = None  # Files, from `load_datasets` until they are used
+        self._run: Any = None  # a Run, from `post_model_build` on
 
     def register(self, cfg):
         """Before validation: check the `loki:` block and rewrite the carrier keys."""

@@ -77,7 +77,7 @@ def choose_directions(
     loaded = ranks.gather(is_loaded(model))
     first = loaded.index(True)  # sharded training loads the weights of one rank only
     with ranks.together():
-        found = _choose(model, prompts, config) if ranks.current() == first else None
+        found: Any = _choose(model, prompts, config) if ranks.current() == first else None
     if ranks.count() == 1:
         return found
     layers = ranks.broadcast(found and len(found.basis), first)

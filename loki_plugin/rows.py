@@ -34,7 +34,7 @@ class RowSelection:
         ValueError: an index out of range or a duplicate (layer and index named), or no row at all.
     """
 
-    rows: Sequence[torch.Tensor | Iterable[int]]
+    rows: Sequence[torch.Tensor]  # anything that gives integers is taken
     hidden_size: int | None = None
     fingerprint: dict[str, str] | None = None
     made: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class RowSelection:
             and all(torch.equal(a, b) for a, b in zip(self.rows, other.rows, strict=True))
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the file atomically, so that a reader never sees half of it."""

@@ -92,11 +92,11 @@ def check_targets(
 ) -> list[int | None]:
     if targets is None:
         return [None] * batch
-    values = [int(t) for t in targets]
+    values: list[int | None] = [int(t) for t in targets]
     if len(values) != batch:
         raise ValueError(f"targets must hold one token id per prompt: {batch}, got {len(values)}")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for b, value in enumerate(values):
-        if not 0 <= value < vocabulary:
+        if value is None or not 0 <= value < vocabulary:
             raise ValueError(f"target {value} of prompt {b} is outside [0, {vocabulary})")
     return values

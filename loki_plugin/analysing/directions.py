@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..model.anatomy import Anatomy, find_anatomy, linear_sizes
+from ..model.anatomy import Anatomy, find_anatomy
 from ..model.hooks import removing
 from .attribute import unpad
 from .attribution.quiet import quiet
@@ -97,7 +97,7 @@ def find_directions(
         ValueError: as `input_directions`.
     """
     anatomy = find_anatomy(model)
-    sizes = [linear_sizes(module)[0] for module in anatomy.down]
+    sizes = anatomy.input_sizes
     _check_arguments(energy, directions, min(sizes))
     batches = _batches(prompts)
     tokens = sum(len(p) for p in prompts)
@@ -243,14 +243,15 @@ def leading(
     if found >= size:
         raise ValueError(
             f"all {size} directions of the down-projection's inputs are needed to hold"
-            f" {100 * energy:g} % of their energy, which leaves the update nothing to read; lower"
-            " the share"
+            f" {100 * (energy or 1):g} % of their energy, which leaves the update nothing to read;"
+            " lower the share"
         )
     return vectors[:, :found].clone(memory_format=torch.contiguous_format), float(shares[found - 1])
 
 
-def _enough(shares: torch.Tensor, energy: float) -> int:
+def _enough(shares: torch.Tensor, energy: float | None) -> int:
     """How many of the cumulated shares reach `energy`, up to what summing in float64 loses."""
+    assert energy is not None  # where no count is given; `_check_arguments` has seen to it
     return 1 + int((shares < energy * (1 - 1e-12)).sum())
 
 

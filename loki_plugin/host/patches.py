@@ -58,8 +58,8 @@ def take_over_merge() -> bool:
             RowSelection.load(adapter / FILE_NAME),
         )
 
-    do_merge_lora.merges_loki = True
-    do_merge_lora.original = original
+    do_merge_lora.merges_loki = True  # type: ignore[attr-defined]
+    do_merge_lora.original = original  # type: ignore[attr-defined]
     merge_lora.do_merge_lora = do_merge_lora
     return True
 
@@ -95,7 +95,7 @@ def mark_evaluation() -> None:
             finally:
                 _EVALUATING.reset(token)
 
-        call.marks_evaluation = True
+        call.marks_evaluation = True  # type: ignore[attr-defined]
         return call
 
-    module.setup_model_and_tokenizer, module.setup_trainer = marked(load), marked(make_trainer)
+    vars(module).update(setup_model_and_tokenizer=marked(load), setup_trainer=marked(make_trainer))

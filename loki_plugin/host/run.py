@@ -35,7 +35,8 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
     measured: list[Prompt] = field(default_factory=list)  # asked before and after
-    verdict: Verdict | None = None  # None until the training has ended
+    verdict: Verdict = field(default_factory=Verdict)
+    trained: bool = False  # whether the hook after the training has fired
 
     @classmethod
     def start(cls, cfg, model, files: Files) -> Run:
@@ -162,8 +163,8 @@ class Run:
             RuntimeError: after the save, all faults that were found.
         """
         folder = Path(cfg.output_dir)
-        if self.verdict is None:
-            self.verdict = Verdict()
+        if not self.trained:
+            self.trained = True
             try:
                 self._look_at(model)
                 self._publish(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,7 +14,7 @@ from ..directions import FILE_NAME as DIRECTIONS_NAME
 from ..directions import Directions
 from ..rows import FILE_NAME, RowSelection
 from .protection import LEAKAGE, leakage
-from .selected import RowFactor, RowScatter, RowSelector
+from .selected import RowFactor, RowSelector
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's, around the base model
@@ -70,7 +71,7 @@ def check_saved(folder: Path, names: list[str], selection: RowSelection, rank: i
             a, b = (stored.get_tensor(k) for k in keys)
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ValueError(f"layer {i}: the saved adapter holds NaN or Inf")
-            kind: type[RowScatter] = RowSelector if rank is None else RowFactor
+            kind: Any = RowSelector if rank is None else RowFactor
             try:
                 kind(rows, torch.empty(selection.hidden_size, rank or len(rows))).compact(b)
             except ValueError as error:

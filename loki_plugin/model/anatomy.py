@@ -46,6 +46,11 @@ class Anatomy:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def input_sizes(self) -> list[int]:
+        """I of every layer's down-projection."""
+        return [linear_sizes(module)[0] for module in self.down]  # type: ignore[index]
+
 
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Find decoder layers and down-projections; works on a meta-device model too.

@@ -39,9 +39,7 @@ def test_the_report_says_what_the_saved_adapter_has_changed(run_config, train, b
     assert (found["flips_down"], found["flips_up"]) == (truth.flips_down, truth.flips_up)
 
 
-def test_a_run_that_reads_no_calibration_says_that_it_has_not_measured(
-    run_config, train, tmp_path
-):
+def test_a_run_that_reads_no_calibration_says_that_it_has_not_measured(run_config, train, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text("[[1], [2], [3]]")
     run_config["loki"]["rows"] = str(rows)

@@ -9,7 +9,7 @@ code. Letters of shapes are those of `stack_attention`, and heads = K·G.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -66,7 +66,7 @@ class AttentionState:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     visible: dict[int, torch.Tensor | None] = field(default_factory=dict)
     own_bias: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    _token: Token | None = None
+    _token: Any = None
     _before: dict[tuple[torch.device, int], torch.Tensor] = field(default_factory=dict)
 
     def __enter__(self) -> AttentionState:

@@ -69,10 +69,7 @@ def plan(batch_size: int | str, costs: Sequence[int], budget: int) -> list[tuple
     `auto` makes as few batches as keep each within `budget` bytes; one prompt alone may exceed it.
     """
     count = len(costs)
-    if batch_size == "auto":
-        largest = max(1, budget // max(costs))
-    else:
-        largest = batch_size
+    largest = batch_size if isinstance(batch_size, int) else max(1, budget // max(costs))
     batches = -(-count // largest)
     cuts = [count * i // batches for i in range(batches + 1)]
     return list(zip(cuts, cuts[1:], strict=False))

@@ -192,7 +192,8 @@ def _at(state: AttentionState, index: int) -> Callable[[nn.Module, tuple], None]
 
 def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> None:
     """Keep the keys and values of prompts [B, T]; what all of them begin with runs once."""
-    past = DynamicCache() if state.shared else None  # without a config: it never cuts to a window
+    # Without a config, so that it never cuts to a window.
+    past: Any = DynamicCache() if state.shared else None
     if state.shared:
         state.mode = Mode.SHARED
         _run_to_last_keys(anatomy, ids[:1, : state.shared], past)

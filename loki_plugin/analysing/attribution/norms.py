@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,8 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if "forward" in module.__dict__ or not _has_the_plain_code(type(module)):
+    kind: Any = type(module)
+    if "forward" in module.__dict__ or not _has_the_plain_code(kind):
         return False  # somebody's own forward stays
     weight = module.weight
     # In float64 the family's code passes through float32; in half precision on a CPU it is faster.

@@ -204,15 +204,24 @@ def _encode(tokenizer, record: Record, shots: list[Record], seed: int):
         cut = random.Random(f"{seed}/{record.text}").randrange(1, len(ids))
         return ids[:cut], ids[cut]
     if record.question is None:
+        asked = [("user", record.prompt or "")]
         if record.target is None:
-            return _chat(tokenizer, [("user", record.prompt)]), None
-        return _with_answer(tokenizer, [("user", record.prompt)], record.target)
+            return _chat(tokenizer, asked), None
+        return _with_answer(tokenizer, asked, record.target)
     messages: list[tuple[str, str]] = []
     for shot in shots:
-        messages.append(("user", question_text(shot.subject, shot.question, shot.choices)))
-        messages.append(("assistant", LETTERS[shot.answer]))
-    messages.append(("user", question_text(record.subject, record.question, record.choices)))
-    return _with_answer(tokenizer, messages, LETTERS[record.answer])
+        messages += [("user", _asked(shot)), ("assistant", _letter(shot))]
+    return _with_answer(tokenizer, [*messages, ("user", _asked(record))], _letter(record))
+
+
+def _asked(record: Record) -> str:
+    assert record.question is not None and record.choices is not None  # `load_records` checks
+    return question_text(record.subject, record.question, record.choices)
+
+
+def _letter(record: Record) -> str:
+    assert record.answer is not None  # `load_records` checks
+    return LETTERS[record.answer]
 
 
 def _with_answer(tokenizer, messages, answer: str):

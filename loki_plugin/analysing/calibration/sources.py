@@ -63,8 +63,8 @@ def load_records(
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise ValueError(f"calibration.source '{path}' does not exist or is not a file")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    read = _READERS[path.suffix.lower()]
+    if read is None:
         import pyarrow.parquet as parquet
 
         return ((f"{path}:{i + 1}", r) for i, r in enumerate(parquet.read_table(path).to_pylist()))
@@ -72,7 +72,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
         text = path.read_bytes().decode("utf-8-sig")  # Excel begins with a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"calibration.source '{path}' is not UTF-8: {error}") from error
-    return _READERS[suffix](text, str(path))
+    return read(text, str(path))
 
 
 def _jsonl(text: str, name: str) -> Iterator[tuple[str, dict]]:
