@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, OSFConfig, ShiraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from benchmarks.forgetting.base import END, USER, Base, encode
 from benchmarks.forgetting.world import COVERED
 from loki_plugin import attribute, implant, input_directions, select_rows
+from loki_plugin.implanting.protection import ProtectedA
 from loki_plugin.model.anatomy import find_anatomy
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -140,6 +142,38 @@ def loki(
     return build
 
 
+def lora_protected(energy: float = 0.99) -> Callable:
+    """LoRA r16 on all linears, each blind to its own inputs on the calibration prompts."""
+
+    def build(model, context):
+        wrapped = lora()(model, context)
+        layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+        moments = dict.fromkeys(layers, 0)
+
+        def watch(name):
+            def hook(module, inputs):
+                x = inputs[0].flatten(0, -2).double()
+                moments[name] = moments[name] + x.T @ x
+
+            return hook
+
+        hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
+        with torch.no_grad():
+            for prompt in context.prompts:
+                wrapped(input_ids=torch.tensor([prompt]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, module in layers.items():
+            values, vectors = torch.linalg.eigh(moments[name])
+            held = values.flip(0).cumsum(0) / values.sum()
+            count = int((held < energy).sum()) + 1
+            u = vectors.flip(1)[:, :count].float()
+            module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, u)
+        return wrapped
+
+    return build
+
+
 def full(model, context):
     return model
 
@@ -206,6 +240,7 @@ ARMS: dict[str, Arm] = {
     "loki_protect_text_q30": Arm(loki(protect=0.99, text=True), HIGH),
     "loki_anchor_q30": Arm(loki(), HIGH, anchor=1.0),
     "lora_anchor": Arm(lora(), anchor=1.0),
+    "lora_protect": Arm(lora_protected()),
     "lora_replay1": Arm(lora(), replay=(0.01, "pretraining")),
     "lora_replay5": Arm(lora(), replay=(0.05, "pretraining")),
     "lora_selfreplay": Arm(lora(), replay=(0.05, "generated")),

@@ -35,7 +35,11 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Size:
-    """How large world and model are, and how long the base is trained."""
+    """How large world and model are, and how long the base is trained.
+
+    `ci` takes minutes, `brief` about an hour for all stages, `small` a day on two cores; `reported`
+    wants a machine of its own.
+    """
 
     people: int
     hidden: int
@@ -51,6 +55,7 @@ class Size:
 
 SIZES = {
     "ci": Size(40, 64, 176, 3, 2, 600, 250, rows=8),
+    "brief": Size(80, 96, 256, 4, 4, 800, 900, rows=12, width=96),
     "small": Size(600, 160, 448, 4, 5, 1024, 700),
     "reported": Size(2000, 384, 1024, 8, 6, 2048, 6000, rows=32, rate=1.5e-3),
 }

@@ -15,9 +15,10 @@ from benchmarks.forgetting.base import Base, encode, fit, packed
 from benchmarks.forgetting.measures import Before, before, measure
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.machine import PeakMemory
+from loki_plugin.implanting.protection import fold
 
 # People to learn about (tasks b and c take as many items), steps, and the shape of a batch.
-AMOUNT = {"ci": (12, 60), "small": (60, 150), "reported": (300, 400)}
+AMOUNT = {"ci": (12, 60), "brief": (40, 50), "small": (60, 150), "reported": (300, 400)}
 ROWS, WIDTH = 8, 96
 _ANCHOR_PROMPTS = 16
 
@@ -121,6 +122,7 @@ class Sweep:
 
     def _moved(self, model) -> float:
         """‖ΔW‖_F over all weights, with the adapter merged."""
+        fold(model)  # PEFT merges lora_A's weight past its forward
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         total = 0.0
         for name, tensor in merged.named_parameters():

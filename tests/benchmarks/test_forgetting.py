@@ -7,14 +7,16 @@ import random
 
 import pytest
 import torch
+from helpers.families import tiny
 
 from benchmarks.forgetting import base as bases
 from benchmarks.forgetting import report
-from benchmarks.forgetting.arms import ARMS, Context, passes
+from benchmarks.forgetting.arms import ARMS, Context, lora_protected, passes
 from benchmarks.forgetting.measures import flips, kl
 from benchmarks.forgetting.sweep import Key, Sweep, finals, screening
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.forgetting.world import COVERED, HELD_OUT, make
+from loki_plugin.implanting.protection import fold
 
 
 def test_the_world_and_its_tasks_are_the_same_every_time_and_follow_the_seed():
@@ -167,3 +169,52 @@ def test_calibration_prompts_end_before_the_answer():
     item = random.Random(0).choice(Tiny.world.calibration())
     texts = ["".join(map(chr, ids)) for ids in context.prompts]
     assert f"<|user|>{item.prompt}<|bot|>" in texts
+
+
+def line(arm, forgetting, spread=None, task="facts"):
+    return {"task": task, "arm": arm, "forgetting": forgetting, "spread": spread}
+
+
+def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
+    lines = [
+        line("lora_all_r16", 0.4, 0.02),
+        line("loki_q10", 0.15, 0.01),
+        line("loki_q30", 0.25, 0.03),
+        line("random_q30", 0.26, 0.01),
+        line("loki_protect_q30", 0.12, 0.01),
+        line("random_protect_q30", 0.02, 0.01),
+        line("full", 0.1, 0.0),
+        line("lora_replay1", None),
+    ]
+    found = {r["aim"]: r for r in report.targets(lines)}
+    half = found["LoKI without protection forgets at most half of LoRA r16"]
+    assert half == {"task": "facts", "aim": half["aim"], "ours": "loki_q10 0.150",
+                    "rival": "lora_all_r16 0.400", "shown": "yes"}  # fmt: skip
+    assert found["chosen rows forget less than random rows"]["shown"] == "not told apart"
+    assert found["the same, both with protected inputs"]["shown"] == "no"
+    every = found["LoKI with its best protection forgets less than every rival"]
+    assert (every["ours"], every["rival"]) == ("loki_protect_q30 0.120", "full 0.100")
+    assert every["shown"] == "no"
+    assert not any("replay" in aim for aim in found)  # it never reached the score
+
+
+def test_protected_lora_leaves_the_calibration_as_it_is():
+    class Known:
+        seed, prompts = 0, [[5, 6, 7, 8], [9, 10, 11]]
+
+    def said(model, ids):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids])).logits
+
+    base, other = tiny("llama"), [90, 80, 70, 60]
+    tuned = lora_protected(1 - 1e-9)(tiny("llama"), Known)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1)
+    for ids in Known.prompts:
+        assert torch.allclose(said(tuned, ids), said(base, ids), atol=1e-3)
+    far = said(tuned, other)
+    assert (far - said(base, other)).abs().max() > 0.1
+    fold(tuned)
+    assert torch.allclose(said(tuned.merge_and_unload(), other), far, atol=1e-4)
