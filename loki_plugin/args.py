@@ -14,7 +14,17 @@ from pydantic import (
     model_validator,
 )
 
-from .choices import PATH, QUOTA, RULE, STEPS, STRATEGY, PathName, RuleName, StrategyName
+from .choices import (
+    PATH,
+    QUOTA,
+    RULE,
+    STEPS,
+    STRATEGY,
+    PathName,
+    RuleName,
+    StrategyName,
+    plain_number,
+)
 
 
 class _Block(BaseModel):
@@ -154,7 +164,7 @@ class LokiConfig(_Block):
 
     @field_serializer("quota", when_used="json")
     def _plain_quota(self, value: Decimal) -> int | float:
-        return int(value) if value == int(value) else float(value)
+        return plain_number(value)
 
 
 def _quota(value):

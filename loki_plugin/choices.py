@@ -6,6 +6,7 @@ import: the command shows its help without loading torch.
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Literal, get_args
 
 RuleName = Literal["left", "right", "midpoint", "trapezoid", "gauss-legendre"]
@@ -22,3 +23,9 @@ STEPS = 7
 PATH: PathName = "token"
 STRATEGY: StrategyName = "layer_balanced"
 QUOTA = 10  # percent of the rows of every layer
+
+
+def plain_number(value: Decimal | str) -> int | float:
+    """A decimal as JSON holds it: 10 and not 10.0 or "10"."""
+    value = Decimal(value)
+    return int(value) if value == int(value) else float(value)

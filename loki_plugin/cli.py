@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .choices import QUOTA, STRATEGY
+from .choices import QUOTA, STRATEGY, plain_number
 
 
 class _Command(click.Command):
@@ -33,9 +33,7 @@ def merge(config: Path, output: Path | None, adapter: Path | None):
     """Write the plain merged model of the run in CONFIG, an Axolotl YAML."""
     import yaml
 
-    from .implanting.merge import merge_adapter
-    from .implanting.verify import verify
-    from .rows import FILE_NAME, RowSelection
+    from .implanting.proven import NotProven, merge_run
 
     try:
         run = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -45,22 +43,29 @@ def merge(config: Path, output: Path | None, adapter: Path | None):
         raise ValueError(f"'{config}' is no Axolotl configuration: it has no base_model")
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
     adapter = adapter or folder
-    selection = RowSelection.load(adapter / FILE_NAME)
-    report = merge_adapter(run["base_model"], adapter, output or folder / "merged", selection)
-    click.echo(f"merged {report.rows} rows of {report.layers} layers into {report.output}")
-    _conclude(verify(run["base_model"], report.output, selection))
+    try:
+        merged, proof = merge_run(run, adapter, output or folder / "merged")
+    except NotProven as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{merged.text()}\n{proof.text()}")
 
 
 @loki.command("verify", cls=_Command)
 @click.argument("base")
 @click.argument("tuned", type=click.Path(exists=True, file_okay=False))
 @click.option("--rows", required=True, type=click.Path(exists=True, dir_okay=False))
-def verify_command(base: str, tuned: str, rows: str):
+@click.option("--revision", help="of BASE on the hub")
+@click.option("--trust-remote-code", is_flag=True, help="where BASE brings code of its own")
+def verify_command(base: str, tuned: str, rows: str, revision: str, trust_remote_code: bool):
     """Prove that TUNED differs from BASE in selected rows only; exit code 1 if it does not."""
+    from .implanting.checkpoint import Base
     from .implanting.verify import verify
     from .rows import RowSelection
 
-    _conclude(verify(base, tuned, RowSelection.load(rows)))
+    report = verify(Base(base, revision, trust_remote_code), tuned, RowSelection.load(rows))
+    click.echo(report.text())
+    if not report.ok:
+        raise SystemExit(1)
 
 
 def _scores_options(command):
@@ -109,14 +114,20 @@ def select_command(scores, folder, quota, strategy, magnitude, exclude, seed, ou
 
     SCORES is an analysis of `loki cache list` (default: the newest) or the authors' HDF5 file.
     """
-    from .rows import RowSelection
+    from .rows import Made, RowSelection
     from .selecting.select import select_rows
 
     source = _Source(scores, folder)
     rules = {"magnitude": magnitude, "exclude": _load_rows(exclude), "seed": seed}
     rows = select_rows(source.chunks, quota, strategy, **rules)
-    made = {"quota": quota, "strategy": strategy, "magnitude": magnitude, "scores": source.title}
-    made |= {"exclude": list(exclude), "seed": seed}
+    made = Made(
+        quota=plain_number(quota),
+        strategy=strategy,
+        magnitude=magnitude,
+        scores=source.title,
+        exclude=list(exclude),
+        seed=seed,
+    )
     selection = RowSelection(rows, source.hidden_size, source.fingerprint, made)
     written = selection.save_positions(output) if positions else selection.save(output)
     click.echo(f"{sum(selection.counts)} rows of {selection.num_layers} layers in {written}")
@@ -280,9 +291,3 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
         Path(output).write_text(
             json.dumps([s.to_json() for s in found], indent=2) + "\n", encoding="utf-8"
         )
-
-
-def _conclude(report) -> None:
-    click.echo(report.text())
-    if not report.ok:
-        raise SystemExit(1)

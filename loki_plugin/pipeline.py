@@ -22,7 +22,7 @@ from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
 from .model.loading import is_loaded
-from .rows import RowSelection
+from .rows import Made, RowSelection
 from .selecting.select import quota_to_count, select_rows
 
 LOG = logging.getLogger("loki_plugin")
@@ -100,7 +100,7 @@ def _choose(
             seed=config.seed,
         )
     prune(log.folder.parent, config.cache_limit, keep=log.folder.name)
-    made = {
+    made: Made = {
         **config.model_dump(mode="json", include={"quota", "strategy", "magnitude", "exclude"}),
         "seed": config.seed,
         "attribution": settings,

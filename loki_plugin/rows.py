@@ -8,16 +8,35 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
+from .choices import plain_number
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import difference
 
 FILE_NAME = "loki_rows.json"
 FORMAT = "loki_rows"
 VERSION = 1
+
+
+class Made(TypedDict, total=False):
+    """How scores and rows were made, for the record; nothing is computed from it."""
+
+    quota: int | float  # percent
+    strategy: str
+    magnitude: bool
+    exclude: list[str]
+    seed: int
+    attribution: dict[str, Any]
+    calibration: dict[str, Any]
+    analysis: str
+    convergence_error: float | None
+    analysis_seconds: float
+    scores: str  # of `loki select`
+    source: str  # of rows that were not selected here
+    merge: dict[str, Any]  # of the rows file beside a merged model
 
 
 @dataclass(frozen=True)
@@ -28,7 +47,7 @@ class RowSelection:
         rows: L LongTensors of sorted distinct indices in [0, H); a layer may be empty.
         hidden_size: H, or None when it is not known (the bare list form without a model).
         fingerprint: of the model the rows were selected on, or None (bare list form).
-        made: how the scores and the selection were made; free JSON, for the record.
+        made: how the scores and the selection were made.
 
     Raises:
         ValueError: an index out of range or a duplicate (layer and index named), or no row at all.
@@ -37,7 +56,7 @@ class RowSelection:
     rows: Sequence[torch.Tensor]  # anything that gives integers is taken
     hidden_size: int | None = None
     fingerprint: dict[str, str] | None = None
-    made: dict[str, Any] = field(default_factory=dict)
+    made: Made = field(default_factory=Made)
 
     def __post_init__(self):
         rows = [_checked(layer, i, self.hidden_size) for i, layer in enumerate(self.rows)]
@@ -143,12 +162,13 @@ class RowSelection:
                 f"`rows` has {len(content['rows'])} layers but num_layers is"
                 f" {content['num_layers']}; the file is damaged, make it again"
             )
-        return cls(
-            rows=content["rows"],
-            hidden_size=content["hidden_size"],
-            fingerprint=content.get("fingerprint"),
-            made=content.get("made") or {},
-        )
+        hidden, mark, made = (content.get(k) for k in ("hidden_size", "fingerprint", "made"))
+        if hidden is not None and type(hidden) is not int:
+            raise ValueError(f"hidden_size must be an integer, got {_short(hidden)}")
+        for key, value in (("fingerprint", mark), ("made", made)):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"`{key}` must be an object, got {_short(value)}")
+        return cls(content["rows"], hidden, mark, _made(made or {}))
 
     def check(self, model: torch.nn.Module) -> RowSelection:
         """Check that the rows belong to `model`; returns the selection with `hidden_size` known.
@@ -175,9 +195,15 @@ class RowSelection:
             raise ValueError(
                 f"rows file was made for {self.num_layers} layers x"
                 f" {self.hidden_size or 'unknown'} rows, this model has {layers} x {hidden};"
-                " leave `loki.rows` out to run the analysis for it"
+                " use the file of this model, or leave `loki.rows` out to run the analysis for it"
             )
         return RowSelection(self.rows, hidden, self.fingerprint, self.made)
+
+
+def _made(content: dict[str, Any]) -> Made:
+    if isinstance(content.get("quota"), str):  # `loki select` of version 0.1.1
+        content = content | {"quota": plain_number(content["quota"])}
+    return cast(Made, content)
 
 
 def _checked(layer: Any, i: int, hidden_size: int | None) -> torch.Tensor:

@@ -243,6 +243,7 @@ def test_stability_and_selection_from_the_cache_need_no_model(tokenizer, source,
     result = run("select", "--quota", "20", "--output", str(out))
     assert result.exit_code == 0, result.output
     assert RowSelection.load(out).check(model()) == rows
+    assert json.loads(out.read_text())["made"]["quota"] == rows.made["quota"] == 20
     key = rows.made["analysis"]
     result = run("select", key, "--quota", "20", "--positions", "--output", str(out))
     assert json.loads(out.read_text()) == [r.tolist() for r in rows.rows]

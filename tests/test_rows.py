@@ -19,7 +19,7 @@ def write(tmp_path, content) -> str:
 
 
 def test_save_load_keeps_everything_and_sorts(tmp_path):
-    made = {"quota": "10", "calibration": {"source": "builtin"}}
+    made = {"quota": 10, "calibration": {"source": "builtin"}}
     rows = RowSelection([[5, 1], [0, 47], [3]], 48, {"config": "x"}, made)
     loaded = RowSelection.load(rows.save(tmp_path / "loki_rows.json"))
     assert [r.tolist() for r in loaded.rows] == [[1, 5], [0, 47], [3]]
@@ -53,12 +53,26 @@ OURS = {"format": "loki_rows", "version": 1, "num_layers": 2, "hidden_size": 8}
         (OURS | {"version": 2, "rows": []}, "format version 2, this package reads 1"),
         (OURS, r"fields \['rows'\] are missing"),
         (OURS | {"rows": [[1]]}, "has 1 layers but num_layers is 2"),
+        (
+            OURS | {"rows": [[1], [2]], "hidden_size": "64"},
+            "hidden_size must be an integer, got str '64'",
+        ),
+        (OURS | {"rows": [[1], [2]], "fingerprint": "x"}, "`fingerprint` must be an object"),
+        (OURS | {"rows": [[1], [2]], "made": [3]}, "`made` must be an object, got list"),
         (OURS | {"rows": [[1], [8]]}, r"layer 1: row index 8 is outside \[0, 8\)"),
     ],
 )
 def test_a_faulty_file_is_named_with_its_fault(tmp_path, content, message):
     with pytest.raises(ValueError, match="rows file.*" + message):
         RowSelection.load(write(tmp_path, content))
+
+
+def test_a_quota_that_version_0_1_1_wrote_as_text_is_a_number(tmp_path):
+    for text, number in (("10", 10), ("2.5", 2.5)):
+        old = OURS | {"rows": [[1], [2]], "made": {"quota": text, "strategy": "random"}}
+        made = RowSelection.load(write(tmp_path, old)).made
+        assert made == {"quota": number, "strategy": "random"}
+        assert type(made["quota"]) is type(number)
 
 
 def test_a_missing_file_says_what_rows_takes(tmp_path):

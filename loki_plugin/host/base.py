@@ -42,13 +42,13 @@ def check_base(cfg) -> None:
 
 def check_stored(cfg) -> None:
     """The part of `check_base` that needs the checkpoint's files; nothing is downloaded for it."""
-    from ..implanting.checkpoint import down_projections
+    from ..implanting.checkpoint import open_checkpoint
 
     folder = _folder(cfg)
     if folder is None or cfg.trust_remote_code:
         return  # a family of the checkpoint's own code is not built here
     try:
-        down_projections(folder)
+        open_checkpoint(folder)
     except ValueError as error:
         raise ValueError(
             f"rows trained on base_model '{cfg.base_model}' could not be merged into it afterwards:"

@@ -11,8 +11,6 @@ import sys
 from contextvars import ContextVar
 from pathlib import Path
 
-from ..rows import FILE_NAME, RowSelection
-
 LOG = logging.getLogger("loki_plugin")
 
 
@@ -47,16 +45,9 @@ def take_over_merge() -> bool:
     def do_merge_lora(*, cfg):
         if cfg.loki is None:
             return original(cfg=cfg)
-        from ..implanting.merge import merge_adapter
+        from ..implanting.proven import merge_run
 
-        adapter = Path(cfg.lora_model_dir)
-        LOG.info("loki: merging %s shard by shard; frozen rows keep their bytes", adapter)
-        merge_adapter(
-            cfg.base_model,
-            adapter,
-            Path(cfg.output_dir) / "merged",
-            RowSelection.load(adapter / FILE_NAME),
-        )
+        merge_run(cfg, Path(cfg.lora_model_dir), Path(cfg.output_dir) / "merged")
 
     do_merge_lora.merges_loki = True  # type: ignore[attr-defined]
     do_merge_lora.original = original  # type: ignore[attr-defined]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..model.anatomy import Anatomy, find_anatomy
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What a base folder brings along besides weights.
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
+_FETCHED = ("*.safetensors", *COMPANIONS)
+# Other forms of the weights that some models carry beside them, in folders or under other names.
+_NOT_FETCHED = ("*/*", "consolidated*.safetensors")
+_NEOX_HEAD = "embed_out.weight"  # what transformers holds as lm_head, and stores as it was
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,7 +45,7 @@ class Stored:
     def torch_dtype(self) -> torch.dtype:
         if self.dtype not in DTYPES:
             raise ValueError(
-                f"'{self.file}' stores a down-projection as {self.dtype}; rows can only be merged"
+                f"'{self.file}' stores a weight as {self.dtype}; rows can only be merged"
                 f" into {', '.join(DTYPES)}"
             )
         return DTYPES[self.dtype]
@@ -47,25 +56,65 @@ class Stored:
             return np.empty(0, np.uint8)
         return np.memmap(self.file, np.uint8, "r", self.start, (self.size,))
 
+    def tensor(self) -> torch.Tensor:
+        """A copy, aligned even where the file is not."""
+        data = torch.from_numpy(np.array(self.bytes()))
+        return data.view(self.torch_dtype).view(self.shape)
 
-def resolve(model: str | Path) -> Path:
-    """The local folder of a model: itself, or the snapshot of a hub id.
 
-    Raises:
-        ValueError: neither a folder nor a model that the hub (or its local cache) has.
+@dataclass(frozen=True)
+class Base:
+    """Which base model, as an Axolotl YAML says it.
+
+    Attributes:
+        name: a folder or a hub id.
+        revision: of a hub id; None = the newest.
+        trust_remote_code: whether its configuration may bring code of its own.
+        overrides: of its configuration, under which it was trained.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(str(model)))
-    except Exception as error:
-        raise ValueError(
-            f"'{model}' is neither a local folder nor a model that can be fetched"
-            f" ({type(error).__name__}: {error})"
-        ) from error
+    name: str | Path
+    revision: str | None = None
+    trust_remote_code: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: str | Path | Base) -> Base:
+        return base if isinstance(base, Base) else cls(base)
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> Base:
+        """From the keys of an Axolotl YAML."""
+        return cls(
+            run["base_model"],
+            run.get("revision_of_model") or None,
+            bool(run.get("trust_remote_code")),
+            dict(run.get("overrides_of_model_config") or {}),
+        )
+
+    def folder(self) -> Path:
+        """The local folder: itself, or the snapshot of a hub id (config, tokenizer, safetensors).
+
+        Raises:
+            ValueError: neither a folder nor a model that the hub (or its local cache) has.
+        """
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        from huggingface_hub import snapshot_download
+
+        try:
+            found = snapshot_download(
+                str(self.name),
+                revision=self.revision,
+                allow_patterns=list(_FETCHED),
+                ignore_patterns=list(_NOT_FETCHED),
+            )
+        except Exception as error:
+            raise ValueError(
+                f"'{self.name}' is neither a local folder nor a model that can be fetched"
+                f" ({type(error).__name__}: {error})"
+            ) from error
+        return Path(found)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -110,34 +159,85 @@ def tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def down_projections(folder: Path) -> tuple[Anatomy, list[str]]:
-    """The anatomy of the checkpoint's model (on the meta device) and its down-projections' keys.
+@dataclass(frozen=True)
+class Vocabulary:
+    """A parameter with one row per token: the model's names for it (several where embeddings are
+    tied), and the checkpoint's keys."""
+
+    names: list[str]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and the model that it holds.
+
+    Attributes:
+        folder: where it lies.
+        model: on the meta device.
+        anatomy: of `model`.
+        stored: all tensors of the checkpoint by key.
+        down: keys of the L down-projections.
+        vocabulary: input and output embeddings (and the bias of the latter).
+    """
+
+    folder: Path
+    model: nn.Module
+    anatomy: Anatomy
+    stored: dict[str, Stored]
+    down: list[str]
+    vocabulary: list[Vocabulary]
+
+
+def open_checkpoint(base: str | Path | Base) -> Checkpoint:
+    """Find out what a checkpoint stores where; only the headers of its files are read.
 
     Raises:
         ValueError: a quantised checkpoint, an unsupported family, or keys that do not match.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    base = Base.of(base)
+    folder = base.folder()
+    trust = base.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"'{folder}' is a quantised checkpoint; rows can only be merged into and compared in"
             " the 16-bit or 32-bit one that it was made from"
         )
+    for key, value in base.overrides.items():
+        setattr(config, key, value)
     with torch.device("meta"):
-        anatomy = find_anatomy(AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    anatomy = find_anatomy(model)
     stored = tensors(folder)
-    return anatomy, [_key(f"{name}.weight", stored) for name in anatomy.names]
+    down = []
+    for name in anatomy.names:
+        matches = matching_keys(f"{name}.weight", stored)
+        if len(matches) != 1:
+            raise ValueError(
+                f"the model's {name}.weight matches {len(matches)} tensors of the checkpoint"
+                f" {matches[:3]}; expected exactly one"
+            )
+        down += matches
+    return Checkpoint(folder, model, anatomy, stored, down, _vocabulary(model, stored))
 
 
-def _key(name: str, stored: dict[str, Stored]) -> str:
+def matching_keys(name: str, stored: dict[str, Stored]) -> list[str]:
     """A checkpoint may leave out or add a prefix (GPT-2's has no `transformer.`)."""
     if name in stored:
-        return name
-    matches = [k for k in stored if f".{name}".endswith(f".{k}") or k.endswith(f".{name}")]
-    if len(matches) != 1:
-        raise ValueError(
-            f"the model's {name} matches {len(matches)} tensors of the checkpoint"
-            f" {matches[:3]}; expected exactly one"
-        )
-    return matches[0]
+        return [name]
+    if name == "lm_head.weight" and _NEOX_HEAD in stored:
+        return [_NEOX_HEAD]
+    return [k for k in stored if f".{name}".endswith(f".{k}") or k.endswith(f".{name}")]
+
+
+def _vocabulary(model: nn.Module, stored: dict[str, Stored]) -> list[Vocabulary]:
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = {id(p): p for module in both if module is not None for p in module.parameters()}
+    names: dict[int, list[str]] = {i: [] for i in wanted}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            names[id(parameter)].append(name)
+    return [Vocabulary(n, [k for x in n for k in matching_keys(x, stored)]) for n in names.values()]

@@ -3,37 +3,116 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from tqdm import tqdm
 
-from ..rows import FILE_NAME, RowSelection
-from .checkpoint import INDEX, Stored, down_projections, resolve, shards, tensors
+from ..rows import FILE_NAME, Made, RowSelection
+from .checkpoint import (
+    COMPANIONS,
+    INDEX,
+    Base,
+    Checkpoint,
+    Stored,
+    open_checkpoint,
+    shards,
+    tensors,
+)
+from .identity import check_base
 from .selected import rows_outside
+from .vocabulary import PREFIX, grow_companions, new_rows, write_grown
 
+LOG = logging.getLogger("loki_plugin")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What a base folder brings along besides weights; training may have saved newer ones.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
+# Training may have saved newer ones than the base's.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
               "merges.txt", "chat_template.jinja", "*.model")  # fmt: skip
+_MUCH = 0.1  # of the update
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the checkpoint's dtype could not hold of an update.
+
+    Attributes:
+        update: squared norm of the update.
+        lost: squared norm of what is missing of it in the written rows.
+        elements: numbers that the update changes.
+        unchanged: how many of them have the base's bytes still.
+    """
+
+    update: float = 0.0
+    lost: float = 0.0
+    elements: int = 0
+    unchanged: int = 0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(
+            self.update + other.update,
+            self.lost + other.lost,
+            self.elements + other.elements,
+            self.unchanged + other.unchanged,
+        )
+
+    @property
+    def lost_share(self) -> float:
+        """Norm of what was lost over the norm of the update."""
+        return (self.lost / self.update) ** 0.5 if self.update else 0.0
+
+    @property
+    def unchanged_share(self) -> float:
+        return self.unchanged / self.elements if self.elements else 0.0
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Where the merged model is, and how many rows of how many layers were written."""
+    """What was written, and what became of the update.
+
+    Attributes:
+        output: where the merged model is.
+        layers: how many layers have rows.
+        rows: how many rows were written.
+        base: what of the base was compared with the fingerprint in the rows file.
+        new_tokens: by how many tokens the embeddings grew.
+        rounding: what the checkpoint's dtype could not hold.
+        dtype: of the checkpoint's down-projections.
+    """
 
     output: Path
     layers: int
     rows: int
+    base: str
+    new_tokens: int
+    rounding: Rounding
+    dtype: str
+
+    def text(self) -> str:
+        lines = [
+            f"base compared with the rows file: {self.base}",
+            f"merged {self.rows} rows of {self.layers} layers into {self.output}",
+            f"{100 * self.rounding.lost_share:.1f} % of the update was rounded away"
+            f" ({self.dtype}); {100 * self.rounding.unchanged_share:.1f} % of the numbers that it"
+            " changes kept their bytes",
+        ]
+        if self.new_tokens:
+            lines.append(f"the embeddings grew by {self.new_tokens} tokens")
+        if self.rounding.lost_share > _MUCH:
+            lines.append(
+                "much of what was learned is too small for this dtype: train longer or with a"
+                " higher learning rate, merge into the base saved in float32, or serve the adapter"
+            )
+        return "\n".join(lines)
 
 
 def merge_adapter(
-    base: str | Path,
+    base: str | Path | Base,
     adapter: str | Path,
     output: str | Path,
     selection: RowSelection,
@@ -44,47 +123,63 @@ def merge_adapter(
     Every shard is copied, then the bytes of its selected rows are replaced where they lie, so
     that all other bytes are the base's by construction; at most one layer's rows are in memory.
     The sum is made in float32 (float64 for a float64 checkpoint) and rounded once to the
-    checkpoint's dtype. A half-written model never stands at `output`.
+    checkpoint's dtype. Embeddings to which training added tokens get their rows behind the base's
+    own. A half-written model never stands at `output`.
 
     Raises:
         ValueError: an adapter that is no plain LoRA on the down-projections or that has non-zero
             rows of B outside the selection, rows for another model, a quantised or non-safetensors
             base, or an output folder that is not empty.
     """
-    base, adapter, output = resolve(base), Path(adapter), Path(output)
-    if output.resolve() == base.resolve():
+    base, adapter, output = Base.of(base), Path(adapter), Path(output)
+    if output.resolve() == Path(base.name).resolve():
         raise ValueError(f"output '{output}' is the base model itself; give another folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output '{output}' exists and is not empty; remove it or give another")
     config = _lora_config(adapter)
-    anatomy, keys = down_projections(base)
-    if (selection.num_layers, selection.hidden_size or anatomy.hidden_size) != (
-        anatomy.num_layers,
-        anatomy.hidden_size,
-    ):
-        raise ValueError(
-            f"the rows are for {selection.num_layers} layers x {selection.hidden_size} rows, the"
-            f" base has {anatomy.num_layers} x {anatomy.hidden_size}"
-        )
-    selection = RowSelection(selection.rows, anatomy.hidden_size)
-    names = {f"base_model.model.{name}": i for i, name in enumerate(anatomy.names)}
+    found = open_checkpoint(base)
+    selection = selection.check_shape(found.anatomy)
+    compared = check_base(found, selection.fingerprint, progress)
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted merge
-    partial.mkdir(parents=True)
+    rounding = Rounding()
     with safe_open(adapter / WEIGHTS, "pt") as lora:
-        layers = _adapted_layers(lora.keys(), names, selection)
+        layers = _adapted_layers(lora.keys(), found.anatomy.names, selection)
         _check_rows(lora, layers, selection)
-        _copy_model(base, adapter, partial, progress)
+        grown = new_rows(found, lora)
+        partial.mkdir(parents=True)
+        _copy_model(found, adapter, partial, grown, progress)
         stored = tensors(partial)
         for i in tqdm(sorted(layers), desc="loki: merging layers", disable=not progress):
             a, b = (lora.get_tensor(f"{layers[i]}.lora_{x}.weight") for x in "AB")
-            scaling = _scaling(config, anatomy.names[i], a.shape[0])
-            _write_rows(stored[keys[i]], selection.rows[i], a, b, scaling, anatomy.row_dims[i])
-    selection.save(partial / FILE_NAME)
+            update = _scaling(config, found.anatomy.names[i], a.shape[0]), a, b
+            place, row_dim = stored[found.down[i]], found.anatomy.row_dims[i]
+            rounding += _write_rows(place, selection.rows[i], update, row_dim)
+    report = MergeReport(
+        output,
+        len(layers),
+        sum(selection.counts),
+        compared,
+        max(map(len, grown.values()), default=0),
+        rounding,
+        found.stored[found.down[0]].dtype,
+    )
+    _with_merge(selection, report).save(partial / FILE_NAME)
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    return MergeReport(output, len(layers), sum(selection.counts))
+    return report
+
+
+def _with_merge(selection: RowSelection, report: MergeReport) -> RowSelection:
+    merge = {
+        "base": report.base,
+        "new_tokens": report.new_tokens,
+        "dtype": report.dtype,
+        "rounded_away": report.rounding.lost_share,
+        "unchanged": report.rounding.unchanged_share,
+    }
+    return replace(selection, made=Made(**{**selection.made, "merge": merge}))
 
 
 def _lora_config(adapter: Path) -> dict:
@@ -108,8 +203,9 @@ def _scaling(config: dict, name: str, r: int) -> float:
     return pattern.get(get_pattern_key(pattern.keys(), name), config["lora_alpha"]) / r
 
 
-def _adapted_layers(keys, names: dict[str, int], selection: RowSelection) -> dict[int, str]:
-    modules = {key.rpartition(".lora_")[0] for key in keys}
+def _adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int, str]:
+    names = {f"{PREFIX}{name}": i for i, name in enumerate(down)}
+    modules = {key.rpartition(".lora_")[0] for key in keys if ".lora_" in key}
     foreign = sorted(m for m in modules if m not in names)
     if foreign:
         raise ValueError(
@@ -133,33 +229,59 @@ def _check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:
             )
 
 
-def _copy_model(base: Path, adapter: Path, target: Path, progress: bool) -> None:
-    weights = shards(base)
-    for file in tqdm(weights, desc="loki: copying shards", disable=not progress):
-        shutil.copyfile(file, target / file.name)
-    skip = {INDEX} if not (base / INDEX).is_file() else set()
-    for pattern in _COMPANIONS:
-        for file in base.glob(pattern):
+def _copy_model(
+    base: Checkpoint, adapter: Path, target: Path, grown: dict[str, torch.Tensor], progress: bool
+) -> None:
+    folder = base.folder
+    for file in tqdm(shards(folder), desc="loki: copying shards", disable=not progress):
+        inside = {k: rows for k, rows in grown.items() if base.stored[k].file == file}
+        if inside:
+            write_grown(file, target / file.name, inside)
+        else:
+            shutil.copyfile(file, target / file.name)
+    skip = {INDEX} if not (folder / INDEX).is_file() else set()
+    for pattern in COMPANIONS:
+        for file in folder.glob(pattern):
             if file.is_file() and file.name not in skip:
                 shutil.copyfile(file, target / file.name)
+    for key, rows in grown.items():
+        grow_companions(target, base.stored[key].shape[0] + len(rows))
     for pattern in _TOKENIZER:
         for file in adapter.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
 
 
-def _write_rows(place: Stored, rows, a, b, scaling: float, row_dim: int) -> None:
-    wide = torch.promote_types(place.torch_dtype, torch.float32)
-    update = scaling * (b[rows].to(wide) @ a.to(wide))  # [k, I]
-    weight = torch.from_file(
-        str(place.file),
-        shared=True,
-        size=place.file.stat().st_size,
-        dtype=torch.uint8,
-    )[place.start : place.start + place.size]
-    # safetensors aligns data to 8 bytes, so the bytes can be viewed as numbers in place.
-    weight = weight.view(place.torch_dtype).view(place.shape)
-    if row_dim == 0:
-        weight[rows] = (weight[rows].to(wide) + update).to(weight.dtype)
-    else:
-        weight[:, rows] = (weight[:, rows].to(wide) + update.T).to(weight.dtype)
+def _write_rows(
+    place: Stored,
+    rows: torch.Tensor,
+    update: tuple[float, torch.Tensor, torch.Tensor],
+    row_dim: int,
+) -> Rounding:
+    """W[rows] += scaling · B[rows] A, through bytes: a file need not be aligned.
+
+    Args:
+        place: W, [H, I], or [I, H] with `row_dim` 1.
+        update: scaling, A [r, I], B [H, r].
+    """
+    scaling, a, b = update
+    dtype = place.torch_dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    change = scaling * (b[rows].to(wide) @ a.to(wide))  # [k, I]
+    first, second = place.shape
+    size = place.size // (first * second)
+    raw = np.memmap(place.file, np.uint8, "r+", place.start, (first, second, size))
+    chosen = (rows.numpy(),) if row_dim == 0 else (slice(None), rows.numpy())
+    if row_dim == 1:
+        change = change.T
+    old = torch.from_numpy(np.ascontiguousarray(raw[chosen])).view(dtype).squeeze(-1)
+    new = (old.to(wide) + change).to(dtype)
+    raw[chosen] = new.contiguous().unsqueeze(-1).view(torch.uint8).numpy()
+    raw.flush()
+    lost, touched = (old.to(wide) + change - new.to(wide)), change != 0
+    return Rounding(
+        float(change.double().square().sum()),
+        float(lost.double().square().sum()),
+        int(touched.sum()),
+        int((touched & (new == old)).sum()),
+    )

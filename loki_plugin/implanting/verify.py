@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..model.fingerprint import stable
 from ..rows import RowSelection
-from .checkpoint import Stored, down_projections, resolve, tensors
+from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
+from .identity import check_base
 
 _CHUNK = 64 << 20
 
@@ -23,12 +25,16 @@ class VerifyReport:
         faults: one sentence for each difference that no selected row explains.
         changed_rows: per layer, how many selected rows differ.
         selected_rows: per layer, how many rows the file selects.
+        base: which base was seen, and what of it was compared with the rows file.
+        new_rows: per embedding that grew, how many tokens it has more than the base.
     """
 
     compared: int = 0
     faults: list[str] = field(default_factory=list)
     changed_rows: list[int] = field(default_factory=list)
     selected_rows: list[int] = field(default_factory=list)
+    base: str = ""
+    new_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -37,12 +43,16 @@ class VerifyReport:
     def text(self) -> str:
         changed, selected = sum(self.changed_rows), sum(self.selected_rows)
         lines = [
-            f"{self.compared} tensors compared byte by byte",
+            f"base: {self.base}",
+            f"{self.compared} tensors compared byte by byte, and the configuration",
             f"{changed} of {selected} selected rows changed, in"
             f" {sum(c > 0 for c in self.changed_rows)} of {len(self.changed_rows)} layers",
         ]
+        for key, count in self.new_rows.items():
+            lines.append(f"{key} has {count} new rows, of added tokens, behind the base's own")
         if self.ok:
-            lines.append("OK: nothing outside the selected rows has changed")
+            more = " but for the new tokens" if self.new_rows else ""
+            lines.append(f"OK: nothing outside the selected rows has changed{more}")
         else:
             lines += [f"  {fault}" for fault in self.faults[:20]]
             if len(self.faults) > 20:
@@ -52,29 +62,32 @@ class VerifyReport:
 
 
 def verify(
-    base: str | Path, tuned: str | Path, selection: RowSelection, progress: bool = True
+    base: str | Path | Base, tuned: str | Path, selection: RowSelection, progress: bool = True
 ) -> VerifyReport:
     """Compare two checkpoints in bounded memory; `.ok` only if all changes lie in the selection.
 
+    Embeddings may have more rows than the base's; the base's own must be as they were.
+
     Raises:
-        ValueError: a folder without safetensors weights, or rows for another model.
+        ValueError: a folder without safetensors weights, or rows for another shape of model.
     """
-    base, tuned = resolve(base), resolve(tuned)
-    anatomy, keys = down_projections(base)
-    if selection.num_layers != anatomy.num_layers:
-        raise ValueError(
-            f"the rows are for {selection.num_layers} layers, the base has {anatomy.num_layers}"
-        )
-    selection = RowSelection(selection.rows, anatomy.hidden_size)
-    layer_of = {key: i for i, key in enumerate(keys)}
-    before, after = tensors(base), tensors(tuned)
+    base = Base.of(base)
+    found = open_checkpoint(base)
+    anatomy, before, after = found.anatomy, found.stored, tensors(Path(tuned))
+    selection = selection.check_shape(anatomy)
+    layer_of = {key: i for i, key in enumerate(found.down)}
+    vocabulary = {key for part in found.vocabulary for key in part.keys}
     report = VerifyReport(changed_rows=[0] * anatomy.num_layers, selected_rows=selection.counts)
+    _see_base(report, base, found, selection, progress)
     report.faults += [f"{k} is missing in the tuned model" for k in sorted(before.keys() - after)]
     report.faults += [f"{k} is not in the base model" for k in sorted(after.keys() - before)]
     both = [k for k in before if k in after]
     for key in tqdm(both, desc="loki: verifying", unit="tensor", disable=not progress):
         report.compared += 1
         a, b = before[key], after[key]
+        if key in vocabulary and _grown(a, b):
+            report.new_rows[key] = b.shape[0] - a.shape[0]
+            b = replace(b, shape=a.shape, size=a.size)  # the base's tokens come first
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             report.faults.append(
                 f"{key} is {b.dtype} {list(b.shape)}, in the base {a.dtype} {list(a.shape)}"
@@ -92,7 +105,58 @@ def verify(
                 )
         elif _differs(a, b):
             report.faults.append(f"{key} changed")
+    _compare_configurations(report, base, found, Path(tuned))
     return report
+
+
+def _see_base(
+    report: VerifyReport, base: Base, found: Checkpoint, selection: RowSelection, progress: bool
+) -> None:
+    seen = str(base.name) + (f" at {base.revision}" if base.revision else "")
+    try:
+        compared = check_base(found, selection.fingerprint, progress)
+    except ValueError as error:
+        report.faults.append(str(error))
+        compared = "differs"
+    report.base = f"{seen}; compared with the rows file: {compared}"
+
+
+def _grown(a: Stored, b: Stored) -> bool:
+    return a.dtype == b.dtype and a.shape[1:] == b.shape[1:] and b.shape[0] > a.shape[0]
+
+
+def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint, tuned: Path):
+    """All but what loading and tokenizers change; `vocab_size` may follow grown embeddings."""
+    from transformers import AutoConfig
+
+    trust = base.trust_remote_code
+    old, new = (
+        stable(AutoConfig.from_pretrained(f, trust_remote_code=trust).to_dict())
+        for f in (found.folder, tuned)
+    )
+    sizes = {found.stored[key].shape[0] + count for key, count in report.new_rows.items()}
+    if len(sizes) > 1:
+        report.faults.append(f"the embeddings have grown to different sizes: {report.new_rows}")
+    for where, a, b in _differences(old, new):
+        if where.rpartition(".")[2] == "vocab_size" and {b} == sizes:
+            continue
+        report.faults.append(f"config.json: {where} is {b!r}, in the base {a!r}")
+    tokens = {v for w, v in _leaves(new) if w.rpartition(".")[2] == "vocab_size"}
+    if sizes and not tokens & sizes:
+        report.faults.append(f"config.json: vocab_size is {tokens}, the embeddings have {sizes}")
+
+
+def _differences(old, new):
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def _leaves(value, where: str = ""):
+    if not isinstance(value, dict):
+        yield where.removeprefix("."), value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{where}.{key}")
 
 
 def _differs(a: Stored, b: Stored) -> bool:

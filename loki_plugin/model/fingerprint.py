@@ -48,13 +48,13 @@ def fingerprint(model: nn.Module, block: int = _BLOCK) -> dict[str, str]:
                 " on the other ranks of a sharded load, so nothing can be said about its values."
                 " Ask on the rank that holds them, or load the whole model on every rank"
             )
-        _update(weights, name, stored, block)
+        update(weights, name, stored, block)
         if tensor is not None:
             tensor = tensor.detach()
-            _update(identity, name, tensor.to(torch.bfloat16), block)
-            _update(half, name, tensor.to(torch.float16).to(torch.bfloat16), block)
+            update(identity, name, tensor.to(torch.bfloat16), block)
+            update(half, name, tensor.to(torch.float16).to(torch.bfloat16), block)
     return {
-        "config": _config_hash(model),
+        "config": config_hash(model),
         "identity": identity.hexdigest(),
         "half": half.hexdigest(),
         "weights": weights.hexdigest(),
@@ -86,16 +86,21 @@ def difference(made_for: dict[str, str], model: nn.Module) -> str | None:
         ValueError: as `fingerprint`.
     """
     found = same_model(made_for, fingerprint(model))
-    if found and "half" not in made_for:
-        # Version 0.1.1 added larger blocks on a GPU.
-        return found if same_model(made_for, fingerprint(model, _AT_ONCE)) else None
+    if found and len(blocks_of(made_for)) > 1:
+        return found if same_model(made_for, fingerprint(model, blocks_of(made_for)[1])) else None
     return found
+
+
+def blocks_of(made_for: dict[str, str]) -> tuple[int, ...]:
+    """The block sizes that a fingerprint may have been made with."""
+    # Version 0.1.1 added larger blocks on a GPU.
+    return (_BLOCK,) if "half" in made_for else (_BLOCK, _AT_ONCE)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor]]:
     """(base model's name, the tensor if quantisation leaves it alone, what is stored), sorted."""
     entries = []
-    linear = {id(m.weight): row_scales(m) for m in model.modules() if _is_quantisable(m)}
+    linear = {id(m.weight): row_scales(m) for m in model.modules() if is_quantisable(m)}
     for name, tensor in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -114,11 +119,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None, torch
     return iter(sorted(entries, key=lambda e: e[0]))
 
 
-def _is_quantisable(module: nn.Module) -> bool:
+def is_quantisable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _update(digest, name: str, tensor: torch.Tensor, block: int) -> None:
+def update(digest, name: str, tensor: torch.Tensor, block: int) -> None:
+    """Add a tensor to a digest; floats of different widths differ by their bytes only."""
     data = tensor.detach()
     header = [name, list(data.shape), str(data.dtype) if not data.is_floating_point() else "float"]
     digest.update(json.dumps(header).encode())
@@ -147,20 +153,22 @@ def _checksum(tensor: torch.Tensor, block: int, at_once: int | None = None) -> l
     return [*(torch.cat(sums).tolist() if sums else []), *data[data.numel() - tail :].tolist()]
 
 
-def _config_hash(model: nn.Module) -> str:
+def config_hash(model: nn.Module) -> str:
+    """Hash of the architecture, without what loading and tokenizers change."""
     config = model.config.to_dict()
-    return hashlib.sha256(json.dumps(_stable(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(stable(config), sort_keys=True).encode()).hexdigest()
 
 
-def _stable(value):
+def stable(value):
+    """A configuration as plain JSON without its volatile keys."""
     if isinstance(value, dict):
         return {
-            str(k): _stable(v)
+            str(k): stable(v)
             for k, v in value.items()
             if k not in _VOLATILE and not str(k).startswith("_")
         }
     if isinstance(value, list | tuple):
-        return [_stable(v) for v in value]
+        return [stable(v) for v in value]
     return value if isinstance(value, bool | int | float | str | type(None)) else str(value)
 
 
@@ -174,6 +182,6 @@ def _quantisation(model: nn.Module) -> str:
         if row_scales(module) is not None:
             return "bnb-int8"
     dtypes = {
-        str(m.weight.dtype).removeprefix("torch.") for m in model.modules() if _is_quantisable(m)
+        str(m.weight.dtype).removeprefix("torch.") for m in model.modules() if is_quantisable(m)
     }
     return "none:" + "+".join(sorted(dtypes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,8 +153,12 @@ def merge_and_verify(run_config, base, selection, tmp_path):
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
-def test_axolotl_merge_lora_keeps_frozen_rows(run_config, train, base, tmp_path, four_bit):
+def test_axolotl_merge_lora_keeps_frozen_rows_and_proves_it(
+    run_config, train, base, tmp_path, monkeypatch, four_bit
+):
     from axolotl.cli.merge_lora import do_cli
+
+    from loki_plugin.implanting import proven
 
     run_config["load_in_4bit"] = four_bit
     train(run_config)
@@ -162,7 +167,26 @@ def test_axolotl_merge_lora_keeps_frozen_rows(run_config, train, base, tmp_path,
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(run_config))
     do_cli(str(config))
-    assert_only_rows_changed(base, out / "merged", RowSelection.load(out / "loki_rows.json"))
+    selection = RowSelection.load(out / "loki_rows.json")
+    assert_only_rows_changed(base, out / "merged", selection)
+    kept = RowSelection.load(out / "merged" / "loki_rows.json")
+    assert kept.fingerprint == selection.fingerprint is not None
+    assert "every weight" in kept.made["merge"]["base"] or four_bit
+
+    merge = proven.merge_adapter
+
+    def spoiled(*args):
+        report = merge(*args)
+        file = min(report.output.glob("model*.safetensors"))  # begins with the embeddings
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        return report
+
+    shutil.rmtree(out / "merged")
+    monkeypatch.setattr(proven, "merge_adapter", spoiled)
+    with pytest.raises(proven.NotProven, match="do not use the merged model"):
+        do_cli(str(config))
 
 
 def test_without_adapter_key_it_is_dense_loki(run_config, train):

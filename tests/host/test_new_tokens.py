@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers.axolotl import load
 from helpers.tokenizers import make_tokenizer
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loki_plugin.cli import loki
 from loki_plugin.host.settings import EMBEDDINGS
 from loki_plugin.rows import RowSelection
 
@@ -87,6 +90,23 @@ def test_new_tokens_train_the_rows_and_nothing_else(
     assert torch.equal(stored, embeddings)
     report = json.loads((out / "loki_report.json").read_text())
     assert report["rows_per_layer"] == [6] * 3
+
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(run_config))  # JSON is YAML
+    result = CliRunner().invoke(loki, ["merge", str(config)])
+    assert result.exit_code == 0, result.output
+    assert f"embed_tokens.weight has {count} new rows, of added tokens" in result.output
+    assert "OK: nothing outside the selected rows has changed but for the new" in result.output
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    assert merged.config.vocab_size == len(tokenizer) == len(old) + count
+    tokens = ["<|new_pad|>"] if added is PAD else ["<|im_start|>", "<|im_end|>"]
+    ids = sorted(tokenizer.convert_tokens_to_ids(tokens))
+    assert ids == [len(old) + i for i in range(count)]
+    ids = torch.tensor([[5, 6, len(old)]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-4)
 
     # The rows were chosen before the base grew: they fit the base as it lies there, and going on
     # from the adapter, or from its rows, fits too.

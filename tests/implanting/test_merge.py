@@ -178,7 +178,7 @@ def test_an_adapter_of_other_rows_or_modules_is_refused(tmp_path):
     other = RowSelection([[3, 1, 41], *ROWS.rows[1:]], 48)
     with pytest.raises(ValueError, match="layer 0: the adapter changes row 40"):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", other, False)
-    with pytest.raises(ValueError, match="2 layers x 48 rows, the base has 3 x 48"):
+    with pytest.raises(ValueError, match="2 layers x 48 rows, this model has 3 x 48"):
         short = RowSelection(ROWS.rows[:2], 48)
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", short, False)
     file = tmp_path / "adapter" / "adapter_model.safetensors"

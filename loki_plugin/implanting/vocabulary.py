@@ -1,0 +1,131 @@
+"""Embeddings that grew by new tokens: what an adapter brings, and a checkpoint with them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+
+from .checkpoint import INDEX, Checkpoint, Stored, Vocabulary, tensors
+
+PREFIX = "base_model.model."  # PEFT's, around the base model
+_CHUNK = 4096  # rows
+
+
+def new_rows(base: Checkpoint, lora) -> dict[str, torch.Tensor]:
+    """By checkpoint key: the rows of the embeddings that an adapter adds to the base's.
+
+    PEFT saves the whole embeddings where tokens were added. The base's own rows in them must be as
+    they were (to the rounding of the dtype in which the base was loaded).
+
+    Args:
+        lora: the adapter's open safetensors file.
+
+    Raises:
+        ValueError: embeddings of other sizes, or with other values for tokens that the base has.
+    """
+    held = {k for k in lora.keys() if ".lora_" not in k}
+    found: dict[str, torch.Tensor] = {}
+    for part in base.vocabulary:
+        brought = [f"{PREFIX}{n}" for n in part.names if f"{PREFIX}{n}" in held]
+        for name in brought:
+            for key in part.keys:
+                rows = _added(lora.get_slice(name), base.stored[key], name)
+                if key not in found and len(rows):
+                    found[key] = rows
+        held -= set(brought)
+    if held:
+        raise ValueError(
+            f"the adapter holds {sorted(held)[0]}, which is neither a LoRA matrix nor an embedding;"
+            " it is not a LoKI adapter of this model"
+        )
+    counts = {key: len(rows) for key, rows in found.items()}
+    bare = [part for part in base.vocabulary if counts and not set(part.keys) & set(counts)]
+    if bare or len(set(counts.values())) > 1:
+        raise ValueError(
+            f"the adapter adds {counts} rows to the embeddings"
+            f"{_lacking(bare)}; all of them must grow by the same number of tokens"
+        )
+    return found
+
+
+def _lacking(bare: list[Vocabulary]) -> str:
+    return f" but none to {bare[0].names[0]}" if bare else ""
+
+
+def _added(brought, place: Stored, name: str) -> torch.Tensor:
+    shape, size = tuple(brought.get_shape()), place.shape[0]
+    if shape[0] < size or shape[1:] != place.shape[1:]:
+        raise ValueError(
+            f"the adapter's {name} is {list(shape)}, the base's {list(place.shape)}: only"
+            " embeddings with more tokens can be merged; give the base that was trained on"
+        )
+    old = place.tensor()
+    dtype = brought[:1].dtype
+    # The base was loaded in the adapter's dtype, or in 16 bits and held in 32 bits afterwards.
+    loads = {dtype, torch.bfloat16, torch.float16}
+    for i in range(0, size, _CHUNK):
+        part, seen = old[i : i + _CHUNK], brought[i : min(i + _CHUNK, size)]
+        loads = {d for d in loads if torch.equal(part.to(d).to(dtype), seen)}
+        if not loads:
+            raise ValueError(
+                f"the adapter's {name} has other values for tokens {i} to {i + len(part) - 1} than"
+                " the base: it was trained on another base, or trained the embeddings"
+            )
+    return brought[size:].to(place.torch_dtype)
+
+
+def write_grown(source: Path, target: Path, grown: dict[str, torch.Tensor]) -> None:
+    """Copy a safetensors file; the tensors in `grown` get more rows behind their own."""
+    with source.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", None)
+        order = sorted(header, key=lambda k: header[k]["data_offsets"])
+        entries, at = {} if metadata is None else {"__metadata__": metadata}, 0
+        for key in order:
+            entry = header[key]
+            first, last = entry["data_offsets"]
+            more, shape = grown.get(key), list(entry["shape"])
+            size = last - first
+            if more is not None:
+                shape[0] += len(more)
+                size += more.numel() * more.element_size()
+            entries[key] = {"dtype": entry["dtype"], "shape": shape}
+            entries[key]["data_offsets"] = [at, at + size]
+            at += size
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        with target.open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for key in order:
+                first, last = header[key]["data_offsets"]
+                stream.seek(8 + length + first)
+                _copy_bytes(stream, out, last - first)
+                if key in grown:
+                    out.write(grown[key].contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _copy_bytes(source, target, count: int) -> None:
+    while count:
+        data = source.read(min(count, 64 << 20))
+        target.write(data)
+        count -= len(data)
+
+
+def grow_companions(folder: Path, size: int) -> None:
+    """Set `vocab_size` in config.json, and the total size in the index."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    inner = config.get("text_config")
+    owner = inner if "vocab_size" not in config and isinstance(inner, dict) else config
+    owner["vocab_size"] = size
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path = folder / INDEX
+    if path.is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        total = sum(place.size for place in tensors(folder).values())
+        index.setdefault("metadata", {})["total_size"] = total
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

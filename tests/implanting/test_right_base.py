@@ -1,0 +1,286 @@
+"""Is it the base that the rows were made on, and what of it is fetched and left as it was?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.families import FAMILIES, tiny
+from safetensors.torch import load_file, save_file
+
+from loki_plugin import RowSelection, implant
+from loki_plugin.cli import loki
+from loki_plugin.implanting import checkpoint
+from loki_plugin.implanting.checkpoint import Base, open_checkpoint
+from loki_plugin.implanting.identity import check_base
+from loki_plugin.implanting.merge import merge_adapter
+from loki_plugin.implanting.verify import verify
+from loki_plugin.model.fingerprint import fingerprint
+
+POSITIONS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
+
+
+def make(tmp_path, family="llama", dtype=torch.float32, loaded=None, scale=1.0, **saving):
+    """A base, an adapter with non-trivial values, and the rows file made on the loaded base."""
+    from transformers import AutoModelForCausalLM
+
+    tiny(family, dtype=dtype).save_pretrained(tmp_path / "base", **saving)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=loaded or dtype)
+    made = {"quota": 10, "strategy": "layer_balanced"}
+    rows = RowSelection(POSITIONS, 48, fingerprint(model), made)
+    model = implant(model, rows, None)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_(0, scale)
+    model.save_pretrained(tmp_path / "adapter")
+    rows.save(tmp_path / "adapter" / "loki_rows.json")
+    return rows
+
+
+def merged(tmp_path, rows):
+    return merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rows, False)
+
+
+def change(folder, key, index, by=1e-3):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[key][index] += by
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_the_merged_rows_file_keeps_fingerprint_and_origin(tmp_path):
+    rows = make(tmp_path)
+    merged(tmp_path, rows)
+    kept = RowSelection.load(tmp_path / "out" / "loki_rows.json")
+    assert kept == rows and kept.hidden_size == 48
+    assert kept.fingerprint == rows.fingerprint
+    assert {k: v for k, v in kept.made.items() if k != "merge"} == rows.made
+    assert kept.made["merge"]["base"] == "architecture and every weight"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_streamed_fingerprint_is_that_of_the_loaded_model(tmp_path, family):
+    model = tiny(family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        said = check_base(open_checkpoint(tmp_path), fingerprint(loaded), False)
+        # transformers stores most routed experts one by one, and Llama 4's as the model holds them.
+        fused = any("experts" in n and p.dim() == 3 for n, p in model.named_parameters())
+        if fused and family != "llama4":
+            assert said.startswith("architecture only: the checkpoint stores model.layers.")
+        else:
+            assert said == "architecture and every weight"
+
+
+WRONG = {
+    "fine-tune": (
+        lambda b: change(b, "model.layers.1.mlp.up_proj.weight", (3, 5)),
+        "weights have other values",
+    ),
+    "embedding": (
+        lambda b: change(b, "model.embed_tokens.weight", (3, 5), 1.0),
+        "embeddings or norms have other values",
+    ),
+    "architecture": (
+        lambda b: (b / "config.json").write_text(
+            (b / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-5')
+        ),
+        "its architecture differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_another_base_of_the_same_shape_is_refused(tmp_path, case):
+    rows = make(tmp_path)
+    right = tmp_path / "right"
+    shutil.copytree(tmp_path / "base", right)
+    merged(tmp_path, rows)
+    spoil, message = WRONG[case]
+    before = (tmp_path / "base" / "config.json").read_text()
+    spoil(tmp_path / "base")
+    if case == "architecture":
+        assert before != (tmp_path / "base" / "config.json").read_text()
+    with pytest.raises(ValueError, match=f"made on another model.*{message}"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "two", rows, False)
+    assert not (tmp_path / "two").exists()
+    report = verify(tmp_path / "base", tmp_path / "base", rows, False)
+    assert any(message in fault for fault in report.faults)
+    assert verify(right, tmp_path / "out", rows, False).ok
+
+
+def test_a_quantised_analysis_compares_what_quantisation_leaves_alone(tmp_path):
+    rows = make(tmp_path)
+    mark = rows.fingerprint | {"quantisation": "bnb-nf4-64", "weights": "of 4 bits"}
+    folder = tmp_path / "base"
+    said = check_base(open_checkpoint(folder), mark, False)
+    assert said == "architecture, embeddings, norms and biases"
+    change(folder, "model.norm.weight", 3, 1.0)
+    with pytest.raises(ValueError, match="embeddings or norms"):
+        check_base(open_checkpoint(folder), mark, False)
+
+
+def test_rows_without_a_fingerprint_merge_and_it_is_said(tmp_path):
+    make(tmp_path)
+    bare = RowSelection(POSITIONS)
+    assert merged(tmp_path, bare).base == "not compared: the rows file holds no fingerprint"
+    text = verify(tmp_path / "base", tmp_path / "out", bare, False).text()
+    assert f"base: {tmp_path / 'base'}; compared with the rows file: not compared" in text
+
+
+def test_verify_compares_the_configuration(tmp_path):
+    rows = make(tmp_path)
+    merged(tmp_path, rows)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"use_cache": False, "eos_token_id": 5}))
+    assert verify(tmp_path / "base", tmp_path / "out", rows, False).ok
+    path.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    report = verify(tmp_path / "base", tmp_path / "out", rows, False)
+    assert report.faults == ["config.json: rms_norm_eps is 0.5, in the base 1e-06"]
+    path.write_text(json.dumps(config | {"vocab_size": 98}))
+    report = verify(tmp_path / "base", tmp_path / "out", rows, False)
+    assert report.faults == ["config.json: vocab_size is 98, in the base 97"]
+
+
+def test_the_command_proves_what_it_wrote_and_fails_if_it_cannot(tmp_path, monkeypatch):
+    from loki_plugin.implanting import proven
+
+    make(tmp_path)
+    config = tmp_path / "run.yaml"
+    run = {"base_model": str(tmp_path / "base"), "output_dir": str(tmp_path / "adapter")}
+    config.write_text(json.dumps(run))
+
+    def spoiled(*args):
+        report = merge_adapter(*args)
+        change(report.output, "model.norm.weight", 0)
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proven, "merge_adapter", spoiled)
+        result = CliRunner().invoke(loki, ["merge", str(config)])
+    assert result.exit_code == 1
+    assert "do not use the merged model" in result.output
+    assert "model.norm.weight changed" in result.output
+    shutil.rmtree(tmp_path / "adapter" / "merged")
+    result = CliRunner().invoke(loki, ["merge", str(config)])
+    assert result.exit_code == 0, result.output
+    assert "OK: nothing outside" in result.output and "rounded away" in result.output
+
+
+def test_revision_and_code_of_the_run_are_honoured(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    make(tmp_path)
+    asked = {}
+
+    def snapshot_download(name, **kwargs):
+        asked.update(name=name, **kwargs)
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    run = {"base_model": "some/model", "revision_of_model": "abc", "trust_remote_code": True}
+    base = Base.of_run(run | {"overrides_of_model_config": {"rms_norm_eps": 0.5}})
+    assert open_checkpoint(base).folder == tmp_path / "base"
+    assert open_checkpoint(base).model.config.rms_norm_eps == 0.5
+    assert (asked["name"], asked["revision"], base.trust_remote_code) == ("some/model", "abc", True)
+    wanted = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "modeling_own.py",
+    ]
+    unwanted = [
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "model-Q4.gguf",
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "onnx/model.onnx",
+    ]
+    chosen = huggingface_hub.utils.filter_repo_objects(
+        wanted + unwanted,
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(chosen) == wanted
+
+
+def test_code_of_the_checkpoint_runs_only_where_the_run_trusts_it(tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
+    make(tmp_path)
+    seen = []
+    load = AutoConfig.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        seen.append(kwargs.get("trust_remote_code"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "AutoConfig", AutoConfig, raising=False)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    for trust in (False, True):
+        open_checkpoint(Base(tmp_path / "base", trust_remote_code=trust))
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_unaligned_file_merges(tmp_path, family, dtype):
+    rows = make(tmp_path, family, dtype)
+    merged(tmp_path, rows)
+    file = tmp_path / "base" / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + length].rstrip(b" ")
+    header += b" " * ((3 - len(header)) % 8)  # 3 bytes after a multiple of 8
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+    two = tmp_path / "two"
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", two, rows, False)
+    assert verify(tmp_path / "base", two, rows, False).ok
+    aligned = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in load_file(two / "model.safetensors").items():
+        assert torch.equal(value, aligned[key]), key
+
+
+def test_what_rounding_took_is_said(tmp_path):
+    rows = make(tmp_path, dtype=torch.float32, scale=0.1)
+    report = merged(tmp_path, rows)
+    assert report.rounding.lost_share == report.rounding.unchanged_share == 0
+    assert "longer" not in report.text()
+
+
+def test_rounding_against_a_slow_loop(tmp_path):
+    rows = make(tmp_path, dtype=torch.bfloat16, scale=3e-4)
+    report = merged(tmp_path, rows)
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "out"))
+    lora = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    lost = update = 0.0
+    elements = unchanged = 0
+    for i, positions in enumerate(rows.rows):
+        name = f"model.layers.{i}.mlp.down_proj"
+        a, b = (lora[f"base_model.model.{name}.lora_{x}.weight"].float() for x in "AB")
+        for j in positions.tolist():
+            old, new = (t[f"{name}.weight"][j].float() for t in (before, after))
+            for d, o, n in zip((b[j] @ a).tolist(), old.tolist(), new.tolist(), strict=True):
+                lost += (o + d - n) ** 2
+                update += d * d
+                elements += d != 0
+                unchanged += d != 0 and o == n
+    assert report.rounding.lost_share == pytest.approx((lost / update) ** 0.5, rel=1e-3)
+    assert report.rounding.unchanged_share == pytest.approx(unchanged / elements)
+    assert report.rounding.lost_share > 0.1 and "train longer" in report.text()
+    kept = RowSelection.load(tmp_path / "out" / "loki_rows.json").made["merge"]
+    assert kept["rounded_away"] == report.rounding.lost_share
+    assert kept["unchanged"] == report.rounding.unchanged_share and kept["dtype"] == "BF16"
