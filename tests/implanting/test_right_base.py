@@ -129,6 +129,20 @@ def test_a_quantised_analysis_compares_what_quantisation_leaves_alone(tmp_path):
         check_base(open_checkpoint(folder), mark, False)
 
 
+def test_fingerprints_of_version_0_1_1_are_known_from_a_cpu_and_from_a_gpu(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    for block in (1 << 15, 1 << 24):
+        mark = fingerprint(model, block)
+        del mark["half"]
+        found = open_checkpoint(tmp_path / "base")
+        assert check_base(found, mark, False) == "architecture and every weight"
+        with pytest.raises(ValueError, match="weights have other values"):
+            check_base(found, mark | {"weights": "x"}, False)
+
+
 def test_rows_without_a_fingerprint_merge_and_it_is_said(tmp_path):
     make(tmp_path)
     bare = RowSelection(POSITIONS)
