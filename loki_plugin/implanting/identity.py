@@ -40,8 +40,8 @@ def check_base(base: Checkpoint, made_for: dict[str, str] | None, progress: bool
         keys[name] = found[0]
     storage = made_for.get("quantisation", "")
     made_in = getattr(torch, storage.removeprefix("none:"), None) if ":" in storage else None
-    found = [_digests(base, keys, made_in, b, progress) for b in blocks_of(made_for)]
-    identities, weights = (set().union(*some) for some in zip(*found, strict=True))
+    digests = [_digests(base, keys, made_in, b, progress) for b in blocks_of(made_for)]
+    identities, weights = (set().union(*some) for some in zip(*digests, strict=True))
     if made_for.get("identity") not in identities:
         raise ValueError(_another(base, "its embeddings or norms have other values"))
     if not weights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from .identity import check_base
 from .selected import rows_outside
 from .vocabulary import PREFIX, grow_companions, new_rows, write_grown
 
-LOG = logging.getLogger("loki_plugin")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Training may have saved newer ones than the base's.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -244,8 +242,10 @@ def _copy_model(
         for file in folder.glob(pattern):
             if file.is_file() and file.name not in skip:
                 shutil.copyfile(file, target / file.name)
-    for key, rows in grown.items():
-        grow_companions(target, base.stored[key].shape[0] + len(rows))
+    if grown:
+        key, rows = next(iter(grown.items()))
+        more = sum(new.numel() for new in grown.values())
+        grow_companions(target, base.stored[key].shape[0] + len(rows), more)
     for pattern in _TOKENIZER:
         for file in adapter.glob(pattern):
             if file.is_file():

@@ -115,8 +115,8 @@ def _copy_bytes(source, target, count: int) -> None:
         count -= len(data)
 
 
-def grow_companions(folder: Path, size: int) -> None:
-    """Set `vocab_size` in config.json, and the total size in the index."""
+def grow_companions(folder: Path, size: int, more: int) -> None:
+    """Set `vocab_size` in config.json to `size`; count `more` numbers in the index."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     inner = config.get("text_config")
@@ -126,6 +126,8 @@ def grow_companions(folder: Path, size: int) -> None:
     path = folder / INDEX
     if path.is_file():
         index = json.loads(path.read_text(encoding="utf-8"))
-        total = sum(place.size for place in tensors(folder).values())
-        index.setdefault("metadata", {})["total_size"] = total
+        metadata = index.setdefault("metadata", {})
+        metadata["total_size"] = sum(place.size for place in tensors(folder).values())
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] += more
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

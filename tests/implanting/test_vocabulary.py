@@ -10,6 +10,7 @@ from helpers.families import tiny
 from safetensors.torch import load_file, save_file
 
 from loki_plugin import RowSelection, implant
+from loki_plugin.implanting.checkpoint import INDEX
 from loki_plugin.implanting.merge import merge_adapter
 from loki_plugin.implanting.verify import verify
 
@@ -78,6 +79,14 @@ def test_old_tokens_keep_their_bytes_and_new_ones_come_behind(
         elif not key.endswith(DOWN):
             assert torch.equal(new, old), key
     assert grown
+    if (tmp_path / "base" / INDEX).is_file():
+        old, new = (
+            json.loads((tmp_path / f / INDEX).read_text())["metadata"] for f in ("base", "out")
+        )
+        more = {k: after[k].numel() - before[k].numel() for k in grown}
+        size = sum(t.numel() * t.element_size() for t in after.values())
+        assert new["total_size"] == size
+        assert new["total_parameters"] == old["total_parameters"] + sum(more.values())
     report = verify(tmp_path / "base", tmp_path / "out", ROWS, False)
     assert report.ok, report.text()
     assert report.new_rows == dict.fromkeys(grown, NEW)
