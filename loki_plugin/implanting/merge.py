@@ -142,8 +142,8 @@ def merge_adapter(
     shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted merge
     rounding = Rounding()
     with safe_open(adapter / WEIGHTS, "pt") as lora:
-        layers = _adapted_layers(lora.keys(), found.anatomy.names, selection)
-        _check_rows(lora, layers, selection)
+        layers = adapted_layers(lora.keys(), found.anatomy.names, selection)
+        check_rows(lora, layers, selection)
         grown = new_rows(found, lora)
         partial.mkdir(parents=True)
         _copy_model(found, adapter, partial, grown, progress)
@@ -201,7 +201,7 @@ def _scaling(config: dict, name: str, r: int) -> float:
     return pattern.get(get_pattern_key(pattern.keys(), name), config["lora_alpha"]) / r
 
 
-def _adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int, str]:
+def adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int, str]:
     names = {f"{PREFIX}{name}": i for i, name in enumerate(down)}
     modules = {key.rpartition(".lora_")[0] for key in keys if ".lora_" in key}
     foreign = sorted(m for m in modules if m not in names)
@@ -217,7 +217,7 @@ def _adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int,
     return layers
 
 
-def _check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:
+def check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:
     for i, module in sorted(layers.items()):
         outside = rows_outside(lora.get_tensor(f"{module}.lora_B.weight"), selection.rows[i])
         if outside:

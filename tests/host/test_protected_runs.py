@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,12 @@ def test_trains_saves_reports_and_merges(run_config, train, base, tmp_path, text
     config.write_text(json.dumps(run_config))
     merged = CliRunner().invoke(loki, ["merge", str(config)])
     assert merged.exit_code == 0, merged.output
+    files = ["--rows", str(out / "loki_rows.json"), "--directions", str(out / FILE_NAME)]
+    for tuned, proof in ((out, "B is zero outside the rows"), (out / "merged", "nothing outside")):
+        verified = CliRunner().invoke(loki, ["verify", str(base), str(tuned), *files])
+        assert verified.exit_code == 0 and proof in verified.output, verified.output
+        share = float(re.search(r"at most (\S+) of the update reads them", verified.output)[1])
+        assert 0 < share < 1e-4
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (base, out / "merged"))
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
     ids = torch.arange(3, 40)[None]

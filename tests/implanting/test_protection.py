@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from loki_plugin import implant, input_directions
+from loki_plugin import RowSelection, implant, input_directions
 from loki_plugin.directions import FILE_NAME, Directions
 from loki_plugin.implanting import adapter, protection
+from loki_plugin.implanting.leaking import check_adapter, measure_leakage
 from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.fingerprint import fingerprint
@@ -341,3 +342,39 @@ def test_the_directions_file_keeps_everything(tmp_path):
     (tmp_path / "m" / "model.safetensors").rename(other)
     with pytest.raises(ValueError, match="is no directions file that this package reads"):
         Directions.load(other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_leakage_is_read_from_files_and_shows_what_is_not_protected(tmp_path, family):
+    basis, base = Directions(directions(family)), tmp_path / "base"
+    tiny(family).save_pretrained(base)
+    rows = RowSelection(ROWS)
+    for name, protect in (("protected", basis), ("plain", None)):
+        model = implant(tiny(family), ROWS, protect=protect)
+        train(model)
+        model.save_pretrained(tmp_path / name)
+        model.merge_and_unload().save_pretrained(tmp_path / f"{name}-merged")
+    for kind, bound in (("", 1e-6), ("-merged", 1e-4)):
+        report = measure_leakage(base, tmp_path / f"protected{kind}", rows, basis)
+        assert all(0 < share < bound for share in report.shares)
+        report = measure_leakage(base, tmp_path / f"plain{kind}", rows, basis)
+        assert all(share > 0.2 for share in report.shares)
+        assert report.chance == [0.5] * 3 or family == "gpt2"
+    with pytest.raises(ValueError, match=r"for layers of .* inputs, the base has"):
+        measure_leakage(base, tmp_path / "plain", rows, Directions(basis.basis[:2]))
+    narrow = [torch.eye(7)[:, :2]] * 3
+    with pytest.raises(ValueError, match=r"layers of \[7, 7, 7\] inputs, the base has"):
+        measure_leakage(base, tmp_path / "plain", rows, Directions(narrow))
+
+
+def test_an_adapter_with_a_row_too_many_is_not_proved(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = implant(tiny("llama"), ROWS)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "3 down-projections" in check_adapter(
+        tmp_path / "base", tmp_path / "adapter", RowSelection(ROWS)
+    )
+    with pytest.raises(ValueError, match="layer 1: the adapter changes row 47"):
+        check_adapter(
+            tmp_path / "base", tmp_path / "adapter", RowSelection([ROWS[0], [0, 5], ROWS[2]])
+        )
