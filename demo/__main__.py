@@ -24,7 +24,7 @@ from tqdm import tqdm
 COMMANDS = Path(sys.executable).parent
 MARKER = ".loki_demo"
 EPOCHS, BATCH = 8, 20
-# benchmarks/forgetting.py has other rates and quotas; with these both learn about half of the task.
+# benchmarks/forgetting has other rates and quotas; with these both learn about half of the task.
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 LORA |= {"learning_rate": 5e-4}
 # Axolotl turns its Triton kernels on for LoRA, also where there is no GPU.

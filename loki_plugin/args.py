@@ -116,7 +116,11 @@ class ProtectArgs(_Block):
         if self.inputs is not None and self.directions is not None:
             raise ValueError("`inputs` and `directions` are two ways to say how many; give one")
         if self.text is not None and not self.on:
-            raise ValueError("`text` needs something to protect: set `inputs` or `anchor`")
+            raise ValueError(
+                "`text` needs something to protect: set `inputs`, `directions` or `anchor`"
+            )
+        if self.anchor_batch != type(self).model_fields["anchor_batch"].default and not self.anchor:
+            raise ValueError("`anchor_batch` is the batch of `anchor`, which is off; set it too")
         return self
 
 

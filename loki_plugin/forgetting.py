@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import nn
 
 from .analysing.calibration.prompts import Prompt, load_prompts
 from .analysing.calibration.sources import Record, load_records
@@ -16,6 +16,7 @@ from .args import CalibrationArgs
 from .evaluating.change import TaskChange, mean_relative_drop
 from .evaluating.harness import changes, check_tasks, evaluate_tasks
 from .evaluating.quick import Forgetting, compare, log_probabilities
+from .implanting.anchor import adapter_off
 
 ADAPTER = "adapter_config.json"
 # Enough for a figure, few enough for a minute on an 8B model.
@@ -97,6 +98,9 @@ def measure(
     tuned = str(tuned)
     adapter = tuned if (Path(tuned) / ADAPTER).is_file() else None
     settings: dict[str, Any] = {"device": device, "dtype": dtype, **options}
+    idle = [k for k in ("include", "limit") if options.get(k)] + ["noise_floor"] * noise_floor
+    if idle and not tasks:
+        raise ValueError(f"{', '.join(idle)} need lm-eval tasks; name some with --tasks")
     if tasks:
         check_tasks(tasks, options.get("include"))  # before anything is loaded
     on_prompts = _on_prompts(base, tuned, prompts, device, dtype)
@@ -169,14 +173,14 @@ def load_questions(
     return load_prompts(tokenizer, **asked, records=records).prompts
 
 
-def of_an_adapter(model: PeftModel, prompts: Sequence[Prompt]) -> Forgetting:
+def of_an_adapter(model: nn.Module, prompts: Sequence[Prompt]) -> Forgetting:
     """What the active adapter of a model in memory has changed; its base is the adapter off.
 
     At most `QUICK_PROMPTS` of the prompts are asked, evenly chosen.
     """
     some = prompts[:: -(-len(prompts) // QUICK_PROMPTS)]
     ids = [p.ids for p in some]
-    with model.disable_adapter():
+    with adapter_off(model):
         base = log_probabilities(model, ids)
     return compare(base, log_probabilities(model, ids), [p.target for p in some])
 

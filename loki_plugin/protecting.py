@@ -55,11 +55,12 @@ def earlier_directions(
         return None
     found = Directions.load(file)
     wanted = _settings(config)
-    if checkpoint and {k: found.made.get(k) for k in wanted} != wanted:
+    asked = checkpoint or config.protect.reads  # an adapter decides where the YAML says nothing
+    if asked and {k: found.made.get(k) for k in wanted} != wanted:
         had = ", ".join(f"{k}: {found.made.get(k)}" for k in wanted)
         raise ValueError(
-            f"checkpoint '{checkpoint}' was trained with protect: {{{had}}}; resuming with other"
-            " directions would mix two constraints. Give the same settings, or start afresh"
+            f"'{folder}' was trained with protect: {{{had}}}; going on with other directions would"
+            " mix two constraints. Give the same settings, or start afresh"
         )
     return found
 

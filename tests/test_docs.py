@@ -50,6 +50,17 @@ def test_every_command_in_the_readme_exists():
         assert result.exit_code == 0, (command, result.output)
 
 
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_file_that_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:docs|tests|benchmarks|example_configs)/[\w./-]+)`", text)
+    missing = [n for n in named if not (ROOT / n).exists()]
+    assert not missing
+
+
 WITHOUT_AXOLOTL = """
 import sys
 sys.modules["axolotl"] = sys.modules["bitsandbytes"] = None

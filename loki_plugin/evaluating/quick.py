@@ -89,7 +89,7 @@ def compare(
             f" {list(tuned.shape)}; give both on the same prompts"
         )
     known = tuned[:, : base.shape[1]]  # new tokens stand behind the base's vocabulary
-    kl = (base.exp() * (base - known)).nan_to_num(0.0, posinf=torch.inf).sum(-1)
+    kl = (base.exp() * (base - known)).masked_fill(base.isneginf(), 0.0).sum(-1)
     answers = base.argmax(-1), tuned.argmax(-1)
     same = (answers[0] == answers[1]).float().mean()
     asked = [(i, y) for i, y in enumerate(gold or ()) if y is not None]

@@ -8,10 +8,10 @@ from pathlib import Path
 LOG = logging.getLogger("loki_plugin")
 
 
-def check_base(cfg) -> None:
+def check_base(cfg, downloaded: bool = False) -> None:
     """Refuse a base checkpoint whose stored weights no rows can be merged into.
 
-    Of a model on the hub only the configuration is looked at until its weights are here.
+    Of a model on the hub only the configuration is looked at until it is `downloaded`.
 
     Raises:
         ValueError: a base quantised by anything but bitsandbytes; one without safetensors; one
@@ -36,12 +36,12 @@ def check_base(cfg) -> None:
             " from",
             cfg.base_model,
         )
-    else:
+    elif downloaded or Path(cfg.base_model).is_dir():
         check_stored(cfg)
 
 
 def check_stored(cfg) -> None:
-    """The part of `check_base` that needs the checkpoint's files; nothing is downloaded for it."""
+    """The part of `check_base` that needs the checkpoint's files, which must be here by now."""
     from ..implanting.checkpoint import open_checkpoint
 
     folder = _folder(cfg)
@@ -62,6 +62,4 @@ def _folder(cfg) -> Path | None:
     if Path(cfg.base_model).is_dir():
         return Path(cfg.base_model)
     found = try_to_load_from_cache(cfg.base_model, "config.json", revision=cfg.revision_of_model)
-    folder = Path(found).parent if isinstance(found, str) else None
-    # A snapshot may hold no more than the configuration yet.
-    return folder if folder and (any(folder.glob("*.safetensors*"))) else None
+    return Path(found).parent if isinstance(found, str) else None

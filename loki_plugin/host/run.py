@@ -48,7 +48,7 @@ class Run:
 
         check_loaded(model)
         if not Path(cfg.base_model).is_dir():
-            check_base(cfg)  # its weights have come from the hub by now
+            check_base(cfg, downloaded=True)
         check_adaptable(find_anatomy(model), model)
         tokenizer = calibration_tokenizer(cfg, model, files)
         started = time.perf_counter()
@@ -165,15 +165,18 @@ class Run:
         folder = Path(cfg.output_dir)
         if not self.trained:
             self.trained = True
+            self.verdict.what["saved"] = "not yet"
+            self.verdict.left_out.add("saved")
+            self._look_at(model)
             try:
-                self._look_at(model)
                 self._publish(folder)
-            except Exception as error:  # raised later: what was trained must be saved first
-                LOG.exception("loki: checking the trained model failed")
-                self.verdict.faults.append(f"the check itself failed ({error!r})")
+            except OSError as error:  # raised later: what was trained must be saved first
+                LOG.exception("loki: the report cannot be written")
+                self.verdict.faults.append(f"the report cannot be written ({error})")
             return
         if ranks.is_first():
             self._read_back(folder, model)
+            self._publish(folder)
             self._measure_forgetting(model)
         self._publish(folder)
         if self.verdict.faults:
@@ -181,10 +184,22 @@ class Run:
                 f"the adapter was saved to '{folder}', but do not use it:"
                 f" {'; '.join(self.verdict.faults)}"
             )
-        LOG.info("loki: verified: %s", self.verdict.what)
+        if ranks.is_first():
+            LOG.info("loki: verified: %s", self.verdict.what)
 
     def _look_at(self, model) -> None:
-        """The trained model in memory, on every rank."""
+        """The trained model in memory, on every rank; faults of any rank are everybody's."""
+        try:
+            mine = self._faults_in_memory(model)
+        except Exception as error:  # raised later: what was trained must be saved first
+            LOG.exception("loki: checking the trained model failed")
+            mine = [f"the check itself failed ({error!r})"]
+        for rank, found in enumerate(ranks.gather(mine)):
+            for fault in found:
+                if fault not in self.verdict.faults:
+                    self.verdict.faults.append(fault if not rank else f"rank {rank}: {fault}")
+
+    def _faults_in_memory(self, model) -> list[str]:
         from ..implanting.adapter import check
         from ..model.fingerprint import fingerprint
         from ..model.loading import is_sharded
@@ -192,31 +207,31 @@ class Run:
         what, faults = self.verdict.what, []
         try:
             check(model, finite=True)
+            what["adapter"] = "every lora_B is confined to its rows, nothing else trains, no NaN"
         except RuntimeError as error:
+            what["adapter"] = "checked, with a fault"
             faults.append(str(error))
         if self.anchor and self.anchor.last is not None:
             self.facts["anchor_kl_last_step"] = float(self.anchor.last)
-        what["adapter"] = "every lora_B is confined to its rows, nothing else trains, no NaN"
         if is_sharded(model):
             what["base"] = "not checksummed: sharded"
             self.verdict.left_out.add("base")
-        else:
-            after = fingerprint(model)
-            # Training cannot reach packed weights, but evaluation repacks them on some CPUs.
-            exact = self.base["quantisation"].startswith("none")
-            what["base"] = "every byte" if exact else QUANTISED
-            if any(after[k] != self.base[k] for k in ("identity", "weights")[: 1 + exact]):
-                faults.append(
-                    "weights of the base model have changed during training; the adapter belongs"
-                    " to a base that no longer exists"
-                )
-        for rank, found in enumerate(ranks.gather(faults)):
-            for fault in found:
-                if fault not in self.verdict.faults:
-                    self.verdict.faults.append(fault if not rank else f"rank {rank}: {fault}")
+            return faults
+        after = fingerprint(model)
+        # Training cannot reach packed weights, but evaluation repacks them on some CPUs.
+        exact = self.base["quantisation"].startswith("none")
+        what["base"] = "every byte" if exact else QUANTISED
+        if any(after[k] != self.base[k] for k in ("identity", "weights")[: 1 + exact]):
+            faults.append(
+                "weights of the base model have changed during training; the adapter belongs"
+                " to a base that no longer exists"
+            )
+        return faults
 
     def _read_back(self, folder: Path, model) -> None:
         """The adapter on disk."""
+        from safetensors import SafetensorError
+
         from ..implanting.saved import WEIGHTS, check_saved, check_saved_protection
         from ..model.anatomy import find_anatomy
 
@@ -225,15 +240,17 @@ class Run:
             what["saved"] = f"not read back: '{folder}' has no {WEIGHTS}"
             self.verdict.left_out.add("saved")
             return
-        what["saved"] = f"{WEIGHTS}: every layer, B against {FILE_NAME}, no NaN"
+        self.verdict.left_out.discard("saved")
+        what["saved"] = "read back, with a fault"
         try:
             names = find_anatomy(model).names
             check_saved(folder, names, self.selection, self.config.rank)
             if self.directions:
-                what["protection"] = "ΔW·U of every layer of the saved adapter"
                 leakage = check_saved_protection(folder, names, self.directions)
                 self.facts["protection"]["leakage_per_layer"] = leakage
-        except ValueError as error:
+                what["protection"] = "ΔW·U of every layer of the saved adapter"
+            what["saved"] = f"{WEIGHTS}: every layer, B against {FILE_NAME}, no NaN"
+        except (ValueError, OSError, SafetensorError) as error:
             self.verdict.faults.append(str(error))
 
     def _measure_forgetting(self, model) -> None:
@@ -248,7 +265,7 @@ class Run:
         started = time.perf_counter()
         try:
             found = of_an_adapter(model, self.measured)
-        except RuntimeError as error:  # out of memory, say; the training itself is safe on disk
+        except (RuntimeError, TypeError) as error:  # no memory, a family without `logits_to_keep`
             LOG.warning("loki: how much was forgotten could not be measured: %s", error)
             self.facts["forgetting"] = {"not_measured": str(error)}
             return

@@ -89,7 +89,7 @@ def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tens
     lengths = torch.tensor([len(p) for p in prompts])
     real = torch.arange(ids.shape[1]) < lengths[:, None]
     with _evaluating(model):
-        with torch.no_grad(), _adapter_off(model):
+        with torch.no_grad(), adapter_off(model):
             base = _log_probabilities(model, ids.to(device), real)
         tuned = _log_probabilities(model, ids.to(device), real)
     return (base.exp() * (base - tuned)).sum(-1).mean()
@@ -102,7 +102,7 @@ def _log_probabilities(model: nn.Module, ids: torch.Tensor, real: torch.Tensor) 
 
 
 @contextmanager
-def _adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: nn.Module) -> Iterator[None]:
     """PEFT's own switch also changes requires_grad, which a pending backward would not survive."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     before = [m._disable_adapters for m in layers]

@@ -113,7 +113,7 @@ def protect_inputs(model: PeftModel, directions: Directions | Sequence[torch.Ten
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "protected inputs do not work with DeepSpeed ZeRO-3: it saves the adapter's weights"
-            " without folding them. Use ZeRO-2, FSDP or DDP, or leave `loki.protect` out"
+            " without folding them. Use ZeRO-2 or DDP, or leave `loki.protect` out"
         )
     if not isinstance(directions, Directions):
         directions = Directions(list(directions))

@@ -84,3 +84,8 @@ def test_a_grown_vocabulary_is_compared_on_the_old_one_and_a_shrunken_one_is_ref
 def test_what_the_tuned_model_rules_out_is_infinitely_far():
     base, tuned = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log()
     assert compare(base, tuned).kl == float("inf")
+
+
+def test_a_model_that_answers_nan_is_not_near_its_base():
+    base = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    assert torch.tensor(compare(base, torch.full((1, 3), float("nan"))).kl).isnan()

@@ -143,6 +143,26 @@ def test_an_older_adapter_keeps_its_rows_until_it_is_overwritten(
     assert RowSelection.load(out / "loki_rows.json") == other
 
 
+def test_a_truncated_save_is_found_and_the_report_says_so(run_config, train, monkeypatch):
+    from peft import PeftModel
+
+    save = PeftModel.save_pretrained
+    out = Path(run_config["output_dir"])
+
+    def truncating(self, folder, *args, **kwargs):
+        assert report(out)["verified"] is False  # nothing is on disk yet
+        save(self, folder, *args, **kwargs)
+        file = Path(folder) / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", truncating)
+    run_config["max_steps"] = 2
+    with pytest.raises(RuntimeError, match="do not use it"):
+        train(run_config)
+    assert report(out)["verified"] is False and report(out)["faults"]
+    assert (out / "LOKI_FAILED.txt").is_file()
+
+
 def test_a_damaged_save_is_found(run_config, train, monkeypatch):
     """The proof reads what was saved, not what was in memory."""
     from peft import PeftModel
