@@ -20,6 +20,19 @@ class _Command(click.Command):
             raise click.ClickException(str(error)) from error
 
 
+def _read_run(config: Path) -> dict[str, Any]:
+    """An Axolotl YAML, as it stands."""
+    import yaml
+
+    try:
+        run = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{config}' is not YAML: {error}") from error
+    if not isinstance(run, dict) or not run.get("base_model"):
+        raise ValueError(f"'{config}' is no Axolotl configuration: it has no base_model")
+    return run
+
+
 @click.group()
 def loki():
     """LoKI: fine-tune the rows that carry little general knowledge, and prove it."""
@@ -31,16 +44,10 @@ def loki():
 @click.option("--adapter", type=click.Path(path_type=Path), help="default: the run's adapter")
 def merge(config: Path, output: Path | None, adapter: Path | None):
     """Write the plain merged model of the run in CONFIG, an Axolotl YAML."""
-    import yaml
 
     from .implanting.proven import NotProven, merge_run
 
-    try:
-        run = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"'{config}' is not YAML: {error}") from error
-    if not isinstance(run, dict) or not run.get("base_model"):
-        raise ValueError(f"'{config}' is no Axolotl configuration: it has no base_model")
+    run = _read_run(config)
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
     adapter = adapter or folder
     try:
@@ -239,20 +246,19 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
     """
     import json
 
-    import yaml
-
     from . import forgetting
 
     if config is not None:
-        run = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        if not isinstance(run, dict):
-            raise ValueError(f"'{config}' is no Axolotl configuration")
+        run = _read_run(Path(config))
         if base is None or tuned is None:
             of_base, of_tuned = forgetting.of_a_run(run)
             base, tuned = base or of_base, tuned or of_tuned
+        options["revision"] = run.get("revision_of_model")
+        options["trust_remote_code"] = bool(run.get("trust_remote_code"))
     if base is None or tuned is None:
         raise ValueError("give a CONFIG, or --base and --tuned")
     names = [t for t in tasks.split(",") if t]
+    click.echo(f"{base} -> {tuned}")
     report = forgetting.measure(base, tuned, names, prompts, **options)
     click.echo(report.text())
     if output:

@@ -80,6 +80,8 @@ def measure(
     prompts: str = "builtin",
     *,
     noise_floor: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     device: str | None = None,
     dtype: str = "auto",
     **options: Any,
@@ -90,6 +92,7 @@ def measure(
         tasks: lm-eval tasks; none: the prompts only.
         prompts: a calibration source; where its records have answers, those are asked for.
         noise_floor: evaluate the base a second time.
+        revision, trust_remote_code: of the base, as the run's YAML has them.
         options: see `evaluate_tasks`.
 
     Raises:
@@ -97,18 +100,21 @@ def measure(
     """
     tuned = str(tuned)
     adapter = tuned if (Path(tuned) / ADAPTER).is_file() else None
+    of_base = {"revision": revision, "trust_remote_code": trust_remote_code}
+    of_tuned = of_base if adapter else {"trust_remote_code": trust_remote_code}
     settings: dict[str, Any] = {"device": device, "dtype": dtype, **options}
     idle = [k for k in ("include", "limit") if options.get(k)] + ["noise_floor"] * noise_floor
     if idle and not tasks:
         raise ValueError(f"{', '.join(idle)} need lm-eval tasks; name some with --tasks")
     if tasks:
         check_tasks(tasks, options.get("include"))  # before anything is loaded
-    on_prompts = _on_prompts(base, tuned, prompts, device, dtype)
+    on_prompts = _on_prompts(base, tuned, prompts, device, dtype, of_base, of_tuned)
     if not tasks:
         return ForgettingReport(on_prompts)
-    before = evaluate_tasks(base, tasks, **settings)
-    after = evaluate_tasks(base if adapter else tuned, tasks, adapter=adapter, **settings)
-    again = evaluate_tasks(base, tasks, **settings) if noise_floor else None
+    before = evaluate_tasks(base, tasks, loading=of_base, **settings)
+    model = base if adapter else tuned
+    after = evaluate_tasks(model, tasks, adapter=adapter, loading=of_tuned, **settings)
+    again = evaluate_tasks(base, tasks, loading=of_base, **settings) if noise_floor else None
     return ForgettingReport(
         on_prompts, changes(before, after), changes(before, again) if again else []
     )
@@ -118,14 +124,20 @@ def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
     """(base, tuned) of a run's YAML: its merged model, else its adapter.
 
     Raises:
-        ValueError: no base_model, or neither a merged model nor an adapter in its output_dir.
+        ValueError: neither a merged model nor an adapter in its output_dir, or a merged model that
+            is older than the adapter.
     """
-    if not config.get("base_model"):
-        raise ValueError("the configuration has no base_model")
     folder = Path(config.get("output_dir") or "./model-out")  # Axolotl's own default
-    for tuned, mark in ((folder / "merged", "config.json"), (folder, ADAPTER)):
-        if (tuned / mark).is_file():
-            return config["base_model"], str(tuned)
+    merged, adapter = folder / "merged", folder / ADAPTER
+    if (merged / "config.json").is_file():
+        if adapter.is_file() and adapter.stat().st_mtime > merged.stat().st_mtime:
+            raise ValueError(
+                f"'{merged}' is older than the adapter in '{folder}': remove it and merge again, or"
+                f" say which one is meant, --tuned {merged} or --tuned {folder}"
+            )
+        return config["base_model"], str(merged)
+    if adapter.is_file():
+        return config["base_model"], str(folder)
     raise ValueError(
         f"'{folder}' holds neither an adapter nor a merged model; train first, or give --tuned"
     )
@@ -185,23 +197,34 @@ def of_an_adapter(model: nn.Module, prompts: Sequence[Prompt]) -> Forgetting:
     return compare(base, log_probabilities(model, ids), [p.target for p in some])
 
 
-def _on_prompts(base: str, tuned: str, source: str, device: str | None, dtype: str) -> Forgetting:
+def _on_prompts(
+    base: str,
+    tuned: str,
+    source: str,
+    device: str | None,
+    dtype: str,
+    of_base: dict[str, Any],
+    of_tuned: dict[str, Any],
+) -> Forgetting:
     from transformers import AutoTokenizer
 
-    found = load_questions(AutoTokenizer.from_pretrained(base), CalibrationArgs(source=source))
+    found = load_questions(
+        AutoTokenizer.from_pretrained(base, **of_base), CalibrationArgs(source=source)
+    )
     ids = [p.ids for p in found]
     # One model at a time in memory; its answers wait on the CPU.
-    before = log_probabilities(load_model(base, None, device, dtype), ids)
+    before = log_probabilities(load_model(base, None, device, dtype, **of_base), ids)
     adapter = (Path(tuned) / ADAPTER).is_file()
-    model = load_model(base if adapter else tuned, tuned if adapter else None, device, dtype)
+    name, saved = (base, tuned) if adapter else (tuned, None)
+    model = load_model(name, saved, device, dtype, **of_tuned)
     return compare(before, log_probabilities(model, ids), [p.target for p in found])
 
 
-def load_model(model: str, adapter: str | None, device: str | None, dtype: str):
+def load_model(model: str, adapter: str | None, device: str | None, dtype: str, **loading: Any):
     """A model, with a saved adapter if one is given, on a device (None: the GPU, if any)."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **loading)
     if adapter is not None:
         from peft import PeftModel
 

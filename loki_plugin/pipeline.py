@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -83,8 +83,10 @@ def _choose(
             anatomy.hidden_size,
             str(model.config._name_or_path),
         )
-    # Until the scores are read, nobody may take them away.
-    with log.locked() if worker == 0 else nullcontext():
+    with ExitStack() as held:
+        with _together(workers):
+            if worker == 0:  # until the scores are read, nobody may take them away
+                held.enter_context(log.locked())
         started = time.perf_counter()
         _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
         seconds = time.perf_counter() - started
@@ -118,7 +120,7 @@ def _choose(
 
 
 def _together(workers: int) -> AbstractContextManager:
-    return ranks.together() if workers > 1 else nullcontext()
+    return ranks.together() if workers > 1 else ExitStack()
 
 
 def _complete(
@@ -132,12 +134,12 @@ def _complete(
 ) -> None:
     """Make the shards that the log lacks, each worker every `workers`-th of them."""
     if workers > 1:
-        shared = ranks.broadcast(log.missing(), 0)
+        shared = _missing_at_first(log)
         with ranks.together():
             mine = set(log.missing()).intersection(shared[worker::workers])
             _analyse(log, model, anatomy, calibration, settings, sorted(mine))
         # Nodes without a common disk send the first worker what its own does not show.
-        for shard in ranks.broadcast(log.missing(), 0):
+        for shard in _missing_at_first(log):
             owner = shared.index(shard) % workers
             with ranks.together():
                 scores = log.scores(shard) if worker == owner else None
@@ -163,6 +165,13 @@ def _complete(
             log.num_shards,
         )
     _analyse(log, model, anatomy, calibration, settings, missing)
+
+
+def _missing_at_first(log: ScoreLog) -> list[int]:
+    """The shards that the first worker's disk lacks, on every worker."""
+    with ranks.together():
+        missing = log.missing() if ranks.is_first() else None
+    return ranks.broadcast(missing, 0)
 
 
 def _rule(settings: AttributionArgs) -> Rule:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.forgetting.arms import ARMS, Arm, Context, padded, passes
+from benchmarks.forgetting.arms import ARMS, Arm, Context, passes
 from benchmarks.forgetting.base import Base, encode, fit, packed
 from benchmarks.forgetting.measures import Before, before, measure
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.machine import PeakMemory
+from loki_plugin.implanting.anchor import divergence
 from loki_plugin.implanting.protection import fold
 
 # People to learn about (tasks b and c take as many items), steps, and the shape of a batch.
@@ -107,7 +108,7 @@ class Sweep:
             "lr": key.lr,
             **found,
             "delta_norm": self._moved(model),
-            "params": _trained_parameters(model, trained),
+            "params": sum(p.numel() for p in trained),
             "train_loss": sum(losses[-10:]) / len(losses[-10:]),
             "seconds": seconds,
             "peak_mib": memory.peak / 2**20,
@@ -146,10 +147,6 @@ class Sweep:
         )
 
 
-def _trained_parameters(model, trained) -> int:
-    return sum(p.numel() for p in trained)
-
-
 def _anchor(model, arm: Arm, context: Context):
     """weight · KL(base || tuned) on a few calibration prompts, at all their positions."""
     if not arm.anchor:
@@ -158,11 +155,6 @@ def _anchor(model, arm: Arm, context: Context):
 
     def extra(step: int) -> torch.Tensor:
         chosen = torch.randperm(len(context.prompts), generator=generator)[:_ANCHOR_PROMPTS]
-        ids, mask = padded([context.prompts[i] for i in chosen])
-        with torch.no_grad(), model.disable_adapter():
-            wanted = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        given = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        per_token = (wanted.exp() * (wanted - given)).sum(-1)
-        return arm.anchor * (per_token * mask).sum() / mask.sum()
+        return arm.anchor * divergence(model, [context.prompts[i] for i in chosen])
 
     return extra

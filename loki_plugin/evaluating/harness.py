@@ -37,6 +37,7 @@ def evaluate_tasks(
     tasks: Sequence[str],
     *,
     adapter: str | None = None,
+    loading: dict[str, Any] | None = None,
     include: str | None = None,
     limit: int | None = None,
     batch_size: int | str = "auto",
@@ -48,6 +49,7 @@ def evaluate_tasks(
 
     Args:
         adapter: a saved PEFT adapter of `model`, or None.
+        loading: how `model` is loaded: `revision`, `trust_remote_code`.
         include: a folder with task files of your own.
         limit: items per task; None for all.
 
@@ -57,7 +59,8 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
 
     manager = check_tasks(tasks, include)
-    arguments = {"pretrained": str(model), "dtype": dtype}
+    given = {k: v for k, v in (loading or {}).items() if v}
+    arguments = {"pretrained": str(model), "dtype": dtype, **given}
     return simple_evaluate(
         model="hf",
         model_args=arguments | ({"peft": adapter} if adapter else {}),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..model.quantised import quantised_modules
+from ..model.quantised import evaluating
 from .change import flips, mcnemar
 
 # Tokens that run at once.
@@ -63,7 +62,7 @@ def log_probabilities(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tor
     """
     device = model.get_input_embeddings().weight.device
     found: list[torch.Tensor | None] = [None] * len(prompts)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in _batches(prompts):
             ids = torch.tensor([list(prompts[i]) for i in batch], device=device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -119,16 +118,3 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {m for m in model.modules() if m.training}
-    try:
-        model.eval()
-        for module in quantised_modules(model):
-            module.training = True  # in evaluation, on a CPU, 4-bit weights would repack themselves
-        yield
-    finally:
-        for module in model.modules():
-            module.training = module in training

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer
 
 from .. import ranks
-from ..model.quantised import quantised_modules
+from ..model.quantised import evaluating
 
 
 class Anchor:
@@ -88,7 +88,7 @@ def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tens
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True)
     lengths = torch.tensor([len(p) for p in prompts])
     real = torch.arange(ids.shape[1]) < lengths[:, None]
-    with _evaluating(model):
+    with evaluating(model):
         with torch.no_grad(), adapter_off(model):
             base = _log_probabilities(model, ids.to(device), real)
         tuned = _log_probabilities(model, ids.to(device), real)
@@ -113,19 +113,3 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in zip(layers, before, strict=True):
             module._disable_adapters = value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would tell base and tuned apart where they are equal."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        model.eval()
-        for module in quantised_modules(model):
-            module.training = True  # in evaluation they repack their weights and lose gradients
-        yield
-    finally:
-        for module in model.modules():
-            module.training = False
-        for module in training:
-            module.training = True

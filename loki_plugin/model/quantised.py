@@ -20,6 +20,24 @@ def quantised_modules(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without dropout; each module's own mode is put back.
+
+    Quantised modules stay as in training: they have no dropout, and in evaluation, on a CPU, 4-bit
+    weights would repack themselves and lose their gradient, 8-bit ones round their input.
+    """
+    training = {m for m in model.modules() if m.training}
+    try:
+        model.eval()
+        for module in quantised_modules(model):
+            module.training = True
+        yield
+    finally:
+        for module in model.modules():
+            module.training = module in training
+
+
 def row_scales(module: nn.Module) -> torch.Tensor | None:
     """The scales [F] of an 8-bit linear module's outputs, or None where it is none.
 
