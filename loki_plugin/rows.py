@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import InvalidOperation
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -201,8 +202,14 @@ class RowSelection:
 
 
 def _made(content: dict[str, Any]) -> Made:
-    if isinstance(content.get("quota"), str):  # `loki select` of version 0.1.1
-        content = content | {"quota": plain_number(content["quota"])}
+    quota = content.get("quota")
+    if isinstance(quota, str):  # `loki select` of version 0.1.1
+        try:
+            content = content | {"quota": plain_number(quota)}
+        except (InvalidOperation, ValueError, OverflowError) as error:  # "ten", "nan", "inf"
+            raise ValueError(
+                f"`made.quota` must be a number of percent, got {_short(quota)}"
+            ) from error
     return cast(Made, content)
 
 

@@ -59,6 +59,10 @@ OURS = {"format": "loki_rows", "version": 1, "num_layers": 2, "hidden_size": 8}
         ),
         (OURS | {"rows": [[1], [2]], "fingerprint": "x"}, "`fingerprint` must be an object"),
         (OURS | {"rows": [[1], [2]], "made": [3]}, "`made` must be an object, got list"),
+        (
+            OURS | {"rows": [[1], [2]], "made": {"quota": "ten"}},
+            "`made.quota` must be a number of percent, got str 'ten'",
+        ),
         (OURS | {"rows": [[1], [8]]}, r"layer 1: row index 8 is outside \[0, 8\)"),
     ],
 )
