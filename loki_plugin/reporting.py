@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .args import LokiConfig
+from .implanting.saved import FAILED_NAME
 from .rows import FILE_NAME, RowSelection
 
 REPORT_NAME = "loki_report.json"
-FAILED_NAME = "LOKI_FAILED.txt"
 
 
 @dataclass

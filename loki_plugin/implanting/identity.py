@@ -14,6 +14,10 @@ _ADVICE = (
     "give the base (and revision) that the rows were made on. If you mean to use them on another"
     " one, take `fingerprint` out of the rows file"
 )
+_OVERRIDES = (
+    "a run with `overrides_of_model_config` is merged with its own YAML, and verified with the rows"
+    " file in the merged folder"
+)
 
 
 def check_base(base: Checkpoint, made_for: dict[str, str] | None, progress: bool = True) -> str:
@@ -31,7 +35,7 @@ def check_base(base: Checkpoint, made_for: dict[str, str] | None, progress: bool
     if made_for is None:
         return "not compared: the rows file holds no fingerprint"
     if made_for.get("config") != config_hash(base.model):
-        raise ValueError(_another(base, "its architecture differs"))
+        raise ValueError(_another(base, f"its architecture differs ({_OVERRIDES})"))
     keys = {}
     for name, parameter in base.model.named_parameters():
         found = matching_keys(name, base.stored)

@@ -25,10 +25,11 @@ from .checkpoint import (
     tensors,
 )
 from .identity import check_base
+from .saved import FAILED_NAME, WEIGHTS
 from .selected import rows_outside
 from .vocabulary import PREFIX, grow_companions, new_rows, write_grown
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 # Training may have saved newer ones than the base's.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
               "merges.txt", "chat_template.jinja", "*.model")  # fmt: skip
@@ -125,15 +126,17 @@ def merge_adapter(
     own. A half-written model never stands at `output`.
 
     Raises:
-        ValueError: an adapter that is no plain LoRA on the down-projections or that has non-zero
-            rows of B outside the selection, rows for another model, a quantised or non-safetensors
-            base, or an output folder that is not empty.
+        ValueError: an adapter that is no plain LoRA on the down-projections, that failed its
+            check, that holds NaN or Inf, or that has non-zero rows of B outside the selection; an
+            update beyond the range of the checkpoint's dtype; rows for another model; a quantised
+            or non-safetensors base; or an output folder that is not empty.
     """
     base, adapter, output = Base.of(base), Path(adapter), Path(output)
     if output.resolve() == Path(base.name).resolve():
         raise ValueError(f"output '{output}' is the base model itself; give another folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output '{output}' exists and is not empty; remove it or give another")
+    _check_mark(adapter)
     config = _lora_config(adapter)
     found = open_checkpoint(base)
     selection = selection.check_shape(found.anatomy)
@@ -152,7 +155,10 @@ def merge_adapter(
             a, b = (lora.get_tensor(f"{layers[i]}.lora_{x}.weight") for x in "AB")
             update = _scaling(config, found.anatomy.names[i], a.shape[0]), a, b
             place, row_dim = stored[found.down[i]], found.anatomy.row_dims[i]
-            rounding += _write_rows(place, selection.rows[i], update, row_dim)
+            try:
+                rounding += _write_rows(place, selection.rows[i], update, row_dim)
+            except OverflowError as error:
+                raise ValueError(f"layer {i}: {error}") from error
     report = MergeReport(
         output,
         len(layers),
@@ -162,22 +168,32 @@ def merge_adapter(
         rounding,
         found.stored[found.down[0]].dtype,
     )
-    _with_merge(selection, report).save(partial / FILE_NAME)
+    _with_merge(selection, report, base).save(partial / FILE_NAME)
     if output.exists():
         output.rmdir()
     partial.rename(output)
     return report
 
 
-def _with_merge(selection: RowSelection, report: MergeReport) -> RowSelection:
+def _with_merge(selection: RowSelection, report: MergeReport, base: Base) -> RowSelection:
     merge = {
         "base": report.base,
+        "overrides": base.overrides,
         "new_tokens": report.new_tokens,
         "dtype": report.dtype,
         "rounded_away": report.rounding.lost_share,
         "unchanged": report.rounding.unchanged_share,
     }
     return replace(selection, made=Made(**{**selection.made, "merge": merge}))
+
+
+def _check_mark(adapter: Path) -> None:
+    mark = adapter / FAILED_NAME
+    if mark.is_file():
+        raise ValueError(
+            f"'{mark}' says: {' '.join(mark.read_text(encoding='utf-8').split())}. Train again;"
+            " or, if you have looked into it and the adapter is sound, delete that file"
+        )
 
 
 def _lora_config(adapter: Path) -> dict:
@@ -219,7 +235,13 @@ def adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int, 
 
 def check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:
     for i, module in sorted(layers.items()):
-        outside = rows_outside(lora.get_tensor(f"{module}.lora_B.weight"), selection.rows[i])
+        a, b = (lora.get_tensor(f"{module}.lora_{x}.weight") for x in "AB")
+        for name, matrix in (("lora_A", a), ("lora_B", b)):
+            if not torch.isfinite(matrix).all():
+                raise ValueError(
+                    f"layer {i}: the adapter's {name} holds NaN or Inf; its training went wrong"
+                )
+        outside = rows_outside(b, selection.rows[i])
         if outside:
             raise ValueError(
                 f"layer {i}: the adapter changes row {outside[0]}, which the rows file does not"
@@ -263,6 +285,9 @@ def _write_rows(
     Args:
         place: W, [H, I], or [I, H] with `row_dim` 1.
         update: scaling, A [r, I], B [H, r].
+
+    Raises:
+        OverflowError: a finite weight would become infinite in the dtype of W.
     """
     scaling, a, b = update
     dtype = place.torch_dtype
@@ -276,6 +301,11 @@ def _write_rows(
         change = change.T
     old = torch.from_numpy(np.ascontiguousarray(raw[chosen])).view(dtype).squeeze(-1)
     new = (old.to(wide) + change).to(dtype)
+    if (torch.isfinite(old) & ~torch.isfinite(new)).any():
+        raise OverflowError(
+            f"the update reaches {float(change.abs().max()):.3g}, beyond the range of"
+            f" {place.dtype}; merge into the base saved in float32"
+        )
     raw[chosen] = new.contiguous().unsqueeze(-1).view(torch.uint8).numpy()
     raw.flush()
     lost, touched = (old.to(wide) + change - new.to(wide)), change != 0

@@ -17,6 +17,7 @@ from .protection import LEAKAGE, leakage
 from .selected import RowFactor, RowSelector
 
 WEIGHTS = "adapter_model.safetensors"
+FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be used
 _PREFIX = "base_model.model."  # PEFT's, around the base model
 
 

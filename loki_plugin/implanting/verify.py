@@ -72,6 +72,9 @@ def verify(
         ValueError: a folder without safetensors weights, or rows for another shape of model.
     """
     base = Base.of(base)
+    if not base.overrides:  # the rows file beside a merged model says under which it was trained
+        merge = selection.made.get("merge") or {}
+        base = replace(base, overrides=merge.get("overrides") or {})
     found = open_checkpoint(base)
     anatomy, before, after = found.anatomy, found.stored, tensors(Path(tuned))
     selection = selection.check_shape(anatomy)

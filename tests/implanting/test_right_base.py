@@ -20,6 +20,7 @@ from loki_plugin.implanting.identity import check_base
 from loki_plugin.implanting.merge import merge_adapter
 from loki_plugin.implanting.verify import verify
 from loki_plugin.model.fingerprint import fingerprint
+from loki_plugin.reporting import Verdict, mark
 
 POSITIONS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
 
@@ -298,3 +299,55 @@ def test_rounding_against_a_slow_loop(tmp_path):
     kept = RowSelection.load(tmp_path / "out" / "loki_rows.json").made["merge"]
     assert kept["rounded_away"] == report.rounding.lost_share
     assert kept["unchanged"] == report.rounding.unchanged_share and kept["dtype"] == "BF16"
+
+
+def spoil_adapter(tmp_path, key, index, value):
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.model.layers.1.mlp.down_proj.{key}.weight"][index] = value
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("key", "index"), [("lora_A", (0, 5)), ("lora_B", (47, 2))])
+def test_an_adapter_with_nan_or_inf_is_not_merged(tmp_path, key, index, value):
+    rows = make(tmp_path)
+    spoil_adapter(tmp_path, key, index, value)
+    with pytest.raises(ValueError, match=f"layer 1: the adapter's {key} holds NaN or Inf"):
+        merged(tmp_path, rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_update_beyond_the_range_of_the_dtype_is_refused(tmp_path):
+    rows = make(tmp_path, dtype=torch.float16, loaded=torch.float32)
+    spoil_adapter(tmp_path, "lora_A", (0, 5), 1e6)
+    with pytest.raises(ValueError, match="layer 1: .* beyond the range of F16.*float32"):
+        merged(tmp_path, rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_failed_its_check_is_not_merged(tmp_path):
+    rows = make(tmp_path)
+    mark(tmp_path / "adapter", Verdict(faults=["weights of the base model have changed"]))
+    with pytest.raises(ValueError, match="LOKI_FAILED.txt.*weights of the base model have changed"):
+        merged(tmp_path, rows)
+    assert not (tmp_path / "out").exists()
+    mark(tmp_path / "adapter", Verdict())
+    merged(tmp_path, rows)
+
+
+def test_a_run_with_overrides_is_verified_with_the_merged_rows_file(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rows = make(tmp_path)
+    overrides = {"rms_norm_eps": 0.5}
+    config = AutoConfig.from_pretrained(tmp_path / "base", **overrides)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", config=config)
+    rows = RowSelection(rows.rows, 48, fingerprint(model))
+    base = Base(tmp_path / "base", overrides=overrides)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "out", rows, False)
+    kept = RowSelection.load(tmp_path / "out" / "loki_rows.json")
+    report = verify(tmp_path / "base", tmp_path / "out", kept, False)
+    assert report.ok, report.text()
+    report = verify(tmp_path / "base", tmp_path / "out", rows, False)
+    assert not report.ok and "overrides_of_model_config" in report.text()
