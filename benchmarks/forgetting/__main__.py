@@ -22,8 +22,9 @@ from benchmarks.forgetting.tasks import TASKS
 from benchmarks.writer import RESULTS
 
 FINALISTS = (
-    "lora_all_r16,lora_all_r16_wd0.3,lora_attn,lora_gateup,lora_replay1,lora_anchor,random_q30,"
-    "loki_q30,loki_protect_q30,loki_protect_text_q30,random_protect_q30"
+    "lora_all_r16,full,loki_q30,random_q30,loki_protect_q30,random_protect_q30,protect_q100,"
+    "lora_anchor,loki_anchor_q30,lora_protect,lora_replay1,lora_all_r16_wd0.3,lora_attn,"
+    "lora_gateup,loki_protect_anchor_q30"
 )
 
 
@@ -48,7 +49,9 @@ def main() -> None:
     if options.what == "suppress":
         report.suppress(known, options.output)
         return
-    runs = sweep.Sweep(known, options.size, options.output / names[options.what])
+    runs = sweep.Sweep(
+        known, options.size, options.output / names[options.what], options.what == "final"
+    )
     arms = options.arms.split(",") if options.arms else None
     if options.what == "screen":
         runs.run_all(sweep.screening(arms), until)

@@ -259,7 +259,8 @@ def _about(runs: Runs) -> str:
     hours = sum(r["seconds"] for r in runs) / 3600
     rates = max(len({r["lr"] for r in runs if r["arm"] == a}) for a in {r["arm"] for r in runs})
     return (
-        f"{len(runs)} runs, {len({r['arm'] for r in runs})} arms, up to {rates} learning rates,"
+        f"{len(runs)} runs of {runs[0]['steps']:.0f} steps, {len({r['arm'] for r in runs})} arms,"
+        f" up to {rates} learning rates,"
         f" {len({r['seed'] for r in runs})} seed(s), {hours:.1f} hours of training on one thread."
         f" Compared where each curve over learning rates first reaches a task score of {MATCHED};"
         " `-` means that not every seed reached it. `spread`: largest minus smallest seed."

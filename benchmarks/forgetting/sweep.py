@@ -18,8 +18,14 @@ from benchmarks.machine import PeakMemory
 from loki_plugin.implanting.anchor import divergence
 from loki_plugin.implanting.protection import fold
 
-# People to learn about (tasks b and c take as many items), steps, and the shape of a batch.
-AMOUNT = {"ci": (12, 60), "brief": (40, 50), "small": (60, 150), "reported": (300, 400)}
+# People to learn about (tasks b and c take as many items), steps of a screening run and of a final.
+# Few steps favour whatever learns fast at a rate that does little harm, so that finals are longer.
+AMOUNT = {
+    "ci": (12, 60, 120),
+    "brief": (40, 50, 150),
+    "small": (60, 150, 450),
+    "reported": (300, 400, 1200),
+}
 ROWS, WIDTH = 8, 96
 _ANCHOR_PROMPTS = 16
 
@@ -55,8 +61,10 @@ def finals(names: Iterable[str], seeds: int, tasks: Iterable[str]) -> Iterator[K
 class Sweep:
     """Runs of one base; what several of them need is made once."""
 
-    def __init__(self, base: Base, size: str, file: Path):
-        self.base, self.size, self.file = base, size, file
+    def __init__(self, base: Base, size: str, file: Path, final: bool = False):
+        self.base, self.file = base, file
+        people, short, long = AMOUNT[size]
+        self.people, self.steps = people, long if final else short
         self._contexts: dict[int, Context] = {}
         self._before: dict[tuple[str, int], Before] = {}
         self.weights = {k: v.detach().clone() for k, v in base.model().named_parameters()}
@@ -81,8 +89,7 @@ class Sweep:
 
     def run(self, key: Key) -> dict:
         arm = ARMS[key.arm]
-        people, steps = AMOUNT[self.size]
-        learned, tested = TASKS[key.task](self.base.world, key.seed, people)
+        learned, tested = TASKS[key.task](self.base.world, key.seed, self.people)
         context = self._contexts.setdefault(key.seed, Context(self.base, key.seed))
         was = self._asked(key, tested)
         model = arm.build(self.base.model(), context)
@@ -98,7 +105,7 @@ class Sweep:
         )
         started = time.perf_counter()
         with PeakMemory(torch.device("cpu")) as memory:
-            losses = fit(model, optimizer, stream, steps, extra=_anchor(model, arm, context))
+            losses = fit(model, optimizer, stream, self.steps, extra=_anchor(model, arm, context))
         seconds = time.perf_counter() - started
         found = measure(model, self.base, was, key.task, tested)
         row = {
@@ -112,6 +119,7 @@ class Sweep:
             "train_loss": sum(losses[-10:]) / len(losses[-10:]),
             "seconds": seconds,
             "peak_mib": memory.peak / 2**20,
+            "steps": self.steps,
         }
         return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
