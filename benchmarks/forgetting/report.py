@@ -212,7 +212,8 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE) -> None:
     for title, runs in (("Finalists", final), ("Screening", screen)):
         if runs:
             parts += [f"## {title}", _about(runs), table([_shown(x) for x in matched(runs)])]
-    parts += ["## What was aimed at", table(targets(matched(final or screen)))]
+    aims = targets(matched(final or screen))
+    parts += ["## What was aimed at", table(aims)] if aims else []
     parts += ["![Task score against forgetting](../benchmarks/results/forgetting_pareto.png)"]
     everything = screen + final
     parts += ["## What predicts forgetting", _predictors(everything)]

@@ -48,14 +48,20 @@ def screening(names: Iterable[str] | None = None) -> Iterator[Key]:
 
 
 def finals(names: Iterable[str], seeds: int, tasks: Iterable[str]) -> Iterator[Key]:
-    """Five rates: the arm's three, one below, and one between the upper two."""
+    """Five rates: the arm's three, one below, and one between the upper two.
+
+    The low rates of all arms first, so that a sweep that is cut short compares all arms.
+    """
+    names, tasks = list(names), list(tasks)
     for seed in range(seeds):
         for task in tasks:
-            for name in names:
-                low, middle, high = ARMS[name].rates
-                five = (low / 3, low, middle, float(f"{(middle * high) ** 0.5:.2g}"), high)
-                for rate in five:
-                    yield Key(name, task, seed, rate)
+            for index in range(5):
+                for name in names:
+                    low, middle, high = ARMS[name].rates
+                    between = float(f"{(middle * high) ** 0.5:.2g}")
+                    # Rounded as in the file, or a run would not be found there again.
+                    five = (float(f"{low / 3:.6g}"), low, middle, between, high)
+                    yield Key(name, task, seed, five[index])
 
 
 class Sweep:
