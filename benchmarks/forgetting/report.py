@@ -262,7 +262,9 @@ def _about(runs: Runs) -> str:
     return (
         f"{len(runs)} runs of {runs[0]['steps']:.0f} steps, {len({r['arm'] for r in runs})} arms,"
         f" up to {rates} learning rates,"
-        f" {len({r['seed'] for r in runs})} seed(s), {hours:.1f} hours of training on one thread."
+        f" {len({r['seed'] for r in runs})} seed(s), task(s)"
+        f" {', '.join(dict.fromkeys(r['task'] for r in runs))}; {hours:.1f} hours of"
+        " training on one thread."
         f" Compared where each curve over learning rates first reaches a task score of {MATCHED};"
         " `-` means that not every seed reached it. `spread`: largest minus smallest seed."
     )
