@@ -191,6 +191,9 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
     ]
     found = {r["aim"]: r for r in report.targets(lines)}
     half = found["LoKI without protection forgets at most half of LoRA r16"]
+    assert report.targets([line("loki_q30", 0.3), line("lora_all_r16", 0.4)])[0]["shown"] == (
+        "no (one seed)"
+    )
     assert half == {"task": "facts", "aim": half["aim"], "ours": "loki_q10 0.150",
                     "rival": "lora_all_r16 0.400", "shown": "yes"}  # fmt: skip
     assert found["chosen rows forget less than random rows"]["shown"] == "not told apart"
