@@ -22,7 +22,7 @@ from benchmarks.forgetting.tasks import TASKS
 from benchmarks.writer import RESULTS
 
 FINALISTS = (
-    "lora_all_r16,full,loki_q30,random_q30,loki_protect_q30,random_protect_q30,protect_q100,"
+    "lora_all_r16,full,loki_q30,random_q30,loki_protect_q30,random_protect_q30,protect_q99,"
     "lora_anchor,loki_anchor_q30,lora_protect,lora_replay1,lora_all_r16_wd0.3,lora_attn,"
     "lora_gateup,loki_protect_anchor_q30"
 )

@@ -245,7 +245,7 @@ ARMS: dict[str, Arm] = {
     "lora_replay5": Arm(lora(), replay=(0.05, "pretraining")),
     "lora_selfreplay": Arm(lora(), replay=(0.05, "generated")),
     "loki_protect_anchor_q30": Arm(loki(protect=0.99), HIGH, anchor=1.0),
-    "protect_q100": Arm(loki(quota=99, strategy="random", protect=0.99), HIGH),
+    "protect_q99": Arm(loki(quota=99, strategy="random", protect=0.99), HIGH),
     "loki_q10": Arm(loki(10), HIGH),
     "highest_q30": Arm(loki(strategy="layer_highest"), HIGH),
     "loki_lowrank": Arm(loki(rank=16), HIGH),

@@ -150,7 +150,7 @@ def targets(lines: list[dict]) -> list[dict]:
              ["random_protect_q30"], 1),
             ("LoKI with its best protection forgets less than every rival", ours, foreign, 1),
             ("... than protected inputs without chosen rows", ours,
-             ["random_protect_q30", "protect_q100", "lora_protect"], 1),
+             ["random_protect_q30", "protect_q99", "lora_protect"], 1),
             ("... and no more than LoRA with 1 % real replay", ours, ["lora_replay1"], 1),
         ):  # fmt: skip
             best = [
