@@ -15,14 +15,20 @@ from pydantic import (
 )
 
 from .choices import (
+    BATCH_SIZE,
+    FEW_SHOT,
     PATH,
     QUOTA,
     RULE,
+    SEED,
+    SOURCE,
     STEPS,
     STRATEGY,
+    TARGET,
     PathName,
     RuleName,
     StrategyName,
+    TargetName,
     plain_number,
 )
 
@@ -44,7 +50,7 @@ class CalibrationArgs(_Block):
     """Where the calibration prompts come from."""
 
     source: str = Field(
-        "builtin",
+        SOURCE,
         min_length=1,
         description="`builtin` (shipped with the package), `mmlu` (cais/mmlu), a path to a"
         " .jsonl/.csv/.parquet/.txt file, or the path of any `datasets` data set",
@@ -52,20 +58,20 @@ class CalibrationArgs(_Block):
     samples_per_subject: Count | None = Field(
         None, ge=1, description="prompts per subject; null = all (50 for `mmlu`, as the paper)"
     )
-    target: Literal["predicted", "gold"] = Field(
-        "predicted", description="the token y: the model's own arg-max, or the gold answer"
+    target: TargetName = Field(
+        TARGET, description="the token y: the model's own arg-max, or the gold answer"
     )
     max_tokens: Count | None = Field(
         None, ge=2, description="prompts longer than this many tokens are dropped and counted"
     )
-    few_shot: Count = Field(0, ge=0, description="solved examples put before each question")
+    few_shot: Count = Field(FEW_SHOT, ge=0, description="solved examples put before each question")
     columns: dict[str, str] | None = Field(
         None,
         description="for a data set of your own: which of its columns hold `question`, `choices`,"
         " `answer`, `subject`, or `prompt`, `target`, or `text`",
     )
     split: str | None = Field(None, description="split of a hub data set; null = test, else train")
-    seed: Count = Field(0, ge=0, description="seed of the draw when fewer samples are taken")
+    seed: Count = Field(SEED, ge=0, description="seed of the draw when fewer samples are taken")
 
 
 class AttributionArgs(_Block):
@@ -77,7 +83,7 @@ class AttributionArgs(_Block):
         PATH, description="scale the last token's output, or the whole sequence's"
     )
     batch_size: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
-        "auto", description="prompts per batch; `auto` fits the free memory"
+        BATCH_SIZE, description="prompts per batch; `auto` fits the free memory"
     )
 
 
@@ -135,7 +141,7 @@ class LokiConfig(_Block):
     )
     strategy: StrategyName = Field(STRATEGY, description="how rows are chosen from scores")
     magnitude: bool = Field(False, description="rank |score| instead of the signed score")
-    seed: Count = Field(0, ge=0, description="seed of the `random` strategy")
+    seed: Count = Field(SEED, ge=0, description="seed of the `random` strategy")
     rows: str | None = Field(None, description="a rows file; skips analysing and selecting")
     exclude: list[str] = Field(
         default_factory=list, description="rows files whose rows must not train again"

@@ -14,6 +14,7 @@ PathName = Literal["token", "sequence"]
 StrategyName = Literal[
     "layer_balanced", "layer_highest", "global_lowest", "global_highest", "random"
 ]
+TargetName = Literal["predicted", "gold"]
 RULES: tuple[RuleName, ...] = get_args(RuleName)
 PATHS: tuple[PathName, ...] = get_args(PathName)
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
@@ -23,6 +24,11 @@ STEPS = 7
 PATH: PathName = "token"
 STRATEGY: StrategyName = "layer_balanced"
 QUOTA = 10  # percent of the rows of every layer
+SOURCE = "builtin"  # of calibration prompts: those that ship with the package
+TARGET: TargetName = "predicted"
+FEW_SHOT = 0
+SEED = 0
+BATCH_SIZE = "auto"
 
 
 def plain_number(value: Decimal | str) -> int | float:

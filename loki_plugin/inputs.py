@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .analysing.calibration.prompts import read_texts
-from .analysing.calibration.sources import BUILTIN, Record, load_records
+from .analysing.calibration.sources import Record, load_records
 from .args import LokiConfig
+from .choices import SOURCE
 from .rows import RowSelection
 
 
@@ -34,7 +35,7 @@ class Inputs:
             ValueError: a file that cannot be read, or a faulty record or row in it.
         """
         source, text = config.calibration, config.protect.text
-        needed = analysed or config.protect.on or (config.report and source.source == BUILTIN)
+        needed = analysed or config.protect.on or (config.report and source.source == SOURCE)
         return cls(
             load_records(source.source, source.columns, source.split) if needed else [],
             [RowSelection.load(path) for path in config.exclude],

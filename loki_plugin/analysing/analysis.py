@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..choices import PATH, PATHS, PathName
+from ..choices import BATCH_SIZE, PATH, PATHS, PathName
 from ..model.anatomy import Anatomy
 from .attribution.batches import Kernel, attribute_many
 from .attribution.checking import check_reproduces
@@ -26,7 +26,7 @@ def analyse(
     prompts: Sequence[Prompt],
     rule: Rule,
     path: PathName = PATH,
-    batch_size: int | str = "auto",
+    batch_size: int | str = BATCH_SIZE,
 ) -> torch.Tensor:
     """Scores [N, L, H] of N prompts, in their order, on the CPU.
 

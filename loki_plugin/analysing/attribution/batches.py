@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from ...choices import BATCH_SIZE
 from ...model.anatomy import Anatomy
 from ..calibration.prompts import Prompt
 from .devices import first_device, out_of_memory
@@ -80,7 +81,7 @@ def attribute_many(
     anatomy: Anatomy,
     prompts: Sequence[Prompt],
     rule: Rule,
-    batch_size: int | str = "auto",
+    batch_size: int | str = BATCH_SIZE,
     kernel: Kernel = attribute_batch,
 ) -> Iterator[torch.Tensor]:
     """Scores of many prompts, in their order, batch by batch: tensors [b, L, H] on the CPU.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...choices import FEW_SHOT, SEED, SOURCE, TARGET
 from .sources import Record, load_records
 
 LOG = logging.getLogger("loki_plugin")
@@ -62,14 +63,14 @@ class Calibration:
 
 def load_prompts(
     tokenizer,
-    source: str = "builtin",
+    source: str = SOURCE,
     samples_per_subject: int | None = None,
-    target: str = "predicted",
+    target: str = TARGET,
     max_tokens: int | None = None,
-    few_shot: int = 0,
+    few_shot: int = FEW_SHOT,
     columns: dict[str, str] | None = None,
     split: str | None = None,
-    seed: int = 0,
+    seed: int = SEED,
     records: list[Record] | None = None,
 ) -> Calibration:
     """Read a calibration source, unless its `records` are given, and turn it into token ids.

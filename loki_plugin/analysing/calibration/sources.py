@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ...choices import SOURCE
+
 FIELDS = ("subject", "question", "choices", "answer", "prompt", "target", "text")
-BUILTIN = "builtin"
 MMLU = ("cais/mmlu", "all")
 
 
@@ -47,7 +48,7 @@ def load_records(
         raise ValueError(
             f"calibration.columns names unknown fields {unknown}; known: {', '.join(FIELDS)}"
         )
-    if source == BUILTIN:
+    if source == SOURCE:
         file = resources.files("loki_plugin.analysing.calibration") / "data" / "builtin.jsonl"
         rows = _jsonl(file.read_text(encoding="utf-8"), "builtin.jsonl")
     elif Path(source).suffix.lower() in _READERS:
