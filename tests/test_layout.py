@@ -27,9 +27,10 @@ FLOORS = [
         "loki_plugin.reporting",
     },
     {"loki_plugin.host"},
-    {"loki_plugin.plugin", "loki_plugin.cli", "loki_plugin"},
+    {"loki_plugin.plugin", "loki_plugin.commands"},
+    {"loki_plugin.cli", "loki_plugin"},
 ]
-KNOWS_AXOLOTL = ("loki_plugin.host", "loki_plugin.plugin", "loki_plugin.cli")
+KNOWS_AXOLOTL = ("loki_plugin.host", "loki_plugin.plugin", "loki_plugin.commands")
 
 
 def module_name(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""The commands of `loki`, a module each; `loki_plugin.cli` lists them."""

@@ -1,0 +1,56 @@
+"""`loki suppress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .shared import Command
+
+
+@click.command("suppress", cls=Command)
+@click.argument("model")
+@click.option("--scores", help="an analysis of `loki cache list`; default: the newest")
+@click.option("--dir", "folder", help="cache folder; default: the user cache folder")
+@click.option("--quotas", default="1,2,5,10,20", show_default=True, help="percent of the rows")
+@click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
+@click.option("--device", help="default: the GPU where there is one")
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False), help="write the figures as JSON")
+def suppress_command(model, scores, folder, quotas, prompts, device, dtype, output):
+    """Do the scores tell what rows MODEL needs? Silences its lowest, random and highest rows.
+
+    MODEL is the model that was analysed: a folder or a hub id.
+    """
+    import json
+
+    from transformers import AutoTokenizer
+
+    from ..analysing.scores.cache import cache_folder, find_log
+    from ..args import CalibrationArgs
+    from ..forgetting import load_model, load_questions
+    from ..model.fingerprint import fingerprint, same_model
+    from ..suppress import curve, text
+
+    log = find_log(cache_folder(folder), scores)
+    loaded = load_model(model, None, device, dtype)
+    difference = same_model(log.manifest["fingerprint"], fingerprint(loaded))
+    if difference:
+        raise ValueError(
+            f"analysis {log.folder.name} was made of {log.manifest['model']}, not of '{model}':"
+            f" {difference}; choose another one of `loki cache list`"
+        )
+    asked = load_questions(AutoTokenizer.from_pretrained(model), CalibrationArgs(source=prompts))
+    found = curve(
+        loaded,
+        [p.ids for p in asked],
+        list(log.read()),
+        [float(q) for q in quotas.split(",")],
+        [p.target for p in asked],
+    )
+    click.echo(f"analysis {log.folder.name}, {len(asked)} prompts\n{text(found)}")
+    if output:
+        Path(output).write_text(
+            json.dumps([s.to_json() for s in found], indent=2) + "\n", encoding="utf-8"
+        )
