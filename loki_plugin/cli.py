@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from .commands import cache, forgetting, merge, select, suppress, verify
+from .commands import analyse, cache, forgetting, merge, select, suppress, verify
 
 # Another command is a module in `commands/` and a line here.
 COMMANDS = (
+    analyse.analyse_command,
     cache.cache,
     forgetting.forgetting_command,
     merge.merge,

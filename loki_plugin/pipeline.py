@@ -88,7 +88,7 @@ def _choose(
             if worker == 0:  # until the scores are read, nobody may take them away
                 held.enter_context(log.locked())
         started = time.perf_counter()
-        _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
+        analysed = _complete(log, model, anatomy, calibration, config.attribution, worker, workers)
         seconds = time.perf_counter() - started
         if worker:
             return None  # its disk may lack the shards of others; the first selects for all
@@ -115,6 +115,7 @@ def _choose(
         "analysis": log.folder.name,
         "convergence_error": error,
         "analysis_seconds": round(seconds, 3),
+        "prompts_analysed": analysed,
     }
     return RowSelection(rows, anatomy.hidden_size, mark, made)
 
@@ -131,8 +132,11 @@ def _complete(
     settings: AttributionArgs,
     worker: int,
     workers: int,
-) -> None:
-    """Make the shards that the log lacks, each worker every `workers`-th of them."""
+) -> int:
+    """Make the shards that the log lacks, each worker every `workers`-th of them.
+
+    Returns how many prompts that were, over all workers; 0 where the cache had them all.
+    """
     if workers > 1:
         shared = _missing_at_first(log)
         with ranks.together():
@@ -147,7 +151,7 @@ def _complete(
             with ranks.together():
                 if worker == 0:
                     log.write(shard, scores)
-        return
+        return sum(len(log.prompts(s)) for s in shared)
     missing = log.missing()
     if not missing:
         age, size = log.age_and_size()
@@ -157,7 +161,7 @@ def _complete(
             age / 3600,
             size / 2**20,
         )
-        return
+        return 0
     if len(missing) < log.num_shards:
         LOG.info(
             "loki: resuming, %d of %d shards are done",
@@ -165,6 +169,7 @@ def _complete(
             log.num_shards,
         )
     _analyse(log, model, anatomy, calibration, settings, missing)
+    return sum(len(log.prompts(s)) for s in missing)
 
 
 def _missing_at_first(log: ScoreLog) -> list[int]:
@@ -190,16 +195,7 @@ def _convergence(
         return None  # the sequence path has another baseline
     prompts = calibration.prompts
     some = prompts[:: -(-len(prompts) // _CONVERGENCE_PROMPTS)]
-    error = log.fact(
-        "convergence_error", lambda: convergence(model, anatomy, some, _rule(settings))
-    )
-    LOG.info(
-        "loki: the scores miss %.1f %% of the change of p that they divide up (%d steps, %s rule)",
-        100 * error,
-        settings.steps,
-        settings.rule,
-    )
-    return error
+    return log.fact("convergence_error", lambda: convergence(model, anatomy, some, _rule(settings)))
 
 
 def _analyse(

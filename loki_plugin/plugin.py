@@ -20,8 +20,8 @@ class LokiPlugin(BasePlugin):
         self._only_reads = False  # inference or merging: no rows are chosen, nothing trains
         self._took_over = False
         self._embeddings: list[str] | None = None
-        self._files: Any = None  # Files, from `load_datasets` until they are used
-        self._run: Any = None  # a Run, from `post_model_build` on
+        self.files: Any = None  # Files, from `load_datasets` until they are used
+        self.run: Any = None  # a Run, from `post_model_build` on
 
     def register(self, cfg):
         """Before validation: check the `loki:` block and rewrite the carrier keys."""
@@ -49,9 +49,14 @@ class LokiPlugin(BasePlugin):
 
         Act only for configurations that list us, and once if they do under two names.
         """
+        return self.of(cfg) is self
+
+    @staticmethod
+    def of(cfg) -> LokiPlugin | None:
+        """The plugin that acts for a configuration; None where it does not list us."""
         known = PluginManager.get_instance().plugins.items()
         listed = [p for n, p in known if n in (cfg.get("plugins") or [])]
-        return next((p for p in listed if isinstance(p, LokiPlugin)), None) is self
+        return next((p for p in listed if isinstance(p, LokiPlugin)), None)
 
     def get_input_args(self):
         # Axolotl makes one class of all plugins' arguments; a base must not stand there twice.
@@ -70,15 +75,15 @@ class LokiPlugin(BasePlugin):
             cfg.device_map = {"": "cpu"}  # Axolotl puts CPU rank r on a device called `r`
         if not preprocess:
             self._only_reads = False
-            self._files = Files.read(cfg)
+            self.files = Files.read(cfg)
 
     def pre_model_load(self, cfg):
         """Faults in files show here at the latest (callers of `axolotl.train.train`)."""
         if not self._acts_on(cfg):
             return
-        self._run = None
-        if self._trains() and self._files is None:
-            self._files = Files.read(cfg)
+        self.run = None
+        if self._trains() and self.files is None:
+            self.files = Files.read(cfg)
 
     def _trains(self) -> bool:
         return not (self._only_reads or patches.evaluating())
@@ -90,12 +95,12 @@ class LokiPlugin(BasePlugin):
         if not self._trains():
             leave_alone(cfg, model)
             return
-        self._run, self._files = Run.start(cfg, model, self._files), None
-        self._run.apply_to(cfg, model)
+        self.run, self.files = Run.start(cfg, model, self.files), None
+        self.run.apply_to(cfg, model)
 
     def get_training_args(self, cfg):
         """Axolotl asks for these where it makes a trainer: to train, or to evaluate."""
-        if self._acts_on(cfg) and self._run is None and not patches.evaluating():
+        if self._acts_on(cfg) and self.run is None and not patches.evaluating():
             raise RuntimeError(
                 "this configuration was loaded for inference or merging, but a trainer is made for"
                 " it, so its rows were not chosen; load it with `load_cfg` again"
@@ -110,15 +115,15 @@ class LokiPlugin(BasePlugin):
         if not self._acts_on(cfg):
             return
         cfg.lora_modules_to_save = self._embeddings  # the tokenizer may be loaded again
-        if self._run is not None and not cfg.rl:  # with `rl:` the trainer is still to wrap it
-            self._run.install(model, fresh=not cfg.lora_model_dir)
+        if self.run is not None and not cfg.rl:  # with `rl:` the trainer is still to wrap it
+            self.run.install(model, fresh=not cfg.lora_model_dir)
 
     def post_trainer_create(self, cfg, trainer):
         """The optimizer phase."""
         if self._acts_on(cfg):
-            self._run.prepare_trainer(cfg, trainer)
+            self.run.prepare_trainer(cfg, trainer)
 
     def post_train(self, cfg, model):
         """Fires twice in 0.19: before Axolotl saves the adapter, and after it."""
         if self._acts_on(cfg):
-            self._run.finish(cfg, model)
+            self.run.finish(cfg, model)

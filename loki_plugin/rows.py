@@ -35,6 +35,7 @@ class Made(TypedDict, total=False):
     analysis: str
     convergence_error: float | None
     analysis_seconds: float
+    prompts_analysed: int  # in this run; the cache had the others
     scores: str  # of `loki select`
     source: str  # of rows that were not selected here
     merge: dict[str, Any]  # of the rows file beside a merged model

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +14,55 @@ import click
 
 from ..choices import QUOTA, STRATEGY
 
+JSON = "print JSON and nothing else; what is logged goes to stderr"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has found out: for the reader, for `--json`, and as the exit code."""
+
+    text: str
+    facts: Any = None
+    ok: bool = True
+
 
 class Command(click.Command):
-    """A user's mistake is one line, not a traceback."""
+    """A command that returns an `Answer`; a user's mistake is one line, not a traceback.
+
+    Args:
+        example: lines to type, for the end of `--help`.
+        fails: when the exit code is 1 though the command itself went through.
+    """
+
+    def __init__(self, *args, example: str = "", fails: str = "", **kwargs):
+        one = f"something is wrong (it is said), or {fails}" if fails else "something is wrong"
+        shown = "\n".join(f"  {line}" for line in example.splitlines())
+        kwargs.setdefault(
+            "epilog",
+            f"\b\nExamples:\n{shown}\n\n\b\nExit codes:\n  0  done\n  1  {one}\n"
+            "  2  a wrong option or argument",
+        )
+        super().__init__(*args, **kwargs)
+        if not any("--json" in p.opts for p in self.params):
+            self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=JSON))
 
     def invoke(self, ctx):
+        as_json = ctx.params.pop("as_json", False)
         try:
-            return super().invoke(ctx)
+            with stdout_is_free() if as_json else nullcontext():
+                answer = super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
+        if isinstance(answer, Answer):
+            click.echo(json.dumps(answer.facts, indent=2) if as_json else answer.text)
+            ctx.exit(0 if answer.ok else 1)
+
+
+@contextmanager
+def stdout_is_free() -> Iterator[None]:
+    """What other libraries print and log goes to stderr: stdout is for one JSON document."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def read_run(config: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..rows import FILE_NAME, RowSelection
 from .base import check_base
 from .files import Files
 from .sharding import check_loaded
+from .telling import Line, about_rows, about_training, block
 from .tokens import calibration_tokenizer
 
 LOG = logging.getLogger("loki_plugin")
@@ -36,6 +37,7 @@ class Run:
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
     measured: list[Prompt] = field(default_factory=list)  # asked before and after
     verdict: Verdict = field(default_factory=Verdict)
+    told: list[Line] = field(default_factory=list)  # where the rows are from, what is protected
     trained: bool = False  # whether the hook after the training has fired
 
     @classmethod
@@ -60,19 +62,12 @@ class Run:
         seconds = time.perf_counter() - started
         run = cls(files.config, selection)
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
+        run.told = about_rows(selection, files.source)
         run._protect(cfg, model, tokenizer, files)
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
             run.measured = load_questions(tokenizer, calibration, files.inputs.records)
-        counts = selection.counts
-        LOG.info(
-            "loki: %s of %s rows per layer train, in %d layers (rows from %s, %.1f s)",
-            counts[0] if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}",
-            selection.hidden_size,
-            selection.num_layers,
-            files.source,
-            seconds,
-        )
+        LOG.info(block("rows", run.told))
         return run
 
     def _protect(self, cfg, model, tokenizer, files: Files) -> None:
@@ -95,15 +90,11 @@ class Run:
         if found:
             self.directions = found.check(model)
             self.facts["protection"] = report(found)
-            LOG.info("loki: %s", describe(found))
+            self.told.append(("protected", describe(found)))
         if settings.anchor:
             self.anchor = Anchor(prompts, settings.anchor, settings.anchor_batch)
-            LOG.info(
-                "loki: every step adds %g x KL(base || tuned) on %d of %d prompts",
-                settings.anchor,
-                settings.anchor_batch,
-                len(prompts),
-            )
+            each = f"{settings.anchor:g} x KL(base || tuned) on {settings.anchor_batch}"
+            self.told.append(("anchor", f"every step adds {each} of {len(prompts)} prompts"))
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""
@@ -131,13 +122,8 @@ class Run:
         self.base = fingerprint(model)
         trainable, base = trainable_share(model)
         self.facts.update(trainable_parameters=trainable, base_parameters=base)
-        LOG.info(
-            "loki: %s form, %s parameters train (%.3f %% of %s)",
-            "dense" if self.config.rank is None else f"rank-{self.config.rank}",
-            f"{trainable:,}",
-            100 * trainable / base,
-            f"{base:,}",
-        )
+        told = about_training(self.selection, self.config.rank, trainable, base)
+        LOG.info(block("training", told))
 
     def prepare_trainer(self, cfg, trainer) -> None:
         from ..implanting.protection import DirectionsBesideCheckpoints

@@ -11,6 +11,19 @@ _INSTEAD = (
     "DDP (several GPUs and neither `fsdp` nor `deepspeed`), with `load_in_4bit: true` where the"
     " base does not fit on one GPU"
 )
+# Keys that spread a model or its optimizer over processes; one process alone needs none of them.
+SPREADING = (
+    "fsdp",
+    "fsdp_config",
+    "fsdp_version",
+    "fsdp_final_state_dict_type",
+    "deepspeed",
+    "ddp",
+    "dp_shard_size",
+    "dp_replicate_size",
+    "context_parallel_size",
+    "use_ray",
+)
 
 
 def fsdp_faults(cfg) -> list[str]:

@@ -1,0 +1,106 @@
+"""What a run says: one block per stage, the same in the log and in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..rows import RowSelection
+
+Line = tuple[str, str]  # what it is about, and what is said
+_WIDTH = 12
+
+
+def block(title: str, lines: Sequence[Line]) -> str:
+    """A stage's block: its title, and under it a line per subject."""
+    told = [f"  {subject:<{_WIDTH}}{text}" for subject, text in lines]
+    return "\n".join([f"loki: {title}", *told])
+
+
+def about_rows(selection: RowSelection, source: str) -> list[Line]:
+    """Where the rows come from and how they were chosen.
+
+    Args:
+        source: "analysis", or the file or adapter that the rows were read from.
+    """
+    made = selection.made
+    lines = [("from", _analysis(made) if source == "analysis" else source)]
+    if "strategy" in made:
+        how = [f"quota {made.get('quota')} %", str(made["strategy"])]
+        how += ["by |score|"] if made.get("magnitude") else []
+        excluded = made.get("exclude")
+        how += [f"without the rows of {', '.join(excluded)}"] if excluded else []
+        lines.append(("chosen", ", ".join(how)))
+    lines.append(("rows", _counts(selection)))
+    error, settings = made.get("convergence_error"), made.get("attribution") or {}
+    if error is not None:
+        steps, rule = settings.get("steps"), settings.get("rule")
+        share = f"{100 * error:.1f} % of the change of p that they divide up"
+        lines.append(("scores", f"they miss {share} ({steps} steps, {rule} rule)"))
+    return lines
+
+
+def _analysis(made: Mapping[str, Any]) -> str:
+    calibration = made.get("calibration") or {}
+    count, new = calibration.get("prompts", 0), made.get("prompts_analysed", 0)
+    dropped = calibration.get("dropped")
+    source = f"{calibration.get('source')}" + (f", {dropped} too long" if dropped else "")
+    if not new:
+        how = "taken from the cache"
+    else:
+        seconds = made.get("analysis_seconds") or 0.0
+        how = f"made now in {duration(seconds)}, {new / max(seconds, 1e-3):.1f} prompts/s"
+        how += f", the first {count - new} from the cache" if new < count else ""
+    return f"analysis {made.get('analysis')} of {count} prompts ({source}), {how}"
+
+
+def _counts(selection: RowSelection) -> str:
+    counts, hidden = selection.counts, selection.hidden_size
+    same = len(set(counts)) == 1
+    each = f"{counts[0]}" if same else f"{min(counts)} to {max(counts)}"
+    return f"{each} of {hidden} in each of {selection.num_layers} layers"
+
+
+def about_training(
+    selection: RowSelection, rank: int | None, trainable: int, base: int
+) -> list[Line]:
+    """What will train, and how much of the model that is."""
+    form = "dense: every selected row trains freely"
+    if rank is not None:
+        form = f"low-rank: the selected rows train together, rank {rank}"
+    return [
+        ("form", form),
+        ("rows", f"{sum(selection.counts):,} in all"),
+        ("trainable", f"{trainable:,} parameters, {100 * trainable / base:.3f} % of {base:,}"),
+        ("frozen", "all the rest; it is compared again after training"),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them: 0.8 s, 95 s, 12 min, 3.5 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# What may lie in output_dir after a run, and what it is.
+FILES = {
+    "adapter_model.safetensors": "the adapter, an ordinary LoRA",
+    "loki_rows.json": "its rows",
+    "loki_directions.safetensors": "what it does not read",
+    "loki_report.json": "settings, figures, verdict",
+    "LOKI_FAILED.txt": "why it must not be used",
+}
+
+
+def about_files(folder: Path) -> list[Line]:
+    """The files that are there, each with what it is."""
+    found = {name: what for name, what in FILES.items() if (folder / name).is_file()}
+    if not found:
+        return []
+    longest = max(map(len, found))
+    lines = [("files", f"in {folder}")]
+    return [*lines, *(("", f"{name:<{longest}}  {what}") for name, what in found.items())]
