@@ -17,6 +17,7 @@ from helpers.tokenizers import make_tokenizer
 
 from loki_plugin.analysing import analysis
 from loki_plugin.cli import loki
+from loki_plugin.host.telling import about_rows
 from loki_plugin.pipeline import choose_rows
 from loki_plugin.rows import RowSelection
 
@@ -76,7 +77,10 @@ def test_the_second_run_analyses_nothing_and_says_so(tokenizer, source, tmp_path
     assert len(hits) == 1 and "h old" in hits[0] and "MiB" in hits[0]
     error = first.made["convergence_error"]
     assert 1e-6 < error < 1 and again.made["convergence_error"] == error
-    assert any(f"miss {100 * error:.1f} % of the change of p" in m for m in logged)
+    assert first.made["prompts_analysed"] == 90 and again.made["prompts_analysed"] == 0
+    told = [dict(about_rows(s, "analysis")) for s in (first, again)]
+    assert all(f"miss {100 * error:.1f} % of the change of p" in t["scores"] for t in told)
+    assert "made now in" in told[0]["from"] and told[1]["from"].endswith("taken from the cache")
     for small, large in zip(again.rows, first.rows, strict=True):
         assert len(small) == 4 and len(large) == 9
 
