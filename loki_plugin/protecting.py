@@ -137,7 +137,6 @@ def report(directions: Directions) -> dict[str, Any]:
 def describe(directions: Directions) -> str:
     """What is protected, in one line."""
     counts, made = directions.counts, directions.made
-    number = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     size = sum(b.nbytes for b in directions.basis)
     inputs = max(b.shape[0] for b in directions.basis)
     held = (
@@ -147,6 +146,6 @@ def describe(directions: Directions) -> str:
         else ""
     )
     return (
-        f"the update does not read {number} of {inputs} input directions per layer{held}"
-        f" ({size / 2**20:.1f} MiB)"
+        f"the update does not read {min(counts)} to {max(counts)} of {inputs} input directions per"
+        f" layer{held} ({size / 2**20:.1f} MiB)"
     )
