@@ -108,10 +108,11 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         LOG.info("loki: protected directions found in the cache (%s)", path)
         return Directions.load(path)
     started = time.perf_counter()
-    found = find_directions(model, prompts, settings["inputs"], settings["directions"])
+    found = find_directions(model, prompts, settings["inputs"], settings["directions"], True)
     made = {
         **settings,
         "energy": [round(e, 6) for e in found.energy],
+        "held_out": found.held_out and [round(e, 6) for e in found.held_out],
         "prompts": len(prompts),
         "tokens": found.tokens,
         "hash": digest,
@@ -125,11 +126,12 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
 
 def report(directions: Directions) -> dict[str, Any]:
     """What `loki_report.json` says about the directions; null where the file does not tell."""
-    kept = ("energy", "tokens", "prompts", "seconds", "hash", "text")
+    kept = ("energy", "held_out", "tokens", "prompts", "seconds", "hash", "text")
     facts = {key: directions.made.get(key) for key in kept}
     return {
         "directions_per_layer": directions.counts,
         "energy_per_layer": facts.pop("energy"),
+        "energy_of_held_out_prompts_per_layer": facts.pop("held_out"),
         **facts,
     }
 
@@ -145,6 +147,8 @@ def describe(directions: Directions) -> str:
         if "energy" in made
         else ""
     )
+    if made.get("held_out"):
+        held += f" and {100 * min(made['held_out']):.2f} % of that of prompts kept back"
     return (
         f"the update does not read {min(counts)} to {max(counts)} of {inputs} input directions per"
         f" layer{held} ({size / 2**20:.1f} MiB)"

@@ -34,6 +34,8 @@ _EXACT_COPIES = 4
 # The subspace iteration holds about this many matrices of the size of its answer besides C.
 _BLOCK_COPIES = 5
 _FIRST_BLOCK, _ROUNDS = 256, 6
+# One prompt in so many is kept back to see what the others' directions hold of it.
+HELD_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Found:
         basis: L tensors [I, u_l] on the CPU with orthonormal columns.
         energy: L shares of tr C_l that U_l holds.
         tokens: how many real tokens the moments are made of.
+        held_out: L shares of the energy of every `HELD_OUT`-th prompt that the same number of
+            directions, found without those prompts, holds: what U holds of text like the
+            calibration that is not in it. None: too few prompts to tell.
     """
 
     basis: list[torch.Tensor]
     energy: list[float]
     tokens: int
+    held_out: list[float] | None = None
 
 
 def input_directions(
@@ -90,8 +96,12 @@ def find_directions(
     prompts: Sequence[Sequence[int]],
     energy: float | None,
     directions: int | None,
+    coverage: bool = False,
 ) -> Found:
     """`input_directions` for the token ids of prompts without padding, with what it found.
+
+    With `coverage`, also what directions hold of prompts that they were not found on; that needs a
+    second eigendecomposition per layer, but no second pass.
 
     Raises:
         ValueError: as `input_directions`.
@@ -99,28 +109,46 @@ def find_directions(
     anatomy = find_anatomy(model)
     sizes = anatomy.input_sizes
     _check_arguments(energy, directions, min(sizes))
-    batches = _batches(prompts)
+    kept = list(prompts[HELD_OUT - 1 :: HELD_OUT]) if coverage else []
+    # Prompts that are kept back come last: the moments before them are those without them.
+    batches = _batches([p for i, p in enumerate(prompts) if not kept or (i + 1) % HELD_OUT])
+    last = _batches(kept)
     tokens = sum(len(p) for p in prompts)
     wide = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float64
-    groups = _groups(sizes, 8 if wide else 4)
+    groups = _groups(sizes, (8 if wide else 4) * (2 if kept else 1))
     basis: list[torch.Tensor] = []
     held: list[float] = []
+    covered: list[float] = []
     with (
         quiet(model) as own_attention,
         own_attention(),
         exact_products(),  # TF32 would lose the small directions
         torch.no_grad(),
-        tqdm(total=len(groups) * len(batches), desc="loki: input directions", unit="batch") as bar,
+        tqdm(
+            total=len(groups) * len(batches + last), desc="loki: input directions", unit="batch"
+        ) as bar,
     ):
         for group in groups:
-            moments = _moments(model, anatomy, batches, group, bar)
+            moments: dict[int, torch.Tensor] = {}
+            _add_moments(moments, model, anatomy, batches, group, bar)
+            before = {i: moments[i].clone() for i in group} if kept else {}
+            _add_moments(moments, model, anatomy, last, group, bar)
             for layer in group:
                 moment = moments.pop(layer)
                 vectors, share = leading(moment, energy, directions)
+                if kept:
+                    covered.append(_held_out(before.pop(layer), moment, vectors.shape[1]))
                 _check_tokens(layer, vectors.shape[1], tokens, energy, directions)
                 basis.append(vectors.cpu())
                 held.append(share)
-    return Found(basis, held, tokens)
+    return Found(basis, held, tokens, covered or None)
+
+
+def _held_out(before: torch.Tensor, moment: torch.Tensor, count: int) -> float:
+    """The share of what came after `before` that `before`'s leading directions hold."""
+    vectors = leading(before, None, count)[0]
+    held = (vectors * (moment @ vectors - before @ vectors)).double().sum()
+    return float(held / (moment.diagonal().double() - before.diagonal().double()).sum())
 
 
 def _check_arguments(energy: float | None, directions: int | None, smallest: int) -> None:
@@ -181,11 +209,15 @@ class _Enough(Exception):
     """The last layer of the group has been seen; what comes above it need not run."""
 
 
-def _moments(
-    model: nn.Module, anatomy: Anatomy, batches: list, group: list[int], bar: tqdm
-) -> dict[int, torch.Tensor]:
-    """C_l [I, I] of the layers of `group`, where the layer is; one pass up to the last of them."""
-    moments: dict[int, torch.Tensor] = {}
+def _add_moments(
+    moments: dict[int, torch.Tensor],
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: list,
+    group: list[int],
+    bar: tqdm,
+) -> None:
+    """Add to C_l [I, I] of the layers of `group`, each on its device; one pass up to the last."""
     device = model.get_input_embeddings().weight.device
     for batch in batches:
         # Padding stands on the right, after every real token, where causal attention never looks.
@@ -198,7 +230,6 @@ def _moments(
                 hooks.enter_context(removing(anatomy.down[layer].register_forward_pre_hook(hook)))
             anatomy.decoder(input_ids=ids, use_cache=False)
         bar.update()
-    return moments
 
 
 def _adding(moments: dict[int, torch.Tensor], layer: int, real: torch.Tensor, last: bool):

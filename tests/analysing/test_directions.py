@@ -82,6 +82,23 @@ def test_float32_is_as_far_from_the_truth_as_float32_is():
         assert torch.linalg.norm(projector(a) - projector(b)) < 1e-4
 
 
+def test_what_is_held_of_prompts_that_were_kept_back():
+    model = tiny("llama", dtype=torch.float64)
+    ids = prompts(lengths=LENGTHS * 3)
+    found = find_directions(model, ids, 0.7, None, coverage=True)
+    for a, b in zip(found.basis, find_directions(model, ids, 0.7, None).basis, strict=True):
+        assert torch.allclose(projector(a), projector(b), atol=1e-6)  # all prompts count
+    kept = ids[7::8]
+    others = [p for i, p in enumerate(ids) if i % 8 != 7]
+    for seen, rest, basis, held in zip(
+        truth(model, others), truth(model, kept), found.basis, found.held_out, strict=True
+    ):
+        without = torch.linalg.eigh(seen)[1].flip(1)[:, : basis.shape[1]]
+        assert held == pytest.approx(share(rest, without), abs=1e-9)
+    assert max(found.held_out) < min(found.energy)  # random prompts have little in common
+    assert find_directions(model, ids[:7], 0.5, None, coverage=True).held_out is None
+
+
 @pytest.mark.parametrize("tokens", [1, 100, 10**6])
 def test_padding_and_batches_do_not_count(monkeypatch, tokens):
     ids = prompts(lengths=LENGTHS)

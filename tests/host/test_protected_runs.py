@@ -63,6 +63,8 @@ def test_trains_saves_reports_and_merges(run_config, train, base, tmp_path, text
     assert all(1 < count < 127 for count in directions.counts)
     assert all(0.9 <= share < 0.97 for share in report["energy_per_layer"])
     assert report["tokens"] > 4 * max(directions.counts) and report["prompts"] == 8 + 9
+    kept_back = report["energy_of_held_out_prompts_per_layer"]
+    assert all(0.3 < share < 1 for share in kept_back) and len(kept_back) == 3
     assert all(0 < share < 1e-6 for share in report["leakage_per_layer"])
     for layer, (u, rows) in enumerate(zip(directions.basis, selection.rows, strict=True)):
         delta = update(out, layer)
