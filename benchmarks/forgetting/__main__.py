@@ -2,6 +2,7 @@
 
     python -m benchmarks.forgetting screen --size small --work DIR    # every arm, three rates
     python -m benchmarks.forgetting final --size small --work DIR     # finalists, five rates
+    python -m benchmarks.forgetting bracket --size small --work DIR   # the rates around the score
     python -m benchmarks.forgetting suppress --size small --work DIR  # do the scores mean anything?
     python -m benchmarks.forgetting report --size small --work DIR    # figures, docs/evidence.md
 
@@ -30,7 +31,7 @@ FINALISTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("screen", "final", "suppress", "report"))
+    parser.add_argument("what", choices=("screen", "final", "bracket", "suppress", "report"))
     parser.add_argument("--work", type=Path, required=True, help="where base models are kept")
     parser.add_argument("--size", choices=base.SIZES, default="small")
     parser.add_argument("--arms", help="names, separated by commas")
@@ -41,7 +42,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    names = {"screen": "forgetting_screen.csv", "final": "forgetting_final.csv"}
     if options.what == "report":
         report.write(options.output, base.load(options.work, options.size))
         return
@@ -49,15 +49,19 @@ def main() -> None:
     if options.what == "suppress":
         report.suppress(known, options.output)
         return
-    runs = sweep.Sweep(
-        known, options.size, options.output / names[options.what], options.what == "final"
-    )
+    screen = options.what == "screen"
+    file = options.output / f"forgetting_{'screen' if screen else 'final'}.csv"
+    runs = sweep.Sweep(known, options.size, file, final=not screen)
     arms = options.arms.split(",") if options.arms else None
-    if options.what == "screen":
+    finalists, tasks = arms or FINALISTS.split(","), options.tasks.split(",")
+    if screen:
         runs.run_all(sweep.screening(arms), until)
+    elif options.what == "final":
+        runs.run_all(sweep.finals(finalists, options.seeds, tasks), until)
     else:
-        finalists = arms or FINALISTS.split(",")
-        runs.run_all(sweep.finals(finalists, options.seeds, options.tasks.split(",")), until)
+        for seed in range(options.seeds):
+            for task in tasks:
+                runs.bracket(finalists, task, seed, report.MATCHED, until)
 
 
 if __name__ == "__main__":

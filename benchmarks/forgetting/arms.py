@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, OSFConfig, ShiraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.forgetting.base import END, USER, Base, encode
+from benchmarks.forgetting import choosing
+from benchmarks.forgetting.base import END, USER, Base, encode, padded
 from benchmarks.forgetting.world import COVERED
 from loki_plugin import attribute, implant, input_directions, select_rows
 from loki_plugin.implanting.protection import ProtectedA
@@ -27,10 +28,16 @@ Sequences = list[tuple[list[int], int]]
 
 @dataclass
 class Context:
-    """What arms may know of the base: its calibration, and what follows from it."""
+    """What arms may know of the base: its calibration, and what follows from it.
+
+    Attributes:
+        seed: of what is drawn once: random rows, generated replay.
+        draw: of what each run draws: how new weights start.
+    """
 
     base: Base
     seed: int
+    draw: int = 0
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -62,8 +69,7 @@ class Context:
 
     def rows(self, quota: float, strategy: str, magnitude: bool = False) -> list[torch.Tensor]:
         if strategy == "smallest_weight":
-            norms = [d.weight.detach().norm(dim=1) for d in find_anatomy(self.base.model()).down]
-            return [n.argsort()[: int(quota * len(n) / 100)].sort().values for n in norms]
+            return choosing.smallest_weights(self, quota)
         return select_rows(self.scores, quota, strategy, magnitude=magnitude, seed=self.seed)
 
     @cached_property
@@ -88,37 +94,33 @@ class Context:
         return [(ids[: ids.index(end) + 1] if end in ids else ids, 1) for ids in said]
 
 
-def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, real, prompt in zip(ids, mask, prompts, strict=True):
-        row[: len(prompt)], real[: len(prompt)] = torch.tensor(prompt), 1
-    return ids, mask
-
-
 @dataclass
 class Arm:
     """A way to train.
 
     Attributes:
         build: (base model, context) -> the model to train, whose trainable parameters train.
-        rates: three learning rates, the middle one a good guess.
+        rates: three learning rates of the screening, the middle one a good guess.
+        lowest: the lowest rate of the finals, which are longer; each of the others is twice the
+            one before.
         decay: AdamW's weight decay.
         replay: (share of the sequences, which of the context's lists) mixed into the task.
         anchor: weight of KL(base || tuned) on calibration prompts in every step.
+        again: another order and another start of what is new: how much is noise?
     """
 
     build: Callable[[Any, Context], Any]
     rates: tuple[float, float, float] = (1e-3, 3e-3, 1e-2)
+    lowest: float = 1e-4
     decay: float = 0.0
     replay: tuple[float, str] | None = None
     anchor: float = 0.0
+    again: bool = False
 
 
 def lora(targets=LINEARS, r: int = 16, **more) -> Callable:
     def build(model, context):
-        torch.manual_seed(context.seed)
+        torch.manual_seed(context.draw)
         return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=targets, **more))
 
     return build
@@ -133,11 +135,22 @@ def loki(
     text: bool = False,
 ) -> Callable:
     def build(model, context):
-        torch.manual_seed(context.seed)
+        torch.manual_seed(context.draw)
         directions = None if protect is None else context.directions(protect, text)
         return implant(
             model, context.rows(quota, strategy, magnitude), rank=rank, protect=directions
         )
+
+    return build
+
+
+def rows_of(choose: Callable[[Context], list[torch.Tensor]], protect: float | None = None):
+    """LoKI with rows that are chosen in another way."""
+
+    def build(model, context):
+        torch.manual_seed(context.draw)
+        directions = None if protect is None else context.directions(protect, False)
+        return implant(model, choose(context), protect=directions)
 
     return build
 
@@ -224,50 +237,90 @@ def shira(model, context):
 
 
 LOW, HIGH = (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2)
+
+
+def _full(build, **more) -> Arm:
+    return Arm(build, LOW, 1.5e-5, **more)
+
+
+def _rows(build, lowest: float = 2.5e-4, **more) -> Arm:
+    """The fewer weights an update has, the higher the rate that it needs."""
+    return Arm(build, HIGH, lowest, **more)
+
+
+def _chosen(scores: Callable[[Context], torch.Tensor]) -> Arm:
+    return _rows(rows_of(lambda c: select_rows(scores(c), 30, "layer_balanced", seed=c.seed)))
+
+
+def _least_fisher(context: Context, energy: float | None = None) -> list[torch.Tensor]:
+    kept = None if energy is None else context.directions(energy, False)
+    return [choosing.lowest(f, 30) for f in choosing.fisher(context, kept)]
+
+
 # In the order in which the screening runs them.
 ARMS: dict[str, Arm] = {
     "lora_all_r16": Arm(lora()),
-    "loki_q30": Arm(loki(), HIGH),
-    "loki_protect_q30": Arm(loki(protect=0.99), HIGH),
-    "random_q30": Arm(loki(strategy="random"), HIGH),
-    "full": Arm(full, LOW),
+    "loki_q30": _rows(loki()),
+    "loki_protect_q30": _rows(loki(protect=0.99), 1e-3),
+    "random_q30": _rows(loki(strategy="random")),
+    "full": _full(full),
     "lora_all_r16_wd0.3": Arm(lora(), decay=0.3),
-    "lora_attn": Arm(lora(ATTENTION)),
-    "lora_gateup": Arm(lora(["gate_proj", "up_proj"])),
-    "lora_mlp_r10": Arm(lora(MLP, 10)),
-    "loki_magnitude_q30": Arm(loki(magnitude=True), HIGH),
-    "random_protect_q30": Arm(loki(strategy="random", protect=0.99), HIGH),
-    "loki_protect_text_q30": Arm(loki(protect=0.99, text=True), HIGH),
-    "loki_anchor_q30": Arm(loki(), HIGH, anchor=1.0),
+    "lora_attn": Arm(lora(ATTENTION), lowest=2e-4),
+    "lora_gateup": Arm(lora(["gate_proj", "up_proj"]), lowest=2e-4),
+    "lora_mlp_r10": Arm(lora(MLP, 10), lowest=2e-4),
+    "loki_magnitude_q30": _rows(loki(magnitude=True)),
+    "random_protect_q30": _rows(loki(strategy="random", protect=0.99), 1e-3),
+    "loki_protect_text_q30": _rows(loki(protect=0.99, text=True), 1e-3),
+    "loki_anchor_q30": _rows(loki(), anchor=1.0),
     "lora_anchor": Arm(lora(), anchor=1.0),
-    "lora_protect": Arm(lora_protected()),
+    "lora_protect": Arm(lora_protected(), lowest=2e-4),
     "lora_replay1": Arm(lora(), replay=(0.01, "pretraining")),
     "lora_replay5": Arm(lora(), replay=(0.05, "pretraining")),
     "lora_selfreplay": Arm(lora(), replay=(0.05, "generated")),
-    "loki_protect_anchor_q30": Arm(loki(protect=0.99), HIGH, anchor=1.0),
-    "protect_q99": Arm(loki(quota=99, strategy="random", protect=0.99), HIGH),
-    "loki_q10": Arm(loki(10), HIGH),
-    "highest_q30": Arm(loki(strategy="layer_highest"), HIGH),
-    "loki_lowrank": Arm(loki(rank=16), HIGH),
-    "smallest_weight_q30": Arm(loki(strategy="smallest_weight"), HIGH),
+    "loki_protect_anchor_q30": _rows(loki(protect=0.99), 1e-3, anchor=1.0),
+    "protect_q99": _rows(loki(quota=99, strategy="random", protect=0.99), 4e-4),
+    "loki_q10": _rows(loki(10), 5e-4),
+    "highest_q30": _rows(loki(strategy="layer_highest")),
+    "loki_lowrank": _rows(loki(rank=16)),
+    "smallest_weight_q30": _rows(loki(strategy="smallest_weight")),
     "lora_all_r16_wd0.1": Arm(lora(), decay=0.1),
     "dora": Arm(lora(use_dora=True)),
-    "freeze_bottom": Arm(freeze_bottom, LOW),
-    "pissa": Arm(lora(init_lora_weights="pissa"), LOW),
+    "freeze_bottom": _full(freeze_bottom),
+    "pissa": Arm(lora(init_lora_weights="pissa"), LOW, 5e-5),
     "mica": Arm(lora(init_lora_weights="mica")),
-    "corda": Arm(corda, LOW),
-    "osf": Arm(osf, LOW),
+    "corda": Arm(corda, LOW, 5e-5),
+    "osf": Arm(osf, LOW, 5e-5),
     "shira": Arm(shira),
     "kappatune": Arm(kappatune),
-    "loki_q20": Arm(loki(20), HIGH),
-    "loki_q5": Arm(loki(5), HIGH),
-    "random_q10": Arm(loki(10, "random"), HIGH),
-    "highest_q10": Arm(loki(10, "layer_highest"), HIGH),
-    "global_lowest_q30": Arm(loki(strategy="global_lowest"), HIGH),
-    "global_highest_q30": Arm(loki(strategy="global_highest"), HIGH),
-    "smallest_weight_q10": Arm(loki(10, "smallest_weight"), HIGH),
-    "loki_protect90_q30": Arm(loki(protect=0.9), HIGH),
-    "loki_protect_lowrank": Arm(loki(rank=16, protect=0.99), HIGH),
+    "loki_q20": _rows(loki(20)),
+    "loki_q5": _rows(loki(5), 1e-3),
+    "random_q10": _rows(loki(10, "random"), 5e-4),
+    "highest_q10": _rows(loki(10, "layer_highest"), 5e-4),
+    "global_lowest_q30": _rows(loki(strategy="global_lowest")),
+    "global_highest_q30": _rows(loki(strategy="global_highest")),
+    "smallest_weight_q10": _rows(loki(10, "smallest_weight"), 5e-4),
+    "loki_protect90_q30": _rows(loki(protect=0.9), 5e-4),
+    "loki_protect_lowrank": _rows(loki(rank=16, protect=0.99), 1e-3),
+    # The same again, and what was tried to keep more.
+    "lora_again": Arm(lora(), again=True),
+    "loki_again_q30": _rows(loki(), again=True),
+    "loki_wd0.3_q30": _rows(loki(), decay=0.3),
+    "loki_fisher_q30": _rows(rows_of(_least_fisher)),
+    "loki_fisher_global_q30": _rows(
+        rows_of(lambda c: choosing.lowest_of_all(choosing.fisher(c), 30))
+    ),
+    "loki_activation_q30": _chosen(choosing.at_activation),
+    "loki_all_tokens_q30": _chosen(choosing.all_tokens),
+    "loki_one_kind_q30": _chosen(choosing.one_kind),
+    "loki_with_text_q30": _chosen(choosing.with_text),
+    "loki_q60": _rows(loki(60)),
+    "loki_q99": _rows(loki(99)),
+    "loki_protect70_q30": _rows(loki(protect=0.7), 3.5e-4),
+    "protect90_q99": _rows(loki(quota=99, strategy="random", protect=0.9)),
+    "loki_protect_joint_q30": _rows(rows_of(lambda c: _least_fisher(c, 0.9), 0.9), 5e-4),
+    "loki_anchor4_q30": _rows(loki(), anchor=4.0),
+    "loki_anchor_q99": _rows(loki(99), anchor=1.0),
+    "lora_anchor4": Arm(lora(), anchor=4.0),
 }
 
 

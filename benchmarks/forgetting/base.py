@@ -56,7 +56,7 @@ class Size:
 SIZES = {
     "ci": Size(40, 64, 176, 3, 2, 600, 250, rows=8),
     "brief": Size(80, 96, 256, 4, 4, 800, 900, rows=12, width=96),
-    "small": Size(600, 160, 448, 4, 5, 1024, 700),
+    "small": Size(500, 160, 448, 4, 5, 1024, 1000),
     "reported": Size(2000, 384, 1024, 8, 6, 2048, 6000, rows=32, rate=1.5e-3),
 }
 
@@ -85,6 +85,16 @@ def encode(tokenizer, item: Item) -> tuple[list[int], int]:
     answer = f" {item.answer}" + (" ." if plain else END)
     given = tokenizer(prompt)["input_ids"]
     return given + tokenizer(answer)["input_ids"], len(given)
+
+
+def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T] and the mask of what is real."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, real, prompt in zip(ids, mask, prompts, strict=True):
+        row[: len(prompt)], real[: len(prompt)] = torch.tensor(prompt), 1
+    return ids, mask
 
 
 def load(work: Path, size_name: str, seed: int = 0) -> Base:

@@ -20,7 +20,7 @@ from loki_plugin.evaluating.suppress import suppressed
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 # What a run must have learned to be compared with another.
-MATCHED = 0.6
+MATCHED = 0.9
 MEASURES = ("retention", "retention_uncovered", "forgetting", "kl_general", "kl_uncovered")
 # LoKI's arms that do more than choose rows.
 PROTECTED = re.compile("protect|anchor")

@@ -22,12 +22,13 @@ from loki_plugin.implanting.protection import fold
 # Few steps favour whatever learns fast at a rate that does little harm, so that finals are longer.
 AMOUNT = {
     "ci": (12, 60, 120),
-    "brief": (40, 50, 150),
+    "brief": (40, 50, 300),
     "small": (60, 150, 450),
     "reported": (300, 400, 1200),
 }
 ROWS, WIDTH = 8, 96
 _ANCHOR_PROMPTS = 16
+_LAST_STEP = 6  # of the ladder of rates, each twice the one before; `finals` takes the first five
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Key:
     lr: float
 
 
+def _key(row: dict) -> Key:
+    return Key(row["arm"], row["task"], int(row["seed"]), float(row["lr"]))
+
+
 def screening(names: Iterable[str] | None = None) -> Iterator[Key]:
     """All arms, new facts, three rates, one seed."""
     for name in names or ARMS:
@@ -48,20 +53,22 @@ def screening(names: Iterable[str] | None = None) -> Iterator[Key]:
 
 
 def finals(names: Iterable[str], seeds: int, tasks: Iterable[str]) -> Iterator[Key]:
-    """Five rates: the arm's three, one below, and one between the upper two.
+    """Five rates, each twice the one before.
 
-    The low rates of all arms first, so that a sweep that is cut short compares all arms.
+    Rate by rate for all arms, the middle ones first, so that a sweep that is cut short compares
+    all arms.
     """
     names, tasks = list(names), list(tasks)
     for seed in range(seeds):
         for task in tasks:
-            for index in range(5):
+            for step in (2, 1, 3, 0, 4):
                 for name in names:
-                    low, middle, high = ARMS[name].rates
-                    between = float(f"{(middle * high) ** 0.5:.2g}")
-                    # Rounded as in the file, or a run would not be found there again.
-                    five = (float(f"{low / 3:.6g}"), low, middle, between, high)
-                    yield Key(name, task, seed, five[index])
+                    yield Key(name, task, seed, rate(name, step))
+
+
+def rate(arm: str, step: int) -> float:
+    """The arm's learning rate at that step of the ladder, rounded as the file has it."""
+    return float(f"{ARMS[arm].lowest * 2**step:.6g}")
 
 
 class Sweep:
@@ -79,10 +86,7 @@ class Sweep:
         if not self.file.is_file():
             return set()
         with self.file.open(newline="") as file:
-            return {
-                Key(r["arm"], r["task"], int(r["seed"]), float(r["lr"]))
-                for r in csv.DictReader(file)
-            }
+            return {_key(r) for r in csv.DictReader(file)}
 
     def run_all(self, keys: Iterable[Key], until: float | None = None) -> None:
         """Run what is missing; `until` is a time.time() after which no further run begins."""
@@ -93,10 +97,35 @@ class Sweep:
             if key not in self.done():
                 self._append(self.run(key))
 
+    def bracket(
+        self, names: Iterable[str], task: str, seed: int, score: float, until: float | None = None
+    ) -> None:
+        """For each arm the two neighbouring rates between which it reaches that task score.
+
+        Starts in the middle of the ladder and climbs or descends; what `finals` runs in full, in
+        two or three runs an arm.
+        """
+        for name in names:
+            scores: dict[int, float] = {}
+            step = 2
+            while 0 <= step <= _LAST_STEP and step not in scores:
+                key = Key(name, task, seed, rate(name, step))
+                self.run_all([key], until)
+                if key not in self.done():
+                    return
+                scores[step] = self.score(key)
+                step += -1 if scores[step] >= score else 1
+
+    def score(self, key: Key) -> float:
+        """The task score of a run that is in the file."""
+        with self.file.open(newline="") as file:
+            return next(float(r["task_score"]) for r in csv.DictReader(file) if _key(r) == key)
+
     def run(self, key: Key) -> dict:
         arm = ARMS[key.arm]
         learned, tested = TASKS[key.task](self.base.world, key.seed, self.people)
         context = self._contexts.setdefault(key.seed, Context(self.base, key.seed))
+        context.draw = key.seed + 1000 * arm.again
         was = self._asked(key, tested)
         model = arm.build(self.base.model(), context)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -107,7 +136,7 @@ class Sweep:
             ROWS,
             WIDTH,
             self.base.tokenizer.pad_token_id,
-            key.seed,
+            context.draw,
         )
         started = time.perf_counter()
         with PeakMemory(torch.device("cpu")) as memory:
