@@ -78,9 +78,11 @@ class AttributionArgs(_Block):
     """How the attributions are integrated."""
 
     steps: Count = Field(STEPS, ge=1, description="integration steps S")
-    rule: RuleName = Field(RULE, description="quadrature rule")
+    rule: RuleName = Field(RULE, description="quadrature rule; `left` is the authors'")
     path: PathName = Field(
-        PATH, description="scale the last token's output, or the whole sequence's"
+        PATH,
+        description="`token` scales the output at the last token (the paper), `sequence` at all of"
+        " them (the authors' later release)",
     )
     batch_size: Literal["auto"] | Annotated[Count, Field(ge=1)] = Field(
         BATCH_SIZE, description="prompts per batch; `auto` fits the free memory"
@@ -139,7 +141,11 @@ class LokiConfig(_Block):
     rank: Count | None = Field(
         None, ge=1, description="null = dense (the paper's LoKI); an integer = LoKI* of that rank"
     )
-    strategy: StrategyName = Field(STRATEGY, description="how rows are chosen from scores")
+    strategy: StrategyName = Field(
+        STRATEGY,
+        description="how rows are chosen from scores: `layer_balanced` is the paper's, the global"
+        " ones its ablations, `layer_highest` and `random` controls",
+    )
     magnitude: bool = Field(False, description="rank |score| instead of the signed score")
     seed: Count = Field(SEED, ge=0, description="seed of the `random` strategy")
     rows: str | None = Field(None, description="a rows file; skips analysing and selecting")

@@ -1,0 +1,144 @@
+"""Which versions the package runs with: a fresh environment per combination, and a set of tests.
+
+    python -m benchmarks.compatibility --work DIR python3.12:0.19.0:2.11.0 ...
+
+A combination is PYTHON:AXOLOTL:TORCH. Axolotl pins transformers, PEFT, TRL and bitsandbytes itself,
+so each combination stands for those too. The package is installed without its own ranges, so that a
+combination outside of them can be tried before they are widened. Combinations that were run before
+stay in the results; `--render` only writes the table again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.writer import RESULTS, write
+
+ROOT = Path(__file__).parents[1]
+# Registration, attribution, selection, the constraint, and one run through `axolotl train` and the
+# merge for each of dense, low-rank, fp32 and NF4.
+TESTS = (
+    "tests/host/test_plugin.py",
+    "tests/host/test_registering.py",
+    "tests/host/test_axolotl.py::test_trains_saves_and_merges",
+    "tests/analysing/attribution/test_attribute.py",
+    "tests/analysing/attribution/test_quantised.py",
+    "tests/selecting/test_selecting.py",
+    "tests/implanting/test_implant.py",
+    "tests/implanting/test_selected.py",
+    "tests/implanting/test_merge.py",
+    "tests/model/test_fingerprint.py",
+    "tests/test_rows.py",
+    "tests/test_short_name.py::test_the_installed_package_resolves_the_short_name",
+)
+TOOLS = ("captum", "h5py", "hatchling", "matplotlib", "pytest")
+SHOWN = ("transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table; what was not run has no counts."""
+
+    python: str
+    axolotl: str
+    torch: str
+    with_it: str
+    result: str
+    failures: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("combinations", nargs="*", metavar="PYTHON:AXOLOTL:TORCH")
+    parser.add_argument("--work", type=Path, help="folder for the environments")
+    parser.add_argument("--render", action="store_true", help="write the table from the CSV only")
+    options = parser.parse_args()
+    if not options.render and not (options.combinations and options.work):
+        parser.error("give --work DIR and combinations, or --render")
+    for combination in options.combinations:
+        python, axolotl, torch = combination.split(":")
+        _keep(try_out(python, axolotl, torch, options.work / combination.replace(":", "-")))
+    _render()
+
+
+def try_out(python: str, axolotl: str, torch: str, folder: Path) -> Outcome:
+    """Install one combination into `folder` (kept for a second try) and run the tests there."""
+    interpreter = folder / "bin" / "python"
+    if not interpreter.exists():
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    wanted = [f"axolotl=={axolotl}", f"torch=={torch}", *TOOLS]
+    installed = subprocess.run(
+        [interpreter, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
+    )
+    if installed.returncode:
+        why = installed.stderr.strip().splitlines()[-1]
+        return Outcome(python, axolotl, torch, "", "does not install", why)
+    subprocess.run(
+        [interpreter, "-m", "pip", "install", "-q", "--no-deps", "-e", str(ROOT)], check=True
+    )
+    shown = subprocess.run(
+        [interpreter, "-c", _VERSIONS], check=True, capture_output=True, text=True
+    ).stdout.split("\n")
+    done = subprocess.run(
+        [interpreter, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *TESTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    (folder / "tests.log").write_text(done.stdout + done.stderr)
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", done.stdout, re.MULTILINE)
+    counts = re.findall(r"(\d+ (?:passed|failed|error|skipped)\w*)", done.stdout.splitlines()[-1])
+    if not counts:
+        counts, failed = ["tests do not start"], [done.stderr.strip().splitlines()[-1]]
+    return Outcome(
+        shown[0], axolotl, shown[1], shown[2], ", ".join(counts), " ".join(sorted(set(failed)))
+    )
+
+
+_VERSIONS = f"""
+import platform
+from importlib.metadata import version
+print(platform.python_version())
+print(version("torch"))
+print(", ".join(f"{{p}} {{version(p)}}" for p in {SHOWN!r}))
+"""
+
+
+def _keep(outcome: Outcome) -> None:
+    key = (outcome.python, outcome.axolotl, outcome.torch)
+    rows = [r for r in _rows() if (r["python"], r["axolotl"], r["torch"]) != key]
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / "compatibility.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Outcome)])
+        writer.writeheader()
+        writer.writerows([*rows, asdict(outcome)])
+
+
+def _rows() -> list[dict[str, str]]:
+    path = RESULTS / "compatibility.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _render() -> None:
+    write(
+        "compatibility",
+        "Each line is an environment made for it, in which these tests ran: "
+        + ", ".join(f"`{test.split('::')[0]}`" for test in TESTS)
+        + ". The whole suite runs with the versions above and Axolotl"
+        f" {version('axolotl')}. Combinations that are not listed have not been run.",
+        "python -m benchmarks.compatibility --work DIR PYTHON:AXOLOTL:TORCH",
+        _rows(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Writes the pages that are read out of the package: fields, commands, Python functions.
+
+    python docs/generate.py
+
+A test fails while a page differs from what this would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+import loki_plugin
+from loki_plugin.args import LokiConfig
+from loki_plugin.cli import loki
+
+HERE = Path(__file__).parent
+NOTE = "<!-- Written by docs/generate.py; do not edit. -->\n\n"
+INTERNAL = {"form"}
+KINDS = {
+    int: "integer",
+    float: "number",
+    Decimal: "number",
+    str: "string",
+    bool: "true or false",
+    NoneType: "null",
+}
+# Sections of a docstring that list names; `Returns` and `Raises` are told as they stand.
+LISTS = ("Args:", "Attributes:")
+
+
+def fields() -> str:
+    """Every field of the `loki:` block."""
+    parts = [
+        NOTE + "# Every field of the `loki:` block\n\n"
+        "Read from the model that checks your YAML (`loki_plugin/args.py`). An unknown field is an"
+        " error. All faults of a block are shown at once.\n\n"
+        "## `loki`\n\n" + _table(LokiConfig)
+    ]
+    for name, field in LokiConfig.model_fields.items():
+        if _is_block(field):
+            parts.append(
+                f"## `loki.{name}`\n\n{inspect.getdoc(field.annotation)}\n\n"
+                + _table(field.annotation)
+            )
+    return "\n".join(parts)
+
+
+def _is_block(field: FieldInfo) -> bool:
+    return inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
+
+
+def _table(block: type[BaseModel]) -> str:
+    lines = ["| field | type | default | what it does |", "|---|---|---|---|"]
+    for name, field in block.model_fields.items():
+        if name in INTERNAL:
+            continue
+        if _is_block(field):
+            about = inspect.getdoc(field.annotation)
+            row = (f"[`{name}`](#loki{name})", "block", "", about)
+        else:
+            default = _yaml(field.get_default(call_default_factory=True))
+            row = (
+                f"`{name}`",
+                _type(field.annotation, field.metadata),
+                f"`{default}`",
+                field.description,
+            )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _type(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    """A type as a user writes it, with its range."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        more = [m for given in inner[1:] for m in getattr(given, "metadata", [given])]
+        return _type(inner[0], [*limits, *more])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(way, () if way is NoneType else limits) for way in inner)
+    if origin is list:
+        return f"list of {_type(inner[0])}s"
+    if origin is dict:
+        return "mapping of strings"
+    return ", ".join([KINDS[annotation], *(_limit(m) for m in limits if _limit(m))])
+
+
+def _limit(given: Any) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    return "".join(f"{s} {getattr(given, k)}" for k, s in signs.items() if hasattr(given, k))
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def commands() -> str:
+    """Every command with its options, as `--help` shows them."""
+    parts = [
+        NOTE + "# Commands\n\nEach stands as `loki ...` and as `axolotl loki ...`. A mistake ends"
+        " with one line and exit code 1; wrong options end with exit code 2.\n"
+    ]
+    for path, command in sorted(_commands(loki, ("loki",))):
+        context = click.Context(command, info_name=" ".join(path), max_content_width=96)
+        context.terminal_width = 96
+        parts.append(f"## `{' '.join(path)}`\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+def _commands(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[tuple, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*path, name))
+        elif command is not None:
+            yield (*path, name), command
+
+
+def python() -> str:
+    """The public functions and classes, from their docstrings."""
+    parts = [
+        NOTE + "# Python\n\nWhat `loki_plugin` offers. Shapes: B prompts in a batch, N prompts in"
+        " all, T tokens, L layers, H rows per layer, I inputs, V vocabulary.\n"
+    ]
+    for name in loki_plugin.__all__:
+        what = getattr(loki_plugin, name)
+        parts.append(f"## `{name}`\n\n{_signature(name, what)}{_prose(inspect.getdoc(what) or '')}")
+        if name == "RowSelection":
+            parts += [
+                f"### `{name}.{method}`\n\n{_signature(method, getattr(what, method))}"
+                f"{_prose(inspect.getdoc(getattr(what, method)) or '')}"
+                for method in vars(what)
+                if not method.startswith("_") and callable(getattr(what, method))
+            ]
+    return "\n".join(parts)
+
+
+def _signature(name: str, what: Callable) -> str:
+    if inspect.isclass(what) and name != "RowSelection":
+        return ""  # made by Axolotl, not by callers
+    arguments = []
+    for parameter in inspect.signature(what).parameters.values():
+        text = str(parameter.replace(annotation=inspect.Parameter.empty))
+        annotation = str(parameter.annotation).replace("torch.Tensor", "Tensor")
+        if parameter.annotation is not inspect.Parameter.empty and parameter.name != "self":
+            text = text.replace(parameter.name, f"{parameter.name}: {annotation}", 1)
+            text = text.replace("=", " = ", 1)
+        arguments.append(text)
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in arguments:
+            arguments.insert(-1, "*")
+    arguments = [a for a in arguments if a not in ("self", "cls")]
+    one = f"{name}({', '.join(arguments)})"
+    if len(one) > 96:
+        one = f"{name}(\n" + "".join(f"    {a},\n" for a in arguments) + ")"
+    return f"```text\n{one}\n```\n\n"
+
+
+def _prose(docstring: str) -> str:
+    """A docstring of this house as Markdown: sections become bold words, arguments a list."""
+    out, section = [], ""
+    for line in docstring.splitlines():
+        if line.endswith(":") and line[:-1] in ("Args", "Attributes", "Returns", "Raises"):
+            section = line
+            out += [f"**{line[:-1]}**", ""]
+        elif section and line.startswith("    "):
+            deeper = line.startswith("     ")
+            text = line.strip()
+            if section in LISTS and not deeper:
+                key, _, rest = text.partition(": ")
+                text = f"- `{key}`: {rest}"
+            elif section in LISTS:
+                text = f"  {text}"
+            out.append(text)
+        else:
+            section = section if not line else ""
+            out.append(line)
+    # Outside of `code`, an index is an index and no emphasis.
+    parts = re.split(r"(`[^`]*`)", "\n".join(out).rstrip() + "\n")
+    return "".join(p if p.startswith("`") else p.replace("_", "\\_") for p in parts)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "fields.md": fields,
+    "commands.md": commands,
+    "python.md": python,
+}
+
+if __name__ == "__main__":
+    for name, write in PAGES.items():
+        (HERE / name).write_text(write(), encoding="utf-8")
+        print(f"docs/{name}")

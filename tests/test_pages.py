@@ -1,0 +1,269 @@
+"""The pages say what the package does: generated ones are current, and what they quote is true."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import yaml
+from axolotl.cli.main import cli as axolotl
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loki_plugin.args import LokiConfig
+from loki_plugin.cli import loki
+from loki_plugin.host import settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+TEXTS = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in PAGES}
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```", re.M | re.S
+)
+# The authors' console script has the same name; one page sets both side by side.
+THEIRS = {"select-nodes", "create-model", "restore-model"}
+
+
+def blocks(*kinds: str) -> list:
+    """(page, why it is not run, text) of every fenced block of these kinds, as test parameters."""
+    return [
+        pytest.param(page, found["why"], found["body"], id=f"{page}:{i}")
+        for page, text in TEXTS.items()
+        for i, found in enumerate(FENCE.finditer(text))
+        if found["kind"] in kinds
+    ]
+
+
+# --- pages that are written by docs/generate.py ---
+
+
+@pytest.mark.parametrize("page", ["fields.md", "commands.md", "python.md"])
+def test_the_page_is_what_the_package_says(page):
+    written = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"][page]()
+    assert TEXTS[f"docs/{page}"] == written, "run `python docs/generate.py`"
+
+
+def test_every_field_has_a_description():
+    models = [LokiConfig, *(type(v) for _, v in LokiConfig() if hasattr(v, "model_fields"))]
+    assert len(models) == 4
+    bare = [
+        f"{model.__name__}.{name}"
+        for model in models
+        for name, field in model.model_fields.items()
+        if not (field.description or getattr(field.annotation, "__doc__", None))
+    ]
+    assert not bare
+
+
+# --- commands ---
+
+
+def lines_of(block: str) -> list[str]:
+    joined = block.replace("\\\n", " ")
+    return [line.partition("  #")[0].strip() for line in joined.splitlines() if line.strip()]
+
+
+SHOWN = [
+    pytest.param(line, True, id=f"{param.values[0]}: {line}")
+    for param in blocks("", "bash")
+    for line in lines_of(param.values[2])
+    if param.values[0] != "docs/map.md" and "|" not in line
+]
+IN_TEXT = re.compile(r"`((?:axolotl |loki |make |python -m )[^`\n]+)`")
+# In running text a command may stand without its arguments.
+NAMED = [
+    pytest.param(code, False, id=f"{page}: {code}")
+    for page, text in TEXTS.items()
+    for code in sorted(
+        set(re.findall(r"`((?:axolotl |loki |make |python -m )[^`\n]+)`", FENCE.sub("", text)))
+    )
+    if "..." not in code
+]
+PLAIN = re.compile(r"make|loki|axolotl|python|pip")
+
+
+@pytest.mark.parametrize(("line", "whole"), [*SHOWN, *NAMED])
+def test_the_command_is_one_that_runs(line, whole):
+    words = shlex.split(line)
+    if not PLAIN.fullmatch(words[0]):
+        assert page_output(line), f"'{line}' is neither a command that is known here nor an output"
+        return
+    if words[0] == "axolotl" and words[1:2] != ["loki"]:
+        assert words[1] in axolotl.commands
+        assert len(words) > 2 or not whole
+    elif words[0] in ("loki", "axolotl"):
+        check_ours(words[words.index("loki") + 1 :], whole)
+    elif words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:2]], cwd=ROOT, check=True, capture_output=True)
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2], words[3:])
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        check_install(words)
+
+
+def page_output(line: str) -> bool:
+    """The README shows what the demo prints; those lines are no commands."""
+    demo = TEXTS["README.md"].split("## What keeps knowledge")[0]
+    return line in demo
+
+
+def check_ours(words: list[str], whole: bool) -> None:
+    """Parse with click's own parser, without touching the files that are named."""
+    command: click.Command = loki
+    while isinstance(command, click.Group) and words:
+        if words[0] in THEIRS:
+            return
+        command, words = command.commands[words[0]], words[1:]
+    context = click.Context(command)
+    given, left, _ = command.make_parser(context).parse_args(list(words))
+    assert not left, f"{left} is too much"
+    if whole:
+        missing = [p.name for p in command.params if p.required and given.get(p.name) is None]
+        assert not missing
+
+
+def check_module(module: str, words: list[str]) -> None:
+    if module == "pytest":
+        return
+    shown = io.StringIO()
+    before = sys.argv
+    sys.argv = [module, "--help"]
+    try:
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        sys.argv = before
+    assert ended.value.code == 0
+    for option in (w.partition("=")[0] for w in words if w.startswith("--")):
+        assert option in shown.getvalue(), f"{module} has no {option}"
+
+
+def check_install(words: list[str]) -> None:
+    assert words[:2] == ["pip", "install"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra in re.findall(r"\[(.*?)\]", words[2]):
+        assert set(extra.split(",")) <= project["optional-dependencies"].keys()
+
+
+def test_the_reader_of_commands_can_fail():
+    with pytest.raises(click.NoSuchOption):
+        check_ours(["verify", "BASE", "TUNED", "--row", "FILE", "--nothing"], True)
+    with pytest.raises(KeyError):
+        check_ours(["verfy"], False)
+    with pytest.raises(AssertionError, match="rows"):
+        check_ours(["verify", "BASE", "TUNED"], True)
+    with pytest.raises(AssertionError):
+        check_module("benchmarks.quadrature", ["--no-such-option"])
+    assert len(SHOWN) > 15 and len(NAMED) > 15
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize(("page", "why", "text"), blocks("yaml"))
+def test_the_yaml_is_accepted(page, why, text):
+    config = yaml.safe_load(text)
+    if "plugins" in config:
+        settings.prepare(config)
+        assert config["adapter"] in ("lora", "qlora")
+    else:
+        LokiConfig(**config["loki"])
+
+
+@pytest.mark.parametrize(("page", "why", "text"), blocks("diff"))
+def test_the_diff_makes_a_lora_yaml_a_loki_yaml(page, why, text):
+    lines = text.splitlines()
+    assert {line[0] for line in lines} <= {" ", "+", "-"}
+    before, after = (
+        yaml.safe_load("\n".join(line[1:] for line in lines if line[0] in kept))
+        for kept in (" -", " +")
+    )
+    assert "plugins" not in before and before["adapter"] in ("lora", "qlora")
+    assert after["plugins"] == ["loki"]
+    wanted = copy.deepcopy(after)
+    settings.prepare(after)
+    assert after["adapter"] == before["adapter"]
+    dense = wanted["adapter"] == "loki"
+    assert after["loki"]["rank"] == (None if dense else before["lora_r"])
+
+
+def test_there_are_diffs_and_yaml_blocks():
+    assert len(blocks("diff")) >= 2 and len(blocks("yaml")) >= 8
+
+
+# --- Python ---
+
+
+@pytest.mark.parametrize(("page", "why", "text"), blocks("python"))
+def test_the_python_runs_on_a_small_model(page, why, text):
+    if why:
+        compile(text, page, "exec")
+        return
+    # 10 % of its rows are more than 32, the rank that a page asks for.
+    config = LlamaConfig(
+        hidden_size=352,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=97,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(1, 97, (32, 48), generator=torch.Generator().manual_seed(0))
+    names = {"model": model, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    exec(compile(text, page, "exec"), names)
+
+
+# --- messages ---
+
+
+def messages() -> list[str]:
+    """Every text in the package's source, with `…` for what is filled in."""
+    found = []
+    for path in sorted((ROOT / "loki_plugin").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def quoted() -> list[str]:
+    lines = re.findall(r"^### (.*)$", TEXTS["docs/troubleshooting.md"], re.MULTILINE)
+    return [re.fullmatch(r"`` (.*) ``|`(.*)`", line).expand(r"\1\2") for line in lines]
+
+
+def is_in(message: str, sources: list[str]) -> bool:
+    """Whether the pieces of `message` stand in one text of the source, in order."""
+    pattern = re.compile(".*".join(re.escape(p) for p in message.split("…")), re.DOTALL)
+    return any(pattern.search(source) for source in sources)
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return messages()
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_the_message_is_in_the_source(message, sources):
+    assert len(message.replace("…", "").strip()) > 10
+    assert is_in(message, sources)
+
+
+def test_the_search_for_messages_can_fail(sources):
+    assert len(quoted()) > 40
+    assert not is_in("adapter: … cannot be joined with plugins", sources)
