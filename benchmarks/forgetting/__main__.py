@@ -3,6 +3,7 @@
     python -m benchmarks.forgetting screen --size small --work DIR    # every arm, three rates
     python -m benchmarks.forgetting final --size small --work DIR     # finalists, five rates
     python -m benchmarks.forgetting bracket --size small --work DIR   # the rates around the score
+    python -m benchmarks.forgetting axolotl --size small --work DIR   # through `axolotl train`
     python -m benchmarks.forgetting suppress --size small --work DIR  # do the scores mean anything?
     python -m benchmarks.forgetting report --size small --work DIR    # figures, docs/evidence.md
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.forgetting import base, report, sweep
+from benchmarks.forgetting import base, matching, report, silencing, sweep, through
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.writer import RESULTS
 
@@ -31,7 +32,9 @@ FINALISTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("screen", "final", "bracket", "suppress", "report"))
+    parser.add_argument(
+        "what", choices=("screen", "final", "bracket", "axolotl", "suppress", "report")
+    )
     parser.add_argument("--work", type=Path, required=True, help="where base models are kept")
     parser.add_argument("--size", choices=base.SIZES, default="small")
     parser.add_argument("--arms", help="names, separated by commas")
@@ -47,21 +50,23 @@ def main() -> None:
         return
     known = base.load(options.work, options.size)
     if options.what == "suppress":
-        report.suppress(known, options.output)
+        silencing.suppress(known, options.output)
         return
     screen = options.what == "screen"
     file = options.output / f"forgetting_{'screen' if screen else 'final'}.csv"
     runs = sweep.Sweep(known, options.size, file, final=not screen)
     arms = options.arms.split(",") if options.arms else None
     finalists, tasks = arms or FINALISTS.split(","), options.tasks.split(",")
-    if screen:
+    if options.what == "axolotl":
+        through.run_all(known, runs, options.output, options.work)
+    elif screen:
         runs.run_all(sweep.screening(arms), until)
     elif options.what == "final":
         runs.run_all(sweep.finals(finalists, options.seeds, tasks), until)
     else:
         for seed in range(options.seeds):
             for task in tasks:
-                runs.bracket(finalists, task, seed, report.MATCHED, until)
+                runs.bracket(finalists, task, seed, matching.MATCHED, until)
 
 
 if __name__ == "__main__":

@@ -2,179 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import re
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from benchmarks.forgetting.arms import Context
 from benchmarks.forgetting.base import Base
-from benchmarks.forgetting.measures import ask
+from benchmarks.forgetting.matching import (
+    MATCHED,
+    Runs,
+    matched,
+    noise_floor,
+    r_squared,
+    read,
+    targets,
+    tried,
+)
 from benchmarks.machine import describe
 from benchmarks.writer import command, table
-from loki_plugin import select_rows
-from loki_plugin.evaluating.suppress import suppressed
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
-# What a run must have learned to be compared with another.
-MATCHED = 0.9
-MEASURES = ("retention", "retention_uncovered", "forgetting", "kl_general", "kl_uncovered")
-# LoKI's arms that do more than choose rows.
-PROTECTED = re.compile("protect|anchor")
-Runs = list[dict]
-
-
-def read(file: Path) -> Runs:
-    if not file.is_file():
-        return []
-    with file.open(newline="") as lines:
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(lines)]
-
-
-def _number(text: str):
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def at_score(runs: Runs, measure: str, score: float) -> float | None:
-    """`measure` where the curve over learning rates first reaches the task score; None: never.
-
-    Linear between the two rates around it. A curve that starts above the score counts with its
-    lowest rate: it may do better at a lower one.
-    """
-    curve = sorted(runs, key=lambda r: r["lr"])
-    for i, run in enumerate(curve):
-        if run["task_score"] >= score:
-            if i == 0:
-                return run[measure]
-            low = curve[i - 1]
-            share = (score - low["task_score"]) / (run["task_score"] - low["task_score"])
-            return low[measure] + share * (run[measure] - low[measure])
-    return None
-
-
-def matched(runs: Runs, score: float = MATCHED) -> list[dict]:
-    """One line per arm and task: the mean over seeds at the matched score, best first."""
-    groups = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        groups[(run["task"], run["arm"])][run["seed"]].append(run)
-    lines = []
-    for (task, arm), seeds in groups.items():
-        line = {"task": task, "arm": arm, "seeds": len(seeds)}
-        line["rates"] = min(map(len, seeds.values()))
-        line["best task score"] = max(r["task_score"] for s in seeds.values() for r in s)
-        for measure in MEASURES:
-            values = [at_score(s, measure, score) for s in seeds.values()]
-            reached = [v for v in values if v is not None]
-            line[measure] = float(np.mean(reached)) if len(reached) == len(values) else None
-            if measure == "forgetting":
-                line["spread"] = float(np.ptp(reached)) if len(reached) > 1 else None
-        lines.append(line)
-    order = {task: i for i, task in enumerate(dict.fromkeys(r["task"] for r in runs))}
-    lines.sort(key=lambda x: (order[x["task"]], x["forgetting"] is None, x["forgetting"] or 0))
-    return lines
-
-
-def r_squared(runs: Runs, predictor: str, measure: str = "forgetting") -> float:
-    """Of a straight line through log(1 + predictor), over all runs."""
-    x = np.log1p([r[predictor] for r in runs])
-    y = np.array([r[measure] for r in runs])
-    return float(np.corrcoef(x, y)[0, 1] ** 2)
-
-
-def suppress(base: Base, folder: Path) -> None:
-    """Zero the lowest, highest and random rows of every layer: does the score tell what matters?"""
-    context = Context(base, 0)
-    model, measured = base.model().eval(), base.world.measured()
-    rows, then = [], {k: ask(model, base.tokenizer, i) for k, i in measured.items()}
-    known = {k: sum(a.right) for k, a in then.items()}
-    hidden = context.scores.shape[-1]
-    for quota in (q for q in (1, 2, 5, 10, 20, 30) if q * hidden >= 100):  # at least one row
-        for magnitude in (False, True):
-            for which, strategy in (
-                ("lowest", "layer_balanced"),
-                ("highest", "layer_highest"),
-                ("random", "random"),
-            ):
-                if which == "random" and magnitude:
-                    continue
-                chosen = select_rows(context.scores, quota, strategy, magnitude=magnitude)
-                with suppressed(model, chosen):
-                    now = {k: ask(model, base.tokenizer, i) for k, i in measured.items()}
-                kept = [
-                    sum(a and b for a, b in zip(then[k].right, now[k].right, strict=True))
-                    / max(1, known[k])
-                    for k in measured
-                ]
-                rise = [now[k].loss - then[k].loss for k in measured]
-                name = f"{which} by |score|" if magnitude else which
-                rows.append(
-                    {
-                        "quota": quota,
-                        "silenced": name,
-                        "retention": round(float(np.mean(kept)), 4),
-                        "forgetting": round(float(np.mean(rise)), 4),
-                    }
-                )
-                print(rows[-1], flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "suppress.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def targets(lines: list[dict]) -> list[dict]:
-    """What was aimed at, task by task, and whether the figures show it; missed ones stay in.
-
-    A lead counts only if it is larger than the spread between the seeds of both arms; with one
-    seed that is not known, and the verdict says so.
-    """
-    rows = []
-    for task in dict.fromkeys(line["task"] for line in lines):
-        arms = {x["arm"]: x for x in lines if x["task"] == task and x["forgetting"] is not None}
-        plain = [a for a in arms if a.startswith("loki") and not PROTECTED.search(a)]
-        ours = [a for a in arms if a.startswith("loki") and PROTECTED.search(a)]
-        others = [a for a in arms if a not in ours and "replay" not in a]
-        foreign = [a for a in others if "protect" not in a and a not in plain]
-        for aim, left, right, share in (
-            ("LoKI without protection forgets at most half of LoRA r16", plain,
-             ["lora_all_r16"], 0.5),
-            ("chosen rows forget less than random rows", ["loki_q30"], ["random_q30"], 1),
-            ("the same, both with protected inputs", ["loki_protect_q30"],
-             ["random_protect_q30"], 1),
-            ("LoKI with its best protection forgets less than every rival", ours, foreign, 1),
-            ("... than protected inputs without chosen rows", ours,
-             ["random_protect_q30", "protect_q99", "lora_protect"], 1),
-            ("... and no more than LoRA with 1 % real replay", ours, ["lora_replay1"], 1),
-        ):  # fmt: skip
-            best = [
-                min((arms[a] for a in names if a in arms), key=_forgot, default=None)
-                for names in (left, right)
-            ]
-            if None in best:
-                continue
-            us, them = best
-            spreads = [x["spread"] for x in best if x["spread"] is not None]
-            noise = max(spreads, default=0)
-            lead = share * them["forgetting"] - us["forgetting"]
-            verdict = "yes" if lead > noise else "no" if lead < -noise else "not told apart"
-            verdict += "" if len(spreads) == 2 else " (one seed)"
-            rows.append(
-                {"task": task, "aim": aim}
-                | {"ours": f"{us['arm']} {_forgot(us):.3f}"}
-                | {"rival": f"{them['arm']} {_forgot(them):.3f}", "shown": verdict}
-            )
-    return rows
-
-
-def _forgot(line: dict) -> float:
-    return line["forgetting"]
 
 
 def plot(runs: Runs, path: Path) -> None:
@@ -218,6 +64,24 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE) -> None:
     for title, runs in (("finalists", final), ("screening", screen)):
         aims = targets(matched(runs))
         parts += [f"## What was aimed at: {title}", table(aims)] if aims else []
+    noise = noise_floor(matched(final))
+    if noise:
+        parts += [
+            "## How much is noise",
+            "The same arm with another order of the data and another start of what is new, at the"
+            " matched score. Leads smaller than the largest of these count as none.",
+            table([_shown(x) for x in noise]),
+        ]
+    tries = tried(matched(final))
+    if len(tries) > 1:
+        parts += [
+            "## What was tried so that more is kept",
+            f"Finalists' runs at a task score of {MATCHED}; `-`: it was not reached.",
+            table([_shown(x) for x in tries]),
+        ]
+    checked = read(folder / "forgetting_axolotl.csv")
+    if checked:
+        parts += ["## Through `axolotl train`", _agreement(checked, final)]
     parts += ["![Task score against forgetting](../benchmarks/results/forgetting_pareto.png)"]
     everything = screen + final
     parts += ["## What predicts forgetting", _predictors(everything)]
@@ -279,6 +143,29 @@ def _shown(line: dict) -> dict:
         k: "-" if v is None else (f"{v:.3f}" if isinstance(v, float) else v)
         for k, v in line.items()
     }
+
+
+def _agreement(checked: Runs, final: Runs) -> str:
+    """The same runs as a user would start them beside those of the sweep."""
+    rows = []
+    for run in checked:
+        twin = next((r for r in final if _same(r, run)), None)
+        if twin is None:
+            continue
+        row = {"arm": run["arm"], "lr": run["lr"]}
+        for measure in ("task_score", "retention", "forgetting", "kl_general"):
+            row |= {measure: twin[measure], f"{measure}, axolotl": run[measure]}
+        rows.append(row)
+    return (
+        "The sweep trains in one process; here the same arms at one rate run as a YAML through the"
+        " real command, with unpacked batches of as many sequences and Axolotl's own shuffling."
+        "\n\n" + (table([_shown(x) for x in rows]) if rows else "The sweep has no such runs yet.")
+    )
+
+
+def _same(run: dict, other: dict) -> bool:
+    same = all(run[k] == other[k] for k in ("arm", "lr", "steps"))
+    return same and run["task"] == "facts" and run["seed"] == 0
 
 
 def _predictors(runs: Runs) -> str:

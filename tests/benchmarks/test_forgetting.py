@@ -10,10 +10,10 @@ import torch
 from helpers.families import tiny
 
 from benchmarks.forgetting import base as bases
-from benchmarks.forgetting import report
+from benchmarks.forgetting import choosing, matching, report, silencing
 from benchmarks.forgetting.arms import ARMS, Context, lora_protected, passes
 from benchmarks.forgetting.measures import flips, kl
-from benchmarks.forgetting.sweep import Key, Sweep, finals, screening
+from benchmarks.forgetting.sweep import Key, Sweep, finals, rate, screening
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.forgetting.world import COVERED, HELD_OUT, make
 from loki_plugin.implanting.protection import fold
@@ -69,9 +69,9 @@ def runs(*curve):
 
 def test_matching_interpolates_between_the_rates_around_the_score():
     curve = runs((1e-3, 0.2, 0.0), (1e-2, 1.0, 0.8), (1e-1, 0.1, 9.0))
-    assert report.at_score(curve, "forgetting", 0.6) == pytest.approx(0.4)
-    assert report.at_score(curve[::-1], "forgetting", 0.2) == 0.0  # in any order; the lowest rate
-    assert report.at_score(runs((1e-3, 0.2, 0.0), (1e-2, 0.5, 1.0)), "forgetting", 0.6) is None
+    assert matching.at_score(curve, "forgetting", 0.6) == pytest.approx(0.4)
+    assert matching.at_score(curve[::-1], "forgetting", 0.2) == 0.0  # in any order; the lowest rate
+    assert matching.at_score(runs((1e-3, 0.2, 0.0), (1e-2, 0.5, 1.0)), "forgetting", 0.6) is None
 
 
 def test_packing_keeps_prompts_unlearned_and_sequences_apart():
@@ -113,6 +113,32 @@ def test_every_arm_is_screened_and_finals_have_five_rates():
     assert [k.arm for k in keys[:4]] == ["full", "dora"] * 2  # rate by rate for all arms
 
 
+@pytest.mark.parametrize(
+    ("scores", "ran"),
+    [
+        ((0.1, 0.5, 0.95, 1.0, 1.0), [2, 1]),  # reached in the middle: one below
+        ((0.1, 0.92, 0.95, 1.0, 1.0), [2, 1, 0]),
+        ((0.0, 0.1, 0.2, 0.3, 0.91), [2, 3, 4]),
+        ((0.0,) * 9, [2, 3, 4, 5, 6]),  # never: the ladder ends
+    ],
+)
+def test_bracketing_finds_the_two_rates_around_the_score(tmp_path, scores, ran):
+    class Known(Sweep):
+        def __init__(self):
+            self.file = tmp_path / "found.csv"
+
+        def run(self, key):
+            steps.append(next(k for k in range(9) if rate(key.arm, k) == key.lr))
+            row = {"arm": key.arm, "task": key.task, "seed": key.seed, "lr": key.lr}
+            rest = dict.fromkeys(("retention", "forgetting", "kl_general", "seconds"), 0.0)
+            return row | {"task_score": scores[steps[-1]]} | rest
+
+    steps: list[int] = []
+    for _ in range(2):  # the second time everything is there
+        Known().bracket(["loki_q30"], "facts", 0, 0.9)
+    assert steps == ran
+
+
 @pytest.mark.slow
 def test_a_small_sweep_from_end_to_end(tmp_path):
     """Resumes run by run; full fine-tuning at a high rate forgets, protected inputs do not."""
@@ -148,7 +174,7 @@ def test_a_small_sweep_from_end_to_end(tmp_path):
     assert float(found["full"]["retention"]) < float(found["loki_protect_q30"]["retention"])
     rows_of_base = sum(m.weight.numel() for m in _down(base.model()))
     assert int(found["loki_q30"]["params"]) == rows_of_base * 19 // 64  # floor(0.3 · 64) rows
-    report.suppress(base, tmp_path)
+    silencing.suppress(base, tmp_path)
     report.write(tmp_path, base, tmp_path / "evidence.md")
     text = (tmp_path / "evidence.md").read_text()
     assert "loki_protect_q30" in text and "What predicts forgetting" in text
@@ -190,9 +216,9 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
         line("full", 0.1, 0.0),
         line("lora_replay1", None),
     ]
-    found = {r["aim"]: r for r in report.targets(lines)}
+    found = {r["aim"]: r for r in matching.targets(lines)}
     half = found["LoKI without protection forgets at most half of LoRA r16"]
-    assert report.targets([line("loki_q30", 0.3), line("lora_all_r16", 0.4)])[0]["shown"] == (
+    assert matching.targets([line("loki_q30", 0.3), line("lora_all_r16", 0.4)])[0]["shown"] == (
         "no (one seed)"
     )
     assert half == {"task": "facts", "aim": half["aim"], "ours": "loki_q10 0.150",
@@ -205,9 +231,57 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
     assert not any("replay" in aim for aim in found)  # it never reached the score
 
 
+def test_a_lead_within_the_noise_is_none_and_what_was_tried_is_listed():
+    lines = [
+        line("lora_all_r16", 0.40, 0.0),
+        line("lora_again", 0.43, 0.0),
+        line("loki_q30", 0.20, 0.0),
+        line("random_q30", 0.22, 0.0),
+        line("loki_magnitude_q30", None),
+    ]
+    (floor,) = matching.noise_floor(lines)
+    assert floor["arm"] == "lora_all_r16" and floor["apart"] == pytest.approx(0.03)
+    found = {r["aim"]: r["shown"] for r in matching.targets(lines)}
+    assert found["chosen rows forget less than random rows"] == "not told apart"
+    empty = dict.fromkeys(("retention", "kl_covered", "kl_uncovered"))
+    rows = matching.tried([x | empty for x in lines])
+    assert [r["arm"] for r in rows] == ["loki_q30", "loki_magnitude_q30", "random_q30"]
+
+
+def test_every_arm_that_the_report_names_exists():
+    named = {arm for group in matching.TRIED.values() for arm in group}
+    assert named | set(matching.TWICE) | set(matching.TWICE.values()) <= set(ARMS)
+
+
+def test_fisher_information_is_the_square_of_the_plain_gradient():
+    """F_j against autograd on the row's weights, for one token: Σ_i g² is g_z²·‖x‖²."""
+
+    class Known:
+        class base:
+            world = make(3)
+            model = staticmethod(lambda: tiny("llama"))
+
+            class tokenizer:
+                def __new__(cls, text):
+                    return {"input_ids": [ord(text[-1]) % 90 + 1]}
+
+    Known.base.world.items = {"people": Known.base.world.items["people"][:1]}
+    for kind in COVERED[1:]:
+        Known.base.world.items[kind] = []
+    model = tiny("llama").eval()
+    ids, _ = bases.encode(Known.base.tokenizer, Known.base.world.calibration()[0])
+    logits = model(input_ids=torch.tensor([ids[:1]])).logits[0, -1]
+    logits.log_softmax(-1)[ids[1]].backward()
+    for found, module in zip(choosing.fisher(Known), _down(model), strict=True):
+        assert torch.allclose(found, module.weight.grad.square().sum(1), rtol=1e-3)
+    assert choosing.lowest(torch.tensor([3.0, 1.0, 2.0, 0.5]), 50).tolist() == [1, 3]
+    everywhere = choosing.lowest_of_all([torch.tensor([0.1, 9.0]), torch.tensor([0.2, 0.3])], 50)
+    assert [r.tolist() for r in everywhere] == [[0], [0]]
+
+
 def test_protected_lora_leaves_the_calibration_as_it_is():
     class Known:
-        seed, prompts = 0, [[5, 6, 7, 8], [9, 10, 11]]
+        draw, prompts = 0, [[5, 6, 7, 8], [9, 10, 11]]
 
     def said(model, ids):
         with torch.no_grad():

@@ -1,0 +1,203 @@
+"""Arms at one task score: from the runs of a results file to what they show."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+# What a run must have learned to be compared with another.
+MATCHED = 0.9
+MEASURES = (
+    "retention", "retention_uncovered", "forgetting", "kl_general", "kl_covered", "kl_uncovered"
+)  # fmt: skip
+# LoKI's arms that do more than choose rows.
+PROTECTED = re.compile("protect|anchor")
+# The same arm in another order and from another start: how far apart do two runs fall?
+TWICE = {"lora_all_r16": "lora_again", "loki_q30": "loki_again_q30"}
+# What was tried so that LoKI keeps more, in groups; each stands beside `loki_q30`.
+TRIED = {
+    "which score": {
+        "loki_magnitude_q30": "|score| instead of the signed score",
+        "loki_activation_q30": "z·∂p/∂z where the model is, not integrated",
+        "loki_fisher_q30": "Fisher information E[(∂ log p/∂z_j)²·‖x‖²] of a row",
+        "loki_fisher_global_q30": "the same, balanced over layers by itself",
+        "global_lowest_q30": "lowest scores of all layers together",
+        "smallest_weight_q30": "rows of the smallest norm, no data",
+        "random_q30": "random rows",
+        "highest_q30": "highest scores",
+    },
+    "which calibration": {
+        "loki_one_kind_q30": "one kind of question only",
+        "loki_all_tokens_q30": "prefixes that end all over the prompts",
+        "loki_with_text_q30": "the questions and plain text",
+    },
+    "how many rows, which decay": {
+        "loki_q10": "10 %",
+        "loki_q20": "20 %",
+        "loki_q60": "60 %",
+        "loki_q99": "99 %",
+        "loki_wd0.3_q30": "weight decay 0.3",
+    },
+    "which protection": {
+        "loki_protect_q30": "inputs, 0.99 of the energy",
+        "loki_protect90_q30": "inputs, 0.9",
+        "loki_protect70_q30": "inputs, 0.7",
+        "loki_protect_text_q30": "inputs, 0.99, with plain text",
+        "loki_protect_joint_q30": "inputs, 0.9, rows of the least Fisher information that is left",
+        "loki_protect90_q60": "inputs, 0.9, 60 % of the rows",
+        "loki_protect_q60": "inputs, 0.99, 60 % of the rows",
+        "loki_protect_q90": "inputs, 0.99, 90 % of the rows",
+        "loki_anchor_q30": "anchor, weight 1",
+        "loki_anchor4_q30": "anchor, weight 4",
+        "loki_anchor_q99": "anchor, weight 1, 99 % of the rows",
+        "loki_protect_anchor_q30": "inputs 0.99 and anchor",
+        "loki_protect_anchor_q90": "inputs 0.99 and anchor, 90 % of the rows",
+    },
+}
+Runs = list[dict]
+
+
+def read(file: Path) -> Runs:
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def at_score(runs: Runs, measure: str, score: float) -> float | None:
+    """`measure` where the curve over learning rates first reaches the task score; None: never.
+
+    Linear between the two rates around it. A curve that starts above the score counts with its
+    lowest rate: it may do better at a lower one.
+    """
+    curve = sorted(runs, key=lambda r: r["lr"])
+    for i, run in enumerate(curve):
+        if run["task_score"] >= score:
+            if i == 0:
+                return run[measure]
+            low = curve[i - 1]
+            share = (score - low["task_score"]) / (run["task_score"] - low["task_score"])
+            return low[measure] + share * (run[measure] - low[measure])
+    return None
+
+
+def matched(runs: Runs, score: float = MATCHED) -> list[dict]:
+    """One line per arm and task: the mean over seeds at the matched score, best first."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        groups[(run["task"], run["arm"])][run["seed"]].append(run)
+    lines = []
+    for (task, arm), seeds in groups.items():
+        line = {"task": task, "arm": arm, "seeds": len(seeds)}
+        line["params"] = int(next(iter(seeds.values()))[0]["params"])
+        line["rates"] = min(map(len, seeds.values()))
+        line["best task score"] = max(r["task_score"] for s in seeds.values() for r in s)
+        for measure in MEASURES:
+            values = [at_score(s, measure, score) for s in seeds.values()]
+            reached = [v for v in values if v is not None]
+            line[measure] = float(np.mean(reached)) if len(reached) == len(values) else None
+            if measure == "forgetting":
+                line["spread"] = float(np.ptp(reached)) if len(reached) > 1 else None
+        lines.append(line)
+    order = {task: i for i, task in enumerate(dict.fromkeys(r["task"] for r in runs))}
+    lines.sort(key=lambda x: (order[x["task"]], x["forgetting"] is None, x["forgetting"] or 0))
+    return lines
+
+
+def r_squared(runs: Runs, predictor: str, measure: str = "forgetting") -> float:
+    """Of a straight line through log(1 + predictor), over all runs."""
+    x = np.log1p([r[predictor] for r in runs])
+    y = np.array([r[measure] for r in runs])
+    return float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def noise_floor(lines: list[dict]) -> list[dict]:
+    """Per task, the arms that ran twice, and how far apart the two fall at the matched score."""
+    found = {(x["task"], x["arm"]): x["forgetting"] for x in lines}
+    pairs = [
+        (task, arm, found[task, arm], found.get((task, TWICE[arm])))
+        for task, arm in found
+        if arm in TWICE
+    ]
+    return [
+        {"task": task, "arm": arm, "forgetting": a, "again": b, "apart": abs(a - b)}
+        for task, arm, a, b in pairs
+        if a is not None and b is not None
+    ]
+
+
+def tried(lines: list[dict]) -> list[dict]:
+    """What `TRIED` lists, task by task, as far as it has been run."""
+    found = {(x["task"], x["arm"]): x for x in lines}
+    rows = []
+    for task in dict.fromkeys(x["task"] for x in lines):
+        for group, arms in ({"": {"loki_q30": "LoKI as the paper has it, 30 %"}} | TRIED).items():
+            for arm, what in arms.items():
+                if (task, arm) in found:
+                    line = found[task, arm]
+                    kept = ("retention", "forgetting", "kl_covered", "kl_uncovered")
+                    rows.append(
+                        {"task": task, "tried": group, "arm": arm, "what": what.replace("|", "\\|")}
+                        | {k: line[k] for k in kept}
+                    )
+    return rows
+
+
+def targets(lines: list[dict]) -> list[dict]:
+    """What was aimed at, task by task, and whether the figures show it; missed ones stay in.
+
+    A lead counts only if it is larger than the spread between the seeds of both arms and than the
+    noise floor; with one seed the spread is not known, and the verdict says so.
+    """
+    rows = []
+    floor = max((x["apart"] for x in noise_floor(lines)), default=0.0)
+    for task in dict.fromkeys(line["task"] for line in lines):
+        arms = {x["arm"]: x for x in lines if x["task"] == task and x["forgetting"] is not None}
+        plain = [a for a in arms if a.startswith("loki") and not PROTECTED.search(a)]
+        ours = [a for a in arms if a.startswith("loki") and PROTECTED.search(a)]
+        others = [a for a in arms if a not in ours and "replay" not in a]
+        foreign = [a for a in others if "protect" not in a and a not in plain]
+        for aim, left, right, share in (
+            ("LoKI without protection forgets at most half of LoRA r16", plain,
+             ["lora_all_r16"], 0.5),
+            ("chosen rows forget less than random rows", ["loki_q30"], ["random_q30"], 1),
+            ("the same, both with protected inputs", ["loki_protect_q30"],
+             ["random_protect_q30"], 1),
+            ("LoKI with its best protection forgets less than every rival", ours, foreign, 1),
+            ("... than protected inputs without chosen rows", ours,
+             ["random_protect_q30", "protect_q99", "lora_protect"], 1),
+            ("... and no more than LoRA with 1 % real replay", ours, ["lora_replay1"], 1),
+        ):  # fmt: skip
+            best = [
+                min((arms[a] for a in names if a in arms), key=_forgot, default=None)
+                for names in (left, right)
+            ]
+            if None in best:
+                continue
+            us, them = best
+            spreads = [x["spread"] for x in best if x["spread"] is not None]
+            noise = max([*spreads, floor])
+            lead = share * them["forgetting"] - us["forgetting"]
+            verdict = "yes" if lead > noise else "no" if lead < -noise else "not told apart"
+            verdict += "" if len(spreads) == 2 else " (one seed)"
+            rows.append(
+                {"task": task, "aim": aim}
+                | {"ours": f"{us['arm']} {_forgot(us):.3f}"}
+                | {"rival": f"{them['arm']} {_forgot(them):.3f}", "shown": verdict}
+            )
+    return rows
+
+
+def _forgot(line: dict) -> float:
+    return line["forgetting"]
