@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from . import ranks
 from .analysing.analysis import analyse, convergence
+from .analysing.attribution.devices import first_device
 from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
+from .analysing.pace import Pace, duration, why_elsewhere
 from .analysing.scores.cache import cache_folder, open_log, prune
 from .analysing.scores.log import ScoreLog, fill
 from .args import AttributionArgs, LokiConfig
@@ -168,7 +170,8 @@ def _complete(
             log.num_shards - len(missing),
             log.num_shards,
         )
-    _analyse(log, model, anatomy, calibration, settings, missing)
+    sharded = ranks.count() > workers
+    _analyse(log, model, anatomy, calibration, settings, missing, sharded)
     return sum(len(log.prompts(s)) for s in missing)
 
 
@@ -205,8 +208,9 @@ def _analyse(
     calibration: Calibration,
     settings: AttributionArgs,
     shards: list[int],
+    sharded: bool = False,
 ) -> None:
-    """Make the given shards of the log."""
+    """Make the given shards of the log; `sharded` as in `why_elsewhere`."""
     if not shards:
         return
     prompts, rule = calibration.prompts, _rule(settings)
@@ -221,12 +225,34 @@ def _analyse(
         anatomy.hidden_size,
     )
     started = time.perf_counter()
-    with tqdm(total=count, desc="loki: analysing", unit="prompt") as bar:
+    why = why_elsewhere(first_device(model), sharded)
+
+    def tell(whole: float) -> None:
+        if why:
+            LOG.warning("loki: %s", _ahead(whole, count, why))
+
+    pace = Pace(count, tell)
+    hidden = not ranks.is_first()
+    with tqdm(total=count, desc="loki: analysing", unit=" prompts", disable=hidden) as bar:
+
+        def done(some: int) -> None:
+            bar.update(some)
+            pace.update(some)
 
         def make(positions: range) -> torch.Tensor:
             some = [prompts[i] for i in positions]
-            return analyse(model, anatomy, some, rule, settings.path, settings.batch_size)
+            return analyse(model, anatomy, some, rule, settings.path, settings.batch_size, done)
 
-        fill(log, make, shards, bar.update)
+        fill(log, make, shards)
     seconds = time.perf_counter() - started
     LOG.info("loki: analysed in %.1f s (%.1f ms per prompt)", seconds, 1000 * seconds / count)
+
+
+def _ahead(whole: float, count: int, why: str) -> str:
+    """What to do about an analysis that will take `whole` seconds."""
+    return (
+        f"at the pace of its first prompts the analysis takes about {duration(whole)} for {count}"
+        f" prompts: {why}. `loki analyse CONFIG`, with the configuration of this run, makes it"
+        " ahead on one GPU; the run then takes its rows from the cache or, on another machine,"
+        " from the file that it writes (`loki.rows`)"
+    )

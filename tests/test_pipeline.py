@@ -15,7 +15,7 @@ from helpers.families import tiny
 from helpers.runs import configure, model
 from helpers.tokenizers import make_tokenizer
 
-from loki_plugin.analysing import analysis
+from loki_plugin.analysing import analysis, pace
 from loki_plugin.cli import loki
 from loki_plugin.host.telling import about_rows
 from loki_plugin.pipeline import choose_rows
@@ -83,6 +83,19 @@ def test_the_second_run_analyses_nothing_and_says_so(tokenizer, source, tmp_path
     assert "made now in" in told[0]["from"] and told[1]["from"].endswith("taken from the cache")
     for small, large in zip(again.rows, first.rows, strict=True):
         assert len(small) == 4 and len(large) == 9
+
+
+def test_a_long_analysis_on_a_cpu_beside_a_gpu_says_what_to_do(
+    tokenizer, source, tmp_path, logged, monkeypatch
+):
+    monkeypatch.setattr(pace, "LIMIT", 0.0)
+    monkeypatch.setattr(pace, "ENOUGH", 0.0)
+    choose_rows(model(), tokenizer, configure(source, tmp_path / "a"))
+    assert not any("ahead" in m for m in logged)  # this is all there is
+    monkeypatch.setattr(pace, "gpu_is_there", lambda: True)
+    choose_rows(model(), tokenizer, configure(source, tmp_path / "b"))
+    (told,) = [m for m in logged if "ahead" in m]
+    assert "for 90 prompts: the model is on the CPU, though there is a GPU. `loki analyse" in told
 
 
 def test_other_weights_settings_or_prompts_never_share_an_entry(

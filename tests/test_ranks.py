@@ -15,11 +15,12 @@ from loki_plugin import ranks
 from loki_plugin.model.loading import is_loaded, is_sharded
 
 SCRIPT = """
-import sys
+import logging, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.runs import configure
+from loki_plugin.analysing import pace
 from loki_plugin.host.sharding import check_loaded
 from loki_plugin.model.loading import is_loaded
 from loki_plugin.pipeline import choose_rows
@@ -27,12 +28,16 @@ base, good, bad, out = sys.argv[1:]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = AutoModelForCausalLM.from_pretrained(base)
+pace.LIMIT = pace.ENOUGH = 0.0
 said = [f"zeros: {not model.model.embed_tokens.weight.any()}", f"loaded: {is_loaded(model)}"]
 try:
     check_loaded(model)
 except (ValueError, RuntimeError) as error:
     said.append(f"check: {error}")
 tokenizer = AutoTokenizer.from_pretrained(base)
+probe = logging.Handler(logging.WARNING)
+probe.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("loki_plugin").addHandler(probe)
 choose_rows(model, tokenizer, configure(good, f"{out}/{rank}")).save(f"{out}/rows-{rank}.json")
 try:
     choose_rows(model, tokenizer, configure(good if rank else bad, f"{out}/{rank}"))
@@ -81,6 +86,9 @@ def test_a_rank_of_zeros_takes_the_rows_of_the_rank_with_weights(files, tmp_path
     assert second[:2] == ["zeros: True", "loaded: False"]
     assert second[2].startswith("check: rank 1 holds none of the base's weights")
     assert first[2].startswith("check: rank 1 ended with ValueError: rank 1 holds none")
+    told = [s for s in first if "the run is sharded, so one rank analyses on the CPU" in s]
+    assert len(told) >= 1 and "`loki analyse CONFIG`" in told[0]
+    assert not any("sharded" in s for s in second)
     rows = [(tmp_path / f"rows-{r}.json").read_bytes() for r in range(2)]
     assert rows[0] == rows[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -27,8 +27,9 @@ def analyse(
     rule: Rule,
     path: PathName = PATH,
     batch_size: int | str = BATCH_SIZE,
+    done: Callable[[int], None] = lambda count: None,
 ) -> torch.Tensor:
-    """Scores [N, L, H] of N prompts, in their order, on the CPU.
+    """Scores [N, L, H] of N prompts, in their order, on the CPU; `done(b)` is told of each batch.
 
     Neighbours share a batch: sort prompts by length, or by their ids where many begin alike. A
     model object that has not been analysed before is checked against itself first.
@@ -41,8 +42,11 @@ def analyse(
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
     with quiet(model) as own_attention:
         check_reproduces(model, anatomy, min(prompts, key=lambda p: len(p.ids)), own_attention)
-        parts = attribute_many(model, anatomy, prompts, rule, batch_size, KERNELS[path])
-        return torch.cat(list(parts))
+        parts = []
+        for part in attribute_many(model, anatomy, prompts, rule, batch_size, KERNELS[path]):
+            parts.append(part)
+            done(len(part))
+        return torch.cat(parts)
 
 
 def convergence(model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule) -> float:

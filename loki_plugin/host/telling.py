@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..analysing.pace import duration
 from ..rows import RowSelection
 
 Line = tuple[str, str]  # what it is about, and what is said
@@ -75,15 +76,6 @@ def about_training(
         ("trainable", f"{trainable:,} parameters, {100 * trainable / base:.3f} % of {base:,}"),
         ("frozen", "all the rest; it is compared again after training"),
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 0.8 s, 95 s, 12 min, 3.5 h."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # What may lie in output_dir after a run, and what it is.

@@ -191,12 +191,10 @@ def remove_log(folder: Path) -> bool:
     return True
 
 
-def fill(log: ScoreLog, make: Callable[[range], torch.Tensor], shards: list[int], done) -> None:
-    """Make and store the given shards; `done(n)` is told how many prompts each was."""
+def fill(log: ScoreLog, make: Callable[[range], torch.Tensor], shards: list[int]) -> None:
+    """Make and store the given shards."""
     for shard in shards:
-        positions = log.prompts(shard)
-        log.write(shard, make(positions))
-        done(len(positions))
+        log.write(shard, make(log.prompts(shard)))
 
 
 def _checksum(scores: torch.Tensor) -> str:

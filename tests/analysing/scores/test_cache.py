@@ -28,7 +28,7 @@ def make(positions):
 def analysis(folder, weights="w", used=None) -> ScoreLog:
     """A finished analysis of a model with these weights; `used` is its age in seconds."""
     log = open_log(folder, MARK | {"weights": weights}, CALIBRATION, SETTINGS, 2, 8, "model")
-    fill(log, make, log.missing(), lambda n: None)
+    fill(log, make, log.missing())
     if used is not None:
         for path in log.folder.iterdir():
             time = path.stat().st_mtime - used
@@ -56,7 +56,7 @@ def test_a_log_that_version_0_1_1_wrote_is_found_again(tmp_path):
     }
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:20]
     old = ScoreLog(tmp_path / key, manifest | {"model": "its/name"})
-    fill(old, make, old.missing(), lambda n: None)
+    fill(old, make, old.missing())
     # What newer fingerprints say besides, and the release that asks, do not change the scores.
     new = open_log(tmp_path, MARK | {"half": "h"}, CALIBRATION, SETTINGS, 2, 8, "other/name")
     assert new.folder == old.folder and new.missing() == []
@@ -128,7 +128,7 @@ def test_a_log_that_was_cleared_before_it_was_locked_is_begun_again(tmp_path):
     clear(tmp_path)
     with log.locked():
         assert log.missing() == [0, 1]
-        fill(log, make, [0, 1], lambda n: None)
+        fill(log, make, [0, 1])
     assert find_log(tmp_path).missing() == []
 
 

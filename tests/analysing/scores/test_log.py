@@ -25,16 +25,15 @@ from loki_plugin.analysing.scores.log import ScoreLog, fill
 folder, pause = sys.argv[1], float(sys.argv[2])
 log = ScoreLog(folder, MANIFEST)
 made = 0
-def count(n):
-    global made
-    made += n
-    print(made, flush=True)
 def slowly(positions):
     time.sleep(pause)
     return make(positions)
 print("started", flush=True)
 with log.locked():
-    fill(log, slowly, log.missing(), count)
+    for shard in log.missing():
+        fill(log, slowly, [shard])
+        made += len(log.prompts(shard))
+        print(made, flush=True)
 print("finished", made, flush=True)
 """
 
@@ -47,7 +46,7 @@ def start(folder, pause):
 
 def finish(folder):
     log = ScoreLog(folder, MANIFEST)
-    fill(log, make, log.missing(), lambda n: None)
+    fill(log, make, log.missing())
     return log
 
 
@@ -58,7 +57,7 @@ def content(folder):
 def test_what_is_written_is_read_in_order(tmp_path):
     log = ScoreLog(tmp_path, MANIFEST)
     assert log.missing() == list(range(6)) and log.num_shards == 6
-    fill(log, make, [5, 0, 3, 1, 2, 4], lambda n: None)
+    fill(log, make, [5, 0, 3, 1, 2, 4])
     assert log.missing() == []
     assert torch.equal(torch.cat(list(log.read())), make(range(N)))
     again = ScoreLog(tmp_path, MANIFEST)
@@ -156,7 +155,7 @@ def test_a_full_disk_is_named_and_keeps_the_finished_shards(tmp_path):
     try:
         log = ScoreLog(tmp_path, MANIFEST)
         with pytest.raises(OSError, match="no space left for 'scores-0000.*finished shards are"):
-            fill(log, make, log.missing(), lambda n: None)
+            fill(log, make, log.missing())
         left = ScoreLog(tmp_path, MANIFEST).missing()
         assert 0 < len(left) < 6
         assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*partial"))
