@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from .model.anatomy import find_anatomy
 from .model.fingerprint import fingerprint, same_model
+from .model.writing import replacing
 
 FILE_NAME = "loki_directions.safetensors"
 FORMAT = "loki_directions"
@@ -85,7 +85,6 @@ class Directions:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the file atomically: tensors `layer.<l>`, the rest as metadata."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -93,15 +92,8 @@ class Directions:
             "made": self.made,
         }
         tensors = {f"layer.{i}": b.detach().cpu().contiguous() for i, b in enumerate(self.basis)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, {"loki": json.dumps(header)})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         return path
 
     @classmethod

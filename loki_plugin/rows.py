@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import InvalidOperation
@@ -16,6 +15,7 @@ import torch
 from .choices import plain_number
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import difference
+from .model.writing import write_text
 
 FILE_NAME = "loki_rows.json"
 FORMAT = "loki_rows"
@@ -38,6 +38,7 @@ class Made(TypedDict, total=False):
     prompts_analysed: int  # in this run; the cache had the others
     scores: str  # of `loki select`
     source: str  # of rows that were not selected here
+    parts: list[Made]  # of rows that are the union of several files
     merge: dict[str, Any]  # of the rows file beside a merged model
 
 
@@ -98,24 +99,14 @@ class RowSelection:
             "made": self.made,
             "rows": [r.tolist() for r in self.rows],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, json.dumps(content))
         return path
 
     def save_positions(self, path: str | os.PathLike) -> Path:
         """Write the authors' position file: a bare JSON list of L lists of row indices."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps([r.tolist() for r in self.rows])
-        path.write_text(content + "\n", encoding="utf-8")
+        write_text(path, content + "\n")
         return path
 
     @classmethod
@@ -200,6 +191,51 @@ class RowSelection:
                 " use the file of this model, or leave `loki.rows` out to run the analysis for it"
             )
         return RowSelection(self.rows, hidden, self.fingerprint, self.made)
+
+
+def common_rows(one: RowSelection, other: RowSelection) -> list[list[int]]:
+    """Per layer, the rows that both select.
+
+    Raises:
+        ValueError: they have different numbers of layers.
+    """
+    if one.num_layers != other.num_layers:
+        raise ValueError(
+            f"rows for {one.num_layers} and for {other.num_layers} layers belong to different"
+            " models"
+        )
+    pairs = zip(one.rows, other.rows, strict=True)
+    return [sorted({*a.tolist()} & {*b.tolist()}) for a, b in pairs]
+
+
+def union(selections: Sequence[RowSelection]) -> RowSelection:
+    """Every row that one of them selects; how each was made is kept as `made["parts"]`.
+
+    Raises:
+        ValueError: no selection, or such for models of different shapes.
+    """
+    if not selections:
+        raise ValueError("no rows file is given; give at least one")
+    if len(selections) == 1:
+        return selections[0]
+    layers = {s.num_layers for s in selections}
+    sizes = {s.hidden_size for s in selections} - {None}
+    if len(layers) > 1 or len(sizes) > 1:
+        raise ValueError(
+            f"these rows files belong to different models: they are for {sorted(layers)} layers of"
+            f" {sorted(sizes)} rows"
+        )
+    rows = [
+        torch.cat(layers).unique() for layers in zip(*(s.rows for s in selections), strict=True)
+    ]
+    # One that was made on an unquantised base says most about it.
+    marks = sorted((s.fingerprint for s in selections if s.fingerprint), key=_is_quantised)
+    made = Made(parts=[s.made for s in selections])
+    return RowSelection(rows, max(sizes, default=None), marks[0] if marks else None, made)
+
+
+def _is_quantised(fingerprint: dict[str, str]) -> bool:
+    return not fingerprint.get("quantisation", "").startswith("none")
 
 
 def _made(content: dict[str, Any]) -> Made:

@@ -12,16 +12,41 @@ from .shared import Command, read_run
 @click.command(cls=Command)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="default: output_dir/merged")
-@click.option("--adapter", type=click.Path(path_type=Path), help="default: the run's adapter")
-def merge(config: Path, output: Path | None, adapter: Path | None):
-    """Write the plain merged model of the run in CONFIG, an Axolotl YAML."""
+@click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="default: the run's adapter; may be given several times",
+)
+@click.option(
+    "--sum-overlaps",
+    is_flag=True,
+    help="allow adapters that change the same rows; those get the sum of the updates",
+)
+@click.option(
+    "--onto",
+    type=click.Choice(["original", "dequantised"]),
+    default="original",
+    show_default=True,
+    help="of a 4-bit or 8-bit run: the base as it is, or as the run saw it",
+)
+def merge(config, output, adapters, sum_overlaps, onto):
+    """Write the plain merged model of the run in CONFIG, an Axolotl YAML.
+
+    Several adapters of one base are merged at once if no row is changed by two of them.
+
+    `--onto dequantised` also writes the base that a quantised run trained on, beside the merged
+    model as NAME-base; frozen weights are those of that one, and not of the original.
+    """
     from ..implanting.proven import NotProven, merge_run
 
     run = read_run(config)
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
-    adapter = adapter or folder
     try:
-        merged, proof = merge_run(run, adapter, output or folder / "merged")
+        merged, proof = merge_run(
+            run, adapters or (folder,), output or folder / "merged", sum_overlaps, onto
+        )
     except NotProven as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{merged.text()}\n{proof.text()}")

@@ -12,7 +12,13 @@ from .shared import Command
 @click.command("verify", cls=Command)
 @click.argument("base")
 @click.argument("tuned", type=click.Path(exists=True, file_okay=False))
-@click.option("--rows", required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--rows",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="a loki_rows.json; several stand for all their rows",
+)
 @click.option("--revision", help="of BASE on the hub")
 @click.option("--trust-remote-code", is_flag=True, help="where BASE brings code of its own")
 @click.option(
@@ -29,9 +35,10 @@ def verify_command(base, tuned, rows, revision, trust_remote_code, directions):
     from ..implanting.checkpoint import Base
     from ..implanting.leaking import check_adapter, is_adapter, measure_leakage
     from ..implanting.verify import verify
-    from ..rows import RowSelection
+    from ..rows import RowSelection, union
 
-    base, selection = Base(base, revision, trust_remote_code), RowSelection.load(rows)
+    base = Base(base, revision, trust_remote_code)
+    selection = union([RowSelection.load(path) for path in rows])
     if directions:
         click.echo(measure_leakage(base, tuned, selection, Directions.load(directions)).text())
     if is_adapter(tuned):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..args import LokiConfig
 from ..inputs import Inputs
-from ..rows import FILE_NAME, RowSelection
+from ..rows import FILE_NAME, RowSelection, common_rows
 from .base import check_base
 from .settings import parse
 
@@ -72,8 +72,7 @@ def _check_disjoint(rows: RowSelection, folder: str, other: RowSelection, path: 
             f"loki.exclude '{path}' has {other.num_layers} layers, but the adapter"
             f" '{folder}' has {rows.num_layers}; they belong to different models"
         )
-    pairs = zip(rows.rows, other.rows, strict=True)
-    common = [sorted({*a.tolist()} & {*b.tolist()}) for a, b in pairs]
+    common = common_rows(rows, other)
     if any(common):
         layer = next(i for i, shared in enumerate(common) if shared)
         raise ValueError(

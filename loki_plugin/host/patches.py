@@ -47,7 +47,7 @@ def take_over_merge() -> bool:
             return original(cfg=cfg)
         from ..implanting.proven import merge_run
 
-        merge_run(cfg, Path(cfg.lora_model_dir), Path(cfg.output_dir) / "merged")
+        merge_run(cfg, [Path(cfg.lora_model_dir)], Path(cfg.output_dir) / "merged")
 
     do_merge_lora.merges_loki = True  # type: ignore[attr-defined]
     do_merge_lora.original = original  # type: ignore[attr-defined]

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from ..directions import Directions
 from ..rows import RowSelection
+from .adapters import adapted_layers, check_rows
 from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
-from .merge import adapted_layers, check_rows
 from .protection import leakage
 from .saved import WEIGHTS, adapter_leakage
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from tqdm import tqdm
 
-from ..rows import FILE_NAME, Made, RowSelection
-from .checkpoint import (
-    COMPANIONS,
-    INDEX,
-    Base,
-    Checkpoint,
-    Stored,
-    open_checkpoint,
-    shards,
-    tensors,
-)
+from ..rows import FILE_NAME, Made, RowSelection, union
+from .adapters import Adapter, Opened, check_disjoint, opened
+from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
-from .saved import FAILED_NAME, WEIGHTS
-from .selected import rows_outside
-from .vocabulary import PREFIX, grow_companions, new_rows, write_grown
+from .vocabulary import copy_model, new_rows
 
-CONFIG = "adapter_config.json"
 # Training may have saved newer ones than the base's.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
               "merges.txt", "chat_template.jinja", "*.model")  # fmt: skip
@@ -76,6 +64,7 @@ class MergeReport:
 
     Attributes:
         output: where the merged model is.
+        adapters: how many were merged.
         layers: how many layers have rows.
         rows: how many rows were written.
         base: what of the base was compared with the fingerprint in the rows file.
@@ -85,6 +74,7 @@ class MergeReport:
     """
 
     output: Path
+    adapters: int
     layers: int
     rows: int
     base: str
@@ -95,7 +85,8 @@ class MergeReport:
     def text(self) -> str:
         lines = [
             f"base compared with the rows file: {self.base}",
-            f"merged {self.rows} rows of {self.layers} layers into {self.output}",
+            f"merged {self.rows} rows of {self.layers} layers{self._of_adapters()} into"
+            f" {self.output}",
             f"{100 * self.rounding.lost_share:.1f} % of the update was rounded away"
             f" ({self.dtype}); {100 * self.rounding.unchanged_share:.1f} % of the numbers that it"
             " changes kept their bytes",
@@ -109,6 +100,9 @@ class MergeReport:
             )
         return "\n".join(lines)
 
+    def _of_adapters(self) -> str:
+        return f" of {self.adapters} adapters" if self.adapters > 1 else ""
+
 
 def merge_adapter(
     base: str | Path | Base,
@@ -117,62 +111,125 @@ def merge_adapter(
     selection: RowSelection,
     progress: bool = True,
 ) -> MergeReport:
-    """Write `base` + adapter to `output`: W_l[j] + (alpha/r · B_l A_l)[j] for the selected rows j.
+    """`merge_adapters` of one adapter."""
+    return merge_adapters(base, [Adapter(Path(adapter), selection)], output, progress=progress)
+
+
+def merge_adapters(
+    base: str | Path | Base,
+    adapters: Sequence[Adapter],
+    output: str | Path,
+    sum_overlaps: bool = False,
+    progress: bool = True,
+) -> MergeReport:
+    """Write `base` + adapters to `output`: W_l[j] + Σ (alpha/r · B_l A_l)[j] for selected rows j.
 
     Every shard is copied, then the bytes of its selected rows are replaced where they lie, so
     that all other bytes are the base's by construction; at most one layer's rows are in memory.
     The sum is made in float32 (float64 for a float64 checkpoint) and rounded once to the
     checkpoint's dtype. Embeddings to which training added tokens get their rows behind the base's
-    own. A half-written model never stands at `output`.
+    own. A half-written model never stands at `output`. The tokenizer is the one of the adapter
+    that adds tokens, else the first one's.
+
+    Args:
+        adapters: each trained on `base`, on rows of its own. The result does not depend on their
+            order, and is the same as merging them one after another.
+        sum_overlaps: allow rows in common; they get the sum of the updates.
 
     Raises:
-        ValueError: an adapter that is no plain LoRA on the down-projections, that failed its
-            check, that holds NaN or Inf, or that has non-zero rows of B outside the selection; an
-            update beyond the range of the checkpoint's dtype; rows for another model; a quantised
-            or non-safetensors base; or an output folder that is not empty.
+        ValueError: no adapter; one that is no plain LoRA on the down-projections, that failed its
+            check, that holds NaN or Inf, or that has non-zero rows of B outside its selection;
+            rows in common; two that add tokens; an update beyond the range of the checkpoint's
+            dtype; rows for another model; a quantised or non-safetensors base; or an output folder
+            that is not empty.
     """
-    base, adapter, output = Base.of(base), Path(adapter), Path(output)
+    base, output = Base.of(base), Path(output)
+    check_output(output, base)
+    found = open_checkpoint(base)
+    adapters = [Adapter(a.folder, a.selection.check_shape(found.anatomy)) for a in adapters]
+    if not sum_overlaps:
+        check_disjoint(adapters)
+    selection = union([a.selection for a in adapters])
+    marks = [a.selection.fingerprint for a in adapters]
+    different = [m for i, m in enumerate(marks) if m not in marks[:i]]
+    compared = "; ".join(check_base(found, mark, progress) for mark in different)
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted merge
+    rounding = Rounding()
+    with opened(adapters, found.anatomy.names) as parts, removing(partial):
+        grown, source = _new_tokens(found, parts)
+        partial.mkdir(parents=True)
+        copy_model(found, partial, grown, progress)
+        _copy_tokenizer(source, partial)
+        stored = tensors(partial)
+        layers = [i for i, rows in enumerate(selection.rows) if len(rows)]
+        for i in tqdm(layers, desc="loki: merging layers", disable=not progress):
+            place = stored[found.down[i]]
+            change = _change(parts, i, selection.rows[i], place)
+            try:
+                rounding += _write_rows(place, selection.rows[i], change, found.anatomy.row_dims[i])
+            except OverflowError as error:
+                raise ValueError(f"layer {i}: {error}") from error
+        report = MergeReport(
+            output,
+            len(adapters),
+            len(layers),
+            sum(selection.counts),
+            compared,
+            max(map(len, grown.values()), default=0),
+            rounding,
+            found.stored[found.down[0]].dtype,
+        )
+        _with_merge(selection, report, base).save(partial / FILE_NAME)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    return report
+
+
+def check_output(output: Path, base: Base) -> None:
+    """Check that a model can be written there.
+
+    Raises:
+        ValueError: it is the base, or not empty.
+    """
     if output.resolve() == Path(base.name).resolve():
         raise ValueError(f"output '{output}' is the base model itself; give another folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output '{output}' exists and is not empty; remove it or give another")
-    _check_mark(adapter)
-    config = _lora_config(adapter)
-    found = open_checkpoint(base)
-    selection = selection.check_shape(found.anatomy)
-    compared = check_base(found, selection.fingerprint, progress)
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted merge
-    rounding = Rounding()
-    with safe_open(adapter / WEIGHTS, "pt") as lora:
-        layers = adapted_layers(lora.keys(), found.anatomy.names, selection)
-        check_rows(lora, layers, selection)
-        grown = new_rows(found, lora)
-        partial.mkdir(parents=True)
-        _copy_model(found, adapter, partial, grown, progress)
-        stored = tensors(partial)
-        for i in tqdm(sorted(layers), desc="loki: merging layers", disable=not progress):
-            a, b = (lora.get_tensor(f"{layers[i]}.lora_{x}.weight") for x in "AB")
-            update = _scaling(config, found.anatomy.names[i], a.shape[0]), a, b
-            place, row_dim = stored[found.down[i]], found.anatomy.row_dims[i]
-            try:
-                rounding += _write_rows(place, selection.rows[i], update, row_dim)
-            except OverflowError as error:
-                raise ValueError(f"layer {i}: {error}") from error
-    report = MergeReport(
-        output,
-        len(layers),
-        sum(selection.counts),
-        compared,
-        max(map(len, grown.values()), default=0),
-        rounding,
-        found.stored[found.down[0]].dtype,
-    )
-    _with_merge(selection, report, base).save(partial / FILE_NAME)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-    return report
+
+
+@contextmanager
+def removing(folder: Path) -> Iterator[None]:
+    """Remove `folder` if the block fails; on a full disk it would take the room of others."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _new_tokens(base: Checkpoint, parts: list[Opened]) -> tuple[dict[str, torch.Tensor], Path]:
+    """The rows that the embeddings grow by, and the adapter whose tokenizer counts."""
+    brought = [(rows, part.folder) for part in parts if (rows := new_rows(base, part.lora))]
+    if len(brought) > 1:
+        raise ValueError(
+            f"adapters '{brought[0][1]}' and '{brought[1][1]}' both add tokens, which would get the"
+            " same ids; merge one of them, and train the other one on the merged model"
+        )
+    return brought[0] if brought else ({}, parts[0].folder)
+
+
+def _change(parts: list[Opened], layer: int, rows: torch.Tensor, place: Stored) -> torch.Tensor:
+    """The sum of all updates of `rows`, [k, I]."""
+    wide = torch.promote_types(place.torch_dtype, torch.float32)
+    updates = [(p.selection.rows[layer], p.update(layer, wide)) for p in parts if layer in p.layers]
+    if len(updates) == 1:
+        return updates[0][1]
+    change = torch.zeros(len(rows), updates[0][1].shape[1], dtype=wide)
+    for some, update in updates:
+        change.index_add_(0, torch.searchsorted(rows, some), update)
+    return change
 
 
 def _with_merge(selection: RowSelection, report: MergeReport, base: Base) -> RowSelection:
@@ -187,87 +244,7 @@ def _with_merge(selection: RowSelection, report: MergeReport, base: Base) -> Row
     return replace(selection, made=Made(**{**selection.made, "merge": merge}))
 
 
-def _check_mark(adapter: Path) -> None:
-    mark = adapter / FAILED_NAME
-    if mark.is_file():
-        raise ValueError(
-            f"'{mark}' says: {' '.join(mark.read_text(encoding='utf-8').split())}. Train again;"
-            " or, if you have looked into it and the adapter is sound, delete that file"
-        )
-
-
-def _lora_config(adapter: Path) -> dict:
-    missing = [n for n in (CONFIG, WEIGHTS) if not (adapter / n).is_file()]
-    if missing:
-        raise ValueError(
-            f"'{adapter}' is no saved LoRA adapter: it has no {' and no '.join(missing)}"
-        )
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    wrong = [k for k in ("use_dora", "use_rslora", "modules_to_save", "lora_bias") if config.get(k)]
-    if config.get("peft_type") != "LORA" or wrong:
-        raise ValueError(
-            f"'{adapter}' is not a plain LoRA adapter (peft_type {config.get('peft_type')},"
-            f" {wrong or 'no special options'}); LoKI adapters are"
-        )
-    return config
-
-
-def _scaling(config: dict, name: str, r: int) -> float:
-    pattern = config.get("alpha_pattern") or {}
-    return pattern.get(get_pattern_key(pattern.keys(), name), config["lora_alpha"]) / r
-
-
-def adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int, str]:
-    names = {f"{PREFIX}{name}": i for i, name in enumerate(down)}
-    modules = {key.rpartition(".lora_")[0] for key in keys if ".lora_" in key}
-    foreign = sorted(m for m in modules if m not in names)
-    if foreign:
-        raise ValueError(
-            f"the adapter changes {len(foreign)} modules that are no down-projection, such as"
-            f" {foreign[0]}; it is not a LoKI adapter of this model"
-        )
-    layers = {names[m]: m for m in modules}
-    bare = [i for i, rows in enumerate(selection.rows) if len(rows) and i not in layers]
-    if bare:
-        raise ValueError(f"the rows file selects rows in layers {bare} that the adapter lacks")
-    return layers
-
-
-def check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:
-    for i, module in sorted(layers.items()):
-        a, b = (lora.get_tensor(f"{module}.lora_{x}.weight") for x in "AB")
-        for name, matrix in (("lora_A", a), ("lora_B", b)):
-            if not torch.isfinite(matrix).all():
-                raise ValueError(
-                    f"layer {i}: the adapter's {name} holds NaN or Inf; its training went wrong"
-                )
-        outside = rows_outside(b, selection.rows[i])
-        if outside:
-            raise ValueError(
-                f"layer {i}: the adapter changes row {outside[0]}, which the rows file does not"
-                " select; use the loki_rows.json that stands beside the adapter"
-            )
-
-
-def _copy_model(
-    base: Checkpoint, adapter: Path, target: Path, grown: dict[str, torch.Tensor], progress: bool
-) -> None:
-    folder = base.folder
-    for file in tqdm(shards(folder), desc="loki: copying shards", disable=not progress):
-        inside = {k: rows for k, rows in grown.items() if base.stored[k].file == file}
-        if inside:
-            write_grown(file, target / file.name, inside)
-        else:
-            shutil.copyfile(file, target / file.name)
-    skip = {INDEX} if not (folder / INDEX).is_file() else set()
-    for pattern in COMPANIONS:
-        for file in folder.glob(pattern):
-            if file.is_file() and file.name not in skip:
-                shutil.copyfile(file, target / file.name)
-    if grown:
-        key, rows = next(iter(grown.items()))
-        more = sum(new.numel() for new in grown.values())
-        grow_companions(target, base.stored[key].shape[0] + len(rows), more)
+def _copy_tokenizer(adapter: Path, target: Path) -> None:
     for pattern in _TOKENIZER:
         for file in adapter.glob(pattern):
             if file.is_file():
@@ -277,22 +254,19 @@ def _copy_model(
 def _write_rows(
     place: Stored,
     rows: torch.Tensor,
-    update: tuple[float, torch.Tensor, torch.Tensor],
+    change: torch.Tensor,
     row_dim: int,
 ) -> Rounding:
-    """W[rows] += scaling · B[rows] A, through bytes: a file need not be aligned.
+    """W[rows] += change, through bytes: a file need not be aligned.
 
     Args:
         place: W, [H, I], or [I, H] with `row_dim` 1.
-        update: scaling, A [r, I], B [H, r].
+        change: [k, I], in a dtype that holds all values of W.
 
     Raises:
         OverflowError: a finite weight would become infinite in the dtype of W.
     """
-    scaling, a, b = update
-    dtype = place.torch_dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    change = scaling * (b[rows].to(wide) @ a.to(wide))  # [k, I]
+    dtype, wide = place.torch_dtype, change.dtype
     first, second = place.shape
     size = place.size // (first * second)
     raw = np.memmap(place.file, np.uint8, "r+", place.start, (first, second, size))

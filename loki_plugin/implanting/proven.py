@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..rows import FILE_NAME, RowSelection
+from ..rows import RowSelection, union
+from .adapters import Adapter
 from .checkpoint import Base
-from .merge import MergeReport, merge_adapter
+from .dequantised import write_dequantised
+from .merge import MergeReport, merge_adapters
 from .verify import VerifyReport, verify
 
 LOG = logging.getLogger("loki_plugin")
+ORIGINAL, DEQUANTISED = ONTO = ("original", "dequantised")
 
 
 class NotProven(RuntimeError):
@@ -20,27 +24,51 @@ class NotProven(RuntimeError):
 
 
 def merge_run(
-    run: Mapping[str, Any], adapter: Path, output: Path
+    run: Mapping[str, Any],
+    adapters: Sequence[Path],
+    output: Path,
+    sum_overlaps: bool = False,
+    onto: str = ORIGINAL,
 ) -> tuple[MergeReport, VerifyReport]:
-    """Merge the adapter of a run into its base, and prove what was written.
+    """Merge adapters into the base of a run, and prove what was written.
 
     Args:
         run: the keys of an Axolotl YAML.
-        adapter: the folder of the adapter, with its rows file.
+        adapters: folders of adapters, each with its rows file.
         output: where the merged model is to stand.
+        sum_overlaps: as in `merge_adapters`.
+        onto: the original base; or the dequantised one that the rows were learned beside, which is
+            written to `output`-base and stands for the base in the proof.
 
     Raises:
         ValueError: what cannot be merged; nothing stands at `output` then.
         NotProven: the merged model is not to be used.
     """
-    base, selection = Base.of_run(run), RowSelection.load(adapter / FILE_NAME)
-    LOG.info("loki: merging %s shard by shard; frozen rows keep their bytes", adapter)
-    merged = merge_adapter(base, adapter, output, selection)
+    base, parts = Base.of_run(run), [Adapter.load(folder) for folder in adapters]
+    if onto == DEQUANTISED:
+        base = _dequantised(base, [p.selection for p in parts], output)
+    LOG.info(
+        "loki: merging %s shard by shard; frozen rows keep their bytes",
+        " and ".join(str(p.folder) for p in parts),
+    )
+    merged = merge_adapters(base, parts, output, sum_overlaps)
     for line in merged.text().splitlines():
         LOG.info("loki: %s", line)
-    proof = verify(base, output, selection)
+    proof = verify(base, output, union([p.selection for p in parts]))
     for line in proof.text().splitlines():
         LOG.info("loki: %s", line)
     if not proof.ok:
         raise NotProven(f"do not use the merged model in '{output}':\n{proof.text()}")
     return merged, proof
+
+
+def _dequantised(base: Base, selections: list[RowSelection], output: Path) -> Base:
+    marks = [s.fingerprint for s in selections]
+    if any(mark != marks[0] for mark in marks):
+        raise ValueError(
+            "onto the dequantised base: the adapters were not all learned on the same quantised"
+            " base; merge onto the original one"
+        )
+    folder = output.with_name(f"{output.name}-base")
+    LOG.info("loki: %s: %s", folder, write_dequantised(base, selections[0], folder))
+    return replace(base, name=folder, revision=None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from .checkpoint import INDEX, Checkpoint, Stored, Vocabulary, tensors
+from .checkpoint import COMPANIONS, INDEX, Checkpoint, Stored, Vocabulary, shards, tensors
 
 PREFIX = "base_model.model."  # PEFT's, around the base model
 _CHUNK = 4096  # rows
@@ -75,6 +77,28 @@ def _added(brought, place: Stored, name: str) -> torch.Tensor:
                 " the base: it was trained on another base, or trained the embeddings"
             )
     return brought[size:].to(place.torch_dtype)
+
+
+def copy_model(
+    base: Checkpoint, target: Path, grown: dict[str, torch.Tensor], progress: bool
+) -> None:
+    """Copy a checkpoint into an empty folder, with its companions; `grown` as `new_rows` says."""
+    folder = base.folder
+    for file in tqdm(shards(folder), desc="loki: copying shards", disable=not progress):
+        inside = {k: rows for k, rows in grown.items() if base.stored[k].file == file}
+        if inside:
+            write_grown(file, target / file.name, inside)
+        else:
+            shutil.copyfile(file, target / file.name)
+    skip = {INDEX} if not (folder / INDEX).is_file() else set()
+    for pattern in COMPANIONS:
+        for file in folder.glob(pattern):
+            if file.is_file() and file.name not in skip:
+                shutil.copyfile(file, target / file.name)
+    if grown:
+        key, rows = next(iter(grown.items()))
+        more = sum(new.numel() for new in grown.values())
+        grow_companions(target, base.stored[key].shape[0] + len(rows), more)
 
 
 def write_grown(source: Path, target: Path, grown: dict[str, torch.Tensor]) -> None:

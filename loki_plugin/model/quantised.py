@@ -96,8 +96,8 @@ def _dequantised_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Te
     return forward
 
 
-def _dequantise(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """W [F, I] = int8 · scale / 127."""
+def dequantise(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """W [F, I] = int8 · scale / 127 of an 8-bit linear module."""
     scales = row_scales(module)
     assert scales is not None
     return module.weight.data.to(dtype).mul_(scales[:, None] * (1 / 127))
@@ -109,8 +109,8 @@ class _DequantisedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
         ctx.module = module
-        return nn.functional.linear(x, _dequantise(module, x.dtype))
+        return nn.functional.linear(x, dequantise(module, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ _dequantise(ctx.module, gradient.dtype), None
+        return gradient @ dequantise(ctx.module, gradient.dtype), None

@@ -173,7 +173,7 @@ def test_axolotl_merge_lora_keeps_frozen_rows_and_proves_it(
     assert kept.fingerprint == selection.fingerprint is not None
     assert "every weight" in kept.made["merge"]["base"] or four_bit
 
-    merge = proven.merge_adapter
+    merge = proven.merge_adapters
 
     def spoiled(*args):
         report = merge(*args)
@@ -184,7 +184,7 @@ def test_axolotl_merge_lora_keeps_frozen_rows_and_proves_it(
         return report
 
     shutil.rmtree(out / "merged")
-    monkeypatch.setattr(proven, "merge_adapter", spoiled)
+    monkeypatch.setattr(proven, "merge_adapters", spoiled)
     with pytest.raises(proven.NotProven, match="do not use the merged model"):
         do_cli(str(config))
 

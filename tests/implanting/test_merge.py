@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.families import tiny
+from helpers.room import little_room
 from safetensors.torch import load_file, save_file
 
 from loki_plugin import RowSelection, implant
@@ -123,7 +124,9 @@ def test_an_interrupted_merge_leaves_nothing_at_the_output(tmp_path, monkeypatch
         patch.setattr(merge, "_write_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             merged(tmp_path)
-    assert not (tmp_path / "out").exists()
+    with little_room(10_000), pytest.raises(OSError, match="File too large"):
+        merged(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]  # the disk is free
     merged(tmp_path)
     assert verify(tmp_path / "base", tmp_path / "out", ROWS, False).ok
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]

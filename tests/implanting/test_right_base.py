@@ -17,7 +17,7 @@ from loki_plugin.cli import loki
 from loki_plugin.implanting import checkpoint
 from loki_plugin.implanting.checkpoint import Base, open_checkpoint
 from loki_plugin.implanting.identity import check_base
-from loki_plugin.implanting.merge import merge_adapter
+from loki_plugin.implanting.merge import merge_adapter, merge_adapters
 from loki_plugin.implanting.verify import verify
 from loki_plugin.model.fingerprint import fingerprint
 from loki_plugin.reporting import Verdict, mark
@@ -176,12 +176,12 @@ def test_the_command_proves_what_it_wrote_and_fails_if_it_cannot(tmp_path, monke
     config.write_text(json.dumps(run))
 
     def spoiled(*args):
-        report = merge_adapter(*args)
+        report = merge_adapters(*args)
         change(report.output, "model.norm.weight", 0)
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(proven, "merge_adapter", spoiled)
+        patch.setattr(proven, "merge_adapters", spoiled)
         result = CliRunner().invoke(loki, ["merge", str(config)])
     assert result.exit_code == 1
     assert "do not use the merged model" in result.output

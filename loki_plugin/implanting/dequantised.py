@@ -1,0 +1,146 @@
+"""The base as a 4-bit or 8-bit run saw it, as a plain checkpoint.
+
+A quantised run learns its rows beside rounded weights W'. Merged onto the original, ΔW stands
+beside W, which it has never seen; merged onto this checkpoint, it stands beside W' again, and the
+merged model answers as the adapter did. The price: W' is the worse model of the two, in every
+linear layer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from bitsandbytes import functional
+from torch import nn
+from tqdm import tqdm
+
+from ..model.fingerprint import fingerprint
+from ..model.quantised import dequantise, quantised_modules, row_scales
+from ..rows import RowSelection
+from .checkpoint import Base, Checkpoint, Stored, matching_keys, open_checkpoint, tensors
+from .merge import check_output, removing
+from .vocabulary import copy_model
+
+# How Axolotl packs 4-bit weights, and how transformers does where nothing else is said.
+_PACKED_AS = (torch.bfloat16, torch.uint8, torch.float32, torch.float16)
+
+
+def write_dequantised(
+    base: Base, selection: RowSelection, output: Path, progress: bool = True
+) -> str:
+    """Write `base` with every linear weight W replaced by dequantise(quantise(W)).
+
+    The base is quantised as the rows file says, on the GPU where there is one, and must then be
+    the model that the rows were made on, in every stored byte. The values are rounded to the
+    checkpoint's dtype.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: rows that were not made on a quantised base, or a base that, quantised here,
+            is not the one that they were made on; an output folder that is not empty.
+    """
+    check_output(output, base)
+    found = open_checkpoint(base)
+    model = _quantised_as_before(base, found, selection)
+    names = {id(m): n for n, m in model.named_modules()}
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted run
+    modules = quantised_modules(model)
+    with removing(partial):
+        partial.mkdir(parents=True)
+        copy_model(found, partial, {}, progress)
+        stored = tensors(partial)
+        for module in tqdm(modules, desc="loki: dequantising", disable=not progress):
+            _overwrite(_place(f"{names[id(module)]}.weight", stored), _values(module))
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    return f"{len(modules)} linear weights of {found.folder} as {_storage(selection)} holds them"
+
+
+def _storage(selection: RowSelection) -> str:
+    return (selection.fingerprint or {}).get("quantisation", "")
+
+
+def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection) -> nn.Module:
+    """The model that the rows were made on; their file does not say in which dtype it was."""
+    storage = _storage(selection)
+    if not storage.startswith("bnb-"):
+        raise ValueError(
+            "onto the dequantised base: the rows file was not made on a quantised base"
+            f" ({storage or 'it holds no fingerprint'}), so it cannot be told which weights the"
+            " rows were learned beside; merge onto the original base"
+        )
+    stored = found.stored[found.down[0]].torch_dtype
+    for dtype in dict.fromkeys([stored, torch.bfloat16, torch.float16, torch.float32]):
+        model = _load(base, found, storage, dtype)
+        if any(_is_the_one(model, packed, selection) for packed in _PACKED_AS):
+            return model
+    raise ValueError(
+        f"'{base.name}', quantised here as {storage}, is not the model that the rows were made on:"
+        " give that base and revision, on the kind of device (GPU, CPU) that trained"
+    )
+
+
+def _load(base: Base, found: Checkpoint, storage: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kind, *more = storage.removeprefix("bnb-").split("-")
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant="double" in more,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        found.folder,
+        quantization_config=config,
+        dtype=dtype,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        trust_remote_code=base.trust_remote_code,
+    )
+
+
+def _is_the_one(model: nn.Module, packed: torch.dtype, selection: RowSelection) -> bool:
+    for module in quantised_modules(model):
+        if row_scales(module) is None:
+            module.weight.data = module.weight.data.flatten().view(packed)[:, None]
+    mark = fingerprint(model)
+    made_for = selection.fingerprint or {}
+    return all(mark[k] == made_for.get(k) for k in ("quantisation", "weights"))
+
+
+def _values(module: nn.Module) -> torch.Tensor:
+    if row_scales(module) is not None:
+        return dequantise(module, torch.float32)
+    weight = module.weight
+    return functional.dequantize_4bit(weight.data.view(torch.uint8), weight.quant_state)
+
+
+def _place(name: str, stored: dict[str, Stored]) -> Stored:
+    keys = matching_keys(name, stored)
+    if len(keys) != 1:
+        raise ValueError(
+            f"the model's {name} matches {len(keys)} tensors of the checkpoint {keys[:3]}; its"
+            " quantised weights cannot be written in their place"
+        )
+    return stored[keys[0]]
+
+
+def _overwrite(place: Stored, values: torch.Tensor) -> None:
+    if tuple(values.shape) != place.shape:
+        raise ValueError(
+            f"a quantised weight is {list(values.shape)}, the checkpoint's {list(place.shape)}"
+        )
+    data = values.to("cpu", place.torch_dtype).contiguous()
+    raw = np.memmap(place.file, np.uint8, "r+", place.start, (place.size,))
+    raw[:] = data.view(-1).view(torch.uint8).numpy()
+    raw.flush()
