@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .args import LokiConfig
-from .implanting.saved import FAILED_NAME
+from .implanting.saved import FAILED_NAME, REPORT_NAME
+from .model.writing import write_text
 from .rows import FILE_NAME, RowSelection
-
-REPORT_NAME = "loki_report.json"
 
 
 @dataclass
@@ -59,7 +58,7 @@ def write_report(
         "selection": selection.made,
     }
     path = folder / REPORT_NAME
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return path
 
 
@@ -70,4 +69,4 @@ def mark(folder: Path, verdict: Verdict) -> None:
         path.unlink(missing_ok=True)
         return
     lines = ["The adapter in this folder failed loki's check; do not use it.", *verdict.faults]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

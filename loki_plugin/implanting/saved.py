@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..directions import FILE_NAME as DIRECTIONS_NAME
 from ..directions import Directions
@@ -18,6 +18,7 @@ from .selected import RowFactor, RowSelector
 
 WEIGHTS = "adapter_model.safetensors"
 FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be used
+REPORT_NAME = "loki_report.json"
 _PREFIX = "base_model.model."  # PEFT's, around the base model
 
 
@@ -25,7 +26,7 @@ def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
     """From now on `model.save_pretrained` writes the rows file beside the adapter.
 
     So an older adapter keeps its own rows until it is overwritten itself. The same holds for the
-    directions of a protected adapter.
+    directions of a protected adapter. A report that verified the older one goes.
     """
     model._loki_selection = selection
     model._loki_directions = None  # `protect_inputs` sets it
@@ -34,14 +35,31 @@ def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
 
 
 def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
-    saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        self._loki_selection.save(Path(save_directory) / FILE_NAME)
-        if self._loki_directions is not None:
-            self._loki_directions.save(Path(save_directory) / DIRECTIONS_NAME)
-        else:  # of an earlier adapter in the same folder
-            (Path(save_directory) / DIRECTIONS_NAME).unlink(missing_ok=True)
+    folder = Path(save_directory)
+    first = kwargs.get("is_main_process", True)
+    if first:
+        _withdraw_report(folder)
+    try:
+        saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        if first:
+            self._loki_selection.save(folder / FILE_NAME)
+            if self._loki_directions is not None:
+                self._loki_directions.save(folder / DIRECTIONS_NAME)
+            else:  # of an earlier adapter in the same folder
+                (folder / DIRECTIONS_NAME).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the adapter could not be saved to '{folder}' ({error}); what lies there is not whole."
+            " Make room on that disk, and resume from the last checkpoint"
+        ) from error
     return saved
+
+
+def _withdraw_report(folder: Path) -> None:
+    """The report of an adapter that is overwritten now must not vouch for the new one."""
+    report = folder / REPORT_NAME
+    if report.is_file() and '"verified": true' in report.read_text(encoding="utf-8"):
+        report.unlink()
 
 
 def check_saved(folder: Path, names: list[str], selection: RowSelection, rank: int | None) -> None:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.room import little_room
 from safetensors.torch import load_file, save_file
 
 from loki_plugin import RowSelection, implant
@@ -88,3 +89,26 @@ def test_the_rows_are_saved_with_the_adapter_and_by_copies_of_the_model(tmp_path
     assert (load_file(tmp_path / "twin" / WEIGHTS)[KEY % "A"] == 2).all()  # its own weights
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other" / "loki_rows.json").exists()
+
+
+def test_a_full_disk_keeps_the_files_that_are_there(tmp_path):
+    model = implant(tiny("llama"), ROWS)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "loki_rows.json").read_bytes()
+    with little_room(1000), pytest.raises(OSError, match="could not be saved.*Make room"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "loki_rows.json").read_bytes() == before
+    many = RowSelection([range(500)] * 3)
+    with little_room(1000), pytest.raises(OSError):
+        many.save(tmp_path / "loki_rows.json")
+    assert (tmp_path / "loki_rows.json").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_new_save_withdraws_the_report_that_vouched_for_the_old_one(tmp_path):
+    model = implant(tiny("llama"), ROWS)
+    report = tmp_path / "loki_report.json"
+    for verified, stays in (("true", False), ("false", True)):
+        report.write_text(f'{{\n  "verified": {verified}\n}}')
+        model.save_pretrained(tmp_path)
+        assert report.exists() == stays
