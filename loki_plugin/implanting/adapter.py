@@ -7,6 +7,7 @@ B [H, r] train. Both are ordinary PEFT LoRA adapters on disk; in memory only the
 
 from __future__ import annotations
 
+import types
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -172,6 +173,26 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
         )
     freeze(model)
     save_rows_with(model, selection)
+    # A bound method, not a closure: a deep copy of the model binds it to the copy.
+    model.add_adapter = types.MethodType(_add_adapter, model)
+
+
+def _add_adapter(self: PeftModel, adapter_name: str, peft_config, *args, **kwargs) -> None:
+    """A second adapter of the same configuration is confined to the same rows, and frozen.
+
+    TRL's DPOTrainer adds one to hold what the adapter was at the start, as its reference, and
+    copies every parameter of the first one into it.
+    """
+    own = peft_config is self.peft_config[self.active_adapter]
+    type(self).add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+    if not own:
+        return
+    for module in self.modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_B:
+            first, like = module.lora_B[self.active_adapter], module.lora_B[adapter_name].weight
+            module.lora_B[adapter_name] = type(first)(first.rows, like).requires_grad_(False)
+            if isinstance(first, RowSelector):
+                nn.init.zeros_(module.lora_A[adapter_name].weight)
 
 
 def constrained_modules(model: nn.Module) -> Iterable[tuple[str, RowScatter]]:
