@@ -49,9 +49,9 @@ def check_reproduces(
     of_effect, of_p = (1e-3, 1e-4) if _is_exact(model) else (0.2, 0.1)
     for cut in range(_TRIES):
         ids = prompt.ids[: max(1, min(len(prompt.ids), _PROMPT) - cut)]
-        p = _p_of_the_stack(model, anatomy, ids)
         with own_attention(), torch.no_grad():
-            expected = _p_of_the_model(model, anatomy, ids)
+            expected = _expected(model, anatomy, ids)
+        p = _p_of_the_stack(model, anatomy, ids)
         missed = float((p.to(expected) - expected).abs().sum())
         effect = float((expected - expected[0]).abs().sum())
         if missed <= of_effect * effect + of_p * float(expected.sum()):
@@ -84,6 +84,21 @@ def _p_of_the_stack(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) ->
             f"model family '{model.config.model_type}' cannot be analysed; its layers are called in"
             f" a way that loki does not know ({type(error).__name__}: {error}). The README lists"
             " tested families"
+        ) from error
+
+
+def _expected(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch.Tensor:
+    """`_p_of_the_model`; a model that cannot run says so itself, before the stack is blamed."""
+    try:
+        return _p_of_the_model(model, anatomy, ids)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        device = first_device(model)
+        raise ValueError(
+            f"the model itself does not run on {device.type.upper()}, analysed or not"
+            f" ({type(error).__name__}: {error}). Kernels that plugins put into it"
+            " (`liger_*`, `cut_cross_entropy`) need a GPU; without one, leave them out"
         ) from error
 
 
