@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bitsandbytes import functional
 from torch import nn
 from tqdm import tqdm
 
@@ -121,6 +120,8 @@ def _is_the_one(model: nn.Module, packed: torch.dtype, selection: RowSelection) 
 def _values(module: nn.Module) -> torch.Tensor:
     if row_scales(module) is not None:
         return dequantise(module, torch.float32)
+    from bitsandbytes import functional
+
     weight = module.weight
     return functional.dequantize_4bit(weight.data.view(torch.uint8), weight.quant_state)
 

@@ -107,6 +107,19 @@ def test_memory_that_runs_out_in_the_check_is_not_taken_for_an_unknown_family(mo
         attribute(tiny("llama"), IDS)
 
 
+def test_a_model_that_does_not_run_here_says_so_and_loki_is_not_blamed(monkeypatch):
+    """As with Liger's kernels on a CPU."""
+    model = tiny("llama")
+
+    def launch(x):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(model.model.norm, "forward", launch)
+    wanted = r"the model itself does not run on CPU.*0 active drivers.*`liger_\*`"
+    with pytest.raises(ValueError, match=wanted):
+        attribute(model, IDS)
+
+
 def test_one_prompt_that_is_sent_elsewhere_by_rounding_does_not_refuse_a_model(monkeypatch):
     tries = []
     inner = checking._p_of_the_model
