@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ REENTRANT, PLAIN = (
     for reentrant in (True, False)
 )
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True}
+PROTECTED = {"protect": {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "micro_batch_size": 2}
 BF16 = {"bf16": True, "plugins": ["loki", "helpers.on_cpu.OnCpu"]}
 INT8, NF4 = {"load_in_8bit": True}, {"load_in_4bit": True}  # NF4 with double quantisation
@@ -35,7 +37,7 @@ MATRIX = {
     "fp32-dense-adamw-reentrant-accumulated": (
         "llama", None, optimizer("adamw_torch") | REENTRANT | ACCUMULATED),
     "fp32-rank-fused-checkpointed-packed": (
-        "llama", 2, optimizer("adamw_torch_fused") | PLAIN | PACKED),
+        "llama", 2, optimizer("adamw_torch_fused") | PLAIN | PACKED | {"loki": PROTECTED}),
     "fp32-dense-muon": ("llama", None, optimizer("muon")),
     "bf16-dense-fused-reentrant": (
         "llama", None, BF16 | optimizer("adamw_torch_fused") | REENTRANT),
@@ -134,8 +136,8 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("case", MATRIX)
 def test_only_the_selected_rows_move(case, short, train, bases, watched):
     family, rank, settings = MATRIX[case]
-    short["loki"]["rank"] = rank
-    short |= {"base_model": str(bases[family])} | settings
+    loki = short["loki"] | {"rank": rank} | settings.get("loki", {})
+    short |= {"base_model": str(bases[family])} | settings | {"loki": loki}
     train(short)
     assert_equal(watched["before"], watched["after"])
     out = Path(short["output_dir"])
@@ -146,6 +148,10 @@ def test_only_the_selected_rows_move(case, short, train, bases, watched):
         "load_in_8bit" in settings or watched["model"].get_input_embeddings().weight.dtype == stored
     )
     assert_optimizer(watched["trainer"].optimizer, settings["optimizer"])
+    if "protect" in loki:
+        report = json.loads((out / "loki_report.json").read_text())
+        assert report["anchor_kl_last_step"] > 0
+        assert max(report["protection"]["leakage_per_layer"]) < 1e-6
     merge_adapter(bases[family], out, out / "merged", selection, False)
     assert_merged(bases[family], out / "merged", selection, transposed=family == "gpt2")
 

@@ -47,6 +47,8 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
 ):
     """SGD, so that the update is linear in the gradient that the ranks average."""
     run_config["loki"]["rank"] = rank
+    if rank is not None:
+        run_config["loki"]["protect"] = {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}
     run_config |= {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 4, "weight_decay": 0.1}
     (tmp_path / "rank.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(json.dumps(run_config))
@@ -61,6 +63,8 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
     assert report["verified"] is True and report["verified_what"]["base"] == "every byte"
 
     if rank is not None:
+        assert report["anchor_kl_last_step"] > 0
+        assert max(report["protection"]["leakage_per_layer"]) < 1e-6
         return  # A starts from random numbers, which one rank draws differently
     together = load_file(Path(run_config["output_dir"]) / "adapter_model.safetensors")
     alone_dir = tmp_path / "alone"
