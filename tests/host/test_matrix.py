@@ -41,6 +41,9 @@ MATRIX = {
     "fp32-dense-muon": ("llama", None, optimizer("muon")),
     "bf16-dense-fused-reentrant": (
         "llama", None, BF16 | optimizer("adamw_torch_fused") | REENTRANT),
+    "bf16-full-dense": (  # no autocast: only what the adapter keeps is in 32 bits
+        "llama", None, BF16 | {"bf16": "full"} | optimizer("adamw_torch")),
+    "bf16-full-nf4-rank": ("llama", 2, BF16 | NF4 | {"bf16": "full"} | optimizer("adamw_8bit")),
     "bf16-rank-schedule_free": ("llama", 2, BF16 | optimizer("schedule_free_adamw")),
     "int8-dense-adamw_8bit-checkpointed": (
         "llama", None, INT8 | optimizer("adamw_8bit") | PLAIN),
