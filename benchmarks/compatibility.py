@@ -21,12 +21,14 @@ from pathlib import Path
 from benchmarks.writer import RESULTS, write
 
 ROOT = Path(__file__).parents[1]
-# Registration, attribution, selection, the constraint, and one run through `axolotl train` and the
-# merge for each of dense, low-rank, fp32 and NF4.
+# Registration, attribution, selection, the constraint, a run through `axolotl train` and the merge
+# for each of dense, low-rank, fp32 and NF4, what is checked after it, and the preference trainers.
 TESTS = (
     "tests/host/test_plugin.py",
     "tests/host/test_registering.py",
     "tests/host/test_axolotl.py::test_trains_saves_and_merges",
+    "tests/host/test_after_training.py",
+    "tests/host/test_preference.py",
     "tests/analysing/attribution/test_attribute.py",
     "tests/analysing/attribution/test_quantised.py",
     "tests/selecting/test_selecting.py",
@@ -72,19 +74,21 @@ def try_out(python: str, axolotl: str, torch: str, folder: Path) -> Outcome:
     interpreter = folder / "bin" / "python"
     if not interpreter.exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    number = _output(interpreter, "import platform; print(platform.python_version())")
     wanted = [f"axolotl=={axolotl}", f"torch=={torch}", *TOOLS]
     installed = subprocess.run(
         [interpreter, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
     )
     if installed.returncode:
-        why = installed.stderr.strip().splitlines()[-1]
-        return Outcome(python, axolotl, torch, "", "does not install", why)
+        why = [line.strip() for line in installed.stderr.splitlines() if "Error:" in line]
+        package = re.findall(r"/pip-install-\w+/([\w-]+)_\w+/", installed.stderr)
+        reason = re.sub(r"/\S+/", "", why[-1]) if why else "see pip's output"
+        failed = f"{package[-1]}: {reason}" if package else reason
+        return Outcome(number, axolotl, torch, "", "does not install", failed)
     subprocess.run(
         [interpreter, "-m", "pip", "install", "-q", "--no-deps", "-e", str(ROOT)], check=True
     )
-    shown = subprocess.run(
-        [interpreter, "-c", _VERSIONS], check=True, capture_output=True, text=True
-    ).stdout.split("\n")
+    versions = _output(interpreter, _VERSIONS).splitlines()
     done = subprocess.run(
         [interpreter, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *TESTS],
         cwd=ROOT,
@@ -97,17 +101,20 @@ def try_out(python: str, axolotl: str, torch: str, folder: Path) -> Outcome:
     if not counts:
         counts, failed = ["tests do not start"], [done.stderr.strip().splitlines()[-1]]
     return Outcome(
-        shown[0], axolotl, shown[1], shown[2], ", ".join(counts), " ".join(sorted(set(failed)))
+        number, axolotl, versions[0], versions[1], ", ".join(counts), " ".join(sorted(set(failed)))
     )
 
 
 _VERSIONS = f"""
-import platform
 from importlib.metadata import version
-print(platform.python_version())
 print(version("torch"))
 print(", ".join(f"{{p}} {{version(p)}}" for p in {SHOWN!r}))
 """
+
+
+def _output(interpreter: Path, code: str) -> str:
+    done = subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _keep(outcome: Outcome) -> None:
