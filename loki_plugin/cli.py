@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
-from .commands import analyse, cache, forgetting, merge, select, suppress, verify
+from .commands import analyse, cache, doctor, forgetting, merge, select, suppress, verify
 
 # Another command is a module in `commands/` and a line here.
 COMMANDS = (
     analyse.analyse_command,
     cache.cache,
+    doctor.doctor,
     forgetting.forgetting_command,
     merge.merge,
     select.select_command,

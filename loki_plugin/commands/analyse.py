@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ..rows import FILE_NAME
 from .shared import Answer, Command, read_run
 
 
@@ -20,7 +19,7 @@ from .shared import Answer, Command, read_run
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"the rows file; default: output_dir/{FILE_NAME}",
+    help="the rows file; default: output_dir/loki_rows.json",
 )
 def analyse_command(config: Path, output: Path | None):
     """Choose the rows of the run in CONFIG, an Axolotl YAML, ahead of training.
@@ -32,6 +31,7 @@ def analyse_command(config: Path, output: Path | None):
     from axolotl.train import setup_model_and_tokenizer
 
     from ..host.telling import block
+    from ..rows import FILE_NAME
 
     cfg, plugin = _load(config)
     plugin.load_datasets(cfg)  # our first hook of a training run; no data set is read

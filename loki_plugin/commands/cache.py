@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
-from .shared import Command
+from .shared import Answer, Command
 
 
 @click.group()
@@ -15,26 +17,33 @@ def cache():
 _DIRECTORY = click.option("--dir", "folder", help="default: the user cache folder")
 
 
-@cache.command("list", cls=Command)
+@cache.command("list", cls=Command, example="loki cache list\nloki cache list --json")
 @_DIRECTORY
 def list_command(folder: str | None):
     """List the analyses that are kept, with size and age."""
     from ..analysing.scores.cache import cache_folder, entries, strangers
 
     place = cache_folder(folder)
-    found = entries(place)
-    click.echo(f"{len(found)} analyses in {place}")
+    found, foreign = entries(place), strangers(place)
+    lines = [f"{len(found)} analyses in {place}"]
     for e in found:
         state = "complete" if e.complete else f"{e.shards} shards so far"
-        click.echo(
+        lines.append(
             f"{e.key}  {e.prompts} prompts, {state}, {e.bytes / 2**20:.1f} MiB,"
             f" {e.age_seconds / 3600:.1f} h old  {e.model}"
         )
-    for name in strangers(place):
-        click.echo(f"{name}  is not ours (its manifest.json is another program's); left alone")
+    for name in foreign:
+        lines.append(f"{name}  is not ours (its manifest.json is another program's); left alone")
+    facts = {"folder": str(place), "analyses": [asdict(e) for e in found], "not_ours": foreign}
+    return Answer("\n".join(lines), facts)
 
 
-@cache.command("clear", cls=Command)
+@cache.command(
+    "clear",
+    cls=Command,
+    example="loki cache clear 9e4a4b2b1e4a6fe95856\nloki cache clear",
+    fails="KEY is in use by a running analysis",
+)
 @click.argument("key", required=False)
 @_DIRECTORY
 def clear_command(key: str | None, folder: str | None):
@@ -43,6 +52,6 @@ def clear_command(key: str | None, folder: str | None):
 
     place = cache_folder(folder)
     removed, in_use = clear(place, key)
-    click.echo(f"removed {len(removed)} analyses from {place}")
-    for each in in_use:
-        click.echo(f"{each}  is in use by a running analysis; kept")
+    lines = [f"removed {len(removed)} analyses from {place}"]
+    lines += [f"{each}  is in use by a running analysis; kept" for each in in_use]
+    return Answer("\n".join(lines), {"folder": str(place), "removed": removed, "in_use": in_use})

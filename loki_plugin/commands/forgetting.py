@@ -6,10 +6,15 @@ from pathlib import Path
 
 import click
 
-from .shared import Command, read_run
+from .shared import Answer, Command, read_run, write_json
 
 
-@click.command("forgetting", cls=Command)
+@click.command(
+    "forgetting",
+    cls=Command,
+    example="loki forgetting run.yaml\n"
+    "loki forgetting --base B --tuned T --tasks hellaswag,winogrande --output forgotten.json",
+)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("--base", help="the model before; default: CONFIG's base_model")
 @click.option("--tuned", help="merged model or adapter; default: what CONFIG's run has left")
@@ -26,11 +31,8 @@ from .shared import Command, read_run
 def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **options):
     """How much did a fine-tuned model forget? KL and answers on prompts, lm-eval tasks, flips.
 
-    Examples: `loki forgetting run.yaml`;
-    `loki forgetting --base B --tuned T --tasks hellaswag,winogrande`
+    CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned.
     """
-    import json
-
     from .. import forgetting
 
     if config is not None:
@@ -43,11 +45,11 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
     if base is None or tuned is None:
         raise ValueError("give a CONFIG, or --base and --tuned")
     names = [t for t in tasks.split(",") if t]
-    click.echo(f"{base} -> {tuned}")
     report = forgetting.measure(base, tuned, names, prompts, **options)
-    click.echo(report.text())
+    lines = [f"{base} -> {tuned}", report.text()]
     if output:
-        Path(output).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        click.echo(f"figures in {output}")
+        lines.append(f"figures in {write_json(output, report.to_json())}")
     if picture:
-        click.echo(f"figure in {forgetting.plot(report, picture)}")
+        lines.append(f"figure in {forgetting.plot(report, picture)}")
+    facts = {"base": str(base), "tuned": str(tuned), **report.to_json()}
+    return Answer("\n".join(lines), facts)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from .shared import Command, read_run
+from .shared import Answer, Command, read_run
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="loki merge run.yaml\nloki merge run.yaml --adapter out/checkpoint-200 --output merged",
+    fails="the merged model changes more than the rows (do not use it)",
+)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="default: output_dir/merged")
 @click.option(
@@ -49,4 +54,10 @@ def merge(config, output, adapters, sum_overlaps, onto):
         )
     except NotProven as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{merged.text()}\n{proof.text()}")
+    facts = {
+        **asdict(merged),
+        "output": str(merged.output),
+        "rounded_away": merged.rounding.lost_share,
+        "proof": asdict(proof) | {"ok": proof.ok},
+    }
+    return Answer(f"{merged.text()}\n{proof.text()}", facts)

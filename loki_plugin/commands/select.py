@@ -5,10 +5,13 @@ from __future__ import annotations
 import click
 
 from ..choices import plain_number
-from .shared import Command, Source, load_rows, scores_options
+from .shared import Answer, Command, Source, load_rows, scores_options
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="loki stability --quota 10\nloki stability scores.h5 --quota 20 --plot stability.png",
+)
 @scores_options
 @click.option("--rounds", default=10, show_default=True, help="resamples")
 @click.option("--plot", type=click.Path(dir_okay=False), help="draw the figure into this file")
@@ -24,12 +27,30 @@ def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot)
     found = bootstrap_overlap(
         source.chunks, quota, strategy, **rules, prompts=source.prompts, rounds=rounds
     )
-    click.echo(f"{source.title}, quota {quota} %, {strategy}\n{found.text()}")
+    told = f"{source.title}, quota {quota} %, {strategy}\n{found.text()}"
     if plot:
-        click.echo(f"figure in {plot_stability(found, plot)}")
+        told += f"\nfigure in {plot_stability(found, plot)}"
+    facts = {
+        "scores": source.title,
+        "quota": plain_number(quota),
+        "strategy": strategy,
+        "prompts": found.prompts,
+        "overlap": found.score,
+        "enough": found.enough,
+        "overlap_by_prompts": dict(zip(found.sizes, found.overlap.mean((0, 2)), strict=True)),
+        "overlap_per_layer": found.per_layer.tolist(),
+        "overlap_of_halves": float(found.halves.mean()),
+        "overlap_by_chance": found.chance,
+    }
+    return Answer(told, facts)
 
 
-@click.command("select", cls=Command)
+@click.command(
+    "select",
+    cls=Command,
+    example="loki select --quota 10\n"
+    "loki select 9e4a4b2b1e4a6fe95856 --quota 20 --exclude first/loki_rows.json --output rows.json",
+)
 @scores_options
 @click.option("--seed", default=0, show_default=True, help="of the strategy `random`")
 @click.option("--output", default="loki_rows.json", show_default=True)
@@ -55,4 +76,6 @@ def select_command(scores, folder, quota, strategy, magnitude, exclude, seed, ou
     )
     selection = RowSelection(rows, source.hidden_size, source.fingerprint, made)
     written = selection.save_positions(output) if positions else selection.save(output)
-    click.echo(f"{sum(selection.counts)} rows of {selection.num_layers} layers in {written}")
+    facts = {"rows_file": str(written), "rows_per_layer": selection.counts, **made}
+    told = f"{sum(selection.counts)} rows of {selection.num_layers} layers in {written}"
+    return Answer(told, facts)

@@ -35,7 +35,7 @@ class Command(click.Command):
     """
 
     def __init__(self, *args, example: str = "", fails: str = "", **kwargs):
-        one = f"something is wrong (it is said), or {fails}" if fails else "something is wrong"
+        one = "a mistake, named in one line" + (f"; or {fails}" if fails else "")
         shown = "\n".join(f"  {line}" for line in example.splitlines())
         kwargs.setdefault(
             "epilog",
@@ -63,6 +63,12 @@ def stdout_is_free() -> Iterator[None]:
     """What other libraries print and log goes to stderr: stdout is for one JSON document."""
     with redirect_stdout(sys.stderr):
         yield
+
+
+def write_json(path: str, facts: Any) -> str:
+    """Write figures for a script; returns the path."""
+    Path(path).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 def read_run(config: Path) -> dict[str, Any]:

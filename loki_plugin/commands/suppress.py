@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from .shared import Command
+from .shared import Answer, Command, write_json
 
 
-@click.command("suppress", cls=Command)
+@click.command(
+    "suppress",
+    cls=Command,
+    example="loki suppress Qwen/Qwen2.5-0.5B\nloki suppress ./base --quotas 5,10 --json",
+)
 @click.argument("model")
 @click.option("--scores", help="an analysis of `loki cache list`; default: the newest")
 @click.option("--dir", "folder", help="cache folder; default: the user cache folder")
@@ -23,8 +25,6 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
 
     MODEL is the model that was analysed: a folder or a hub id.
     """
-    import json
-
     from transformers import AutoTokenizer
 
     from ..analysing.scores.cache import cache_folder, find_log
@@ -49,8 +49,9 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
         [float(q) for q in quotas.split(",")],
         [p.target for p in asked],
     )
-    click.echo(f"analysis {log.folder.name}, {len(asked)} prompts\n{text(found)}")
+    curves = [s.to_json() for s in found]
+    told = f"analysis {log.folder.name}, {len(asked)} prompts\n{text(found)}"
     if output:
-        Path(output).write_text(
-            json.dumps([s.to_json() for s in found], indent=2) + "\n", encoding="utf-8"
-        )
+        told += f"\nfigures in {write_json(output, curves)}"
+    facts = {"analysis": log.folder.name, "prompts": len(asked), "suppressed": curves}
+    return Answer(told, facts)

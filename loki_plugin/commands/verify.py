@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .shared import Command
+from .shared import Answer, Command
 
 
-@click.command("verify", cls=Command)
+@click.command(
+    "verify",
+    cls=Command,
+    example="loki verify ./base out/merged --rows out/loki_rows.json\n"
+    "loki verify Qwen/Qwen2.5-0.5B out --rows out/loki_rows.json --json",
+    fails="TUNED differs in more than its rows",
+)
 @click.argument("base")
 @click.argument("tuned", type=click.Path(exists=True, file_okay=False))
 @click.option(
@@ -27,7 +35,7 @@ from .shared import Command
     help="a loki_directions.safetensors: also say how much of the update reads them",
 )
 def verify_command(base, tuned, rows, revision, trust_remote_code, directions):
-    """Prove that TUNED differs from BASE in selected rows only; exit code 1 if it does not.
+    """Prove that TUNED differs from BASE in selected rows only.
 
     TUNED is a merged model, or an adapter's folder.
     """
@@ -39,12 +47,15 @@ def verify_command(base, tuned, rows, revision, trust_remote_code, directions):
 
     base = Base(base, revision, trust_remote_code)
     selection = union([RowSelection.load(path) for path in rows])
+    lines: list[str] = []
+    facts: dict[str, Any] = {}
     if directions:
-        click.echo(measure_leakage(base, tuned, selection, Directions.load(directions)).text())
+        found = measure_leakage(base, tuned, selection, Directions.load(directions))
+        lines.append(found.text())
+        facts["leakage_per_layer"] = found.shares
     if is_adapter(tuned):
-        click.echo(check_adapter(base, Path(tuned), selection))
-        return
+        said = check_adapter(base, Path(tuned), selection)
+        return Answer("\n".join([*lines, said]), facts | {"ok": True, "adapter": said})
     report = verify(base, tuned, selection)
-    click.echo(report.text())
-    if not report.ok:
-        raise SystemExit(1)
+    told = "\n".join([*lines, report.text()])
+    return Answer(told, facts | {"ok": report.ok, **asdict(report)}, report.ok)
