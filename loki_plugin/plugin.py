@@ -9,6 +9,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginMan
 from .host import patches, settings
 from .host.files import Files
 from .host.run import Run, leave_alone
+from .host.telling import block
 
 
 class LokiPlugin(BasePlugin):
@@ -31,7 +32,7 @@ class LokiPlugin(BasePlugin):
         self._before = settings.remember(cfg)
         lines = settings.prepare(cfg)
         if lines:
-            settings.LOG.info("\n".join(lines))
+            settings.LOG.info(block("settings", lines))
         # Validation drops the key `inference`.
         self._only_reads = bool(cfg.get("inference") or cfg.get("merge_lora"))
         patches.mark_evaluation()

@@ -101,5 +101,9 @@ def test_the_real_command(run_config, tmp_path, launcher):
         env=os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "loki: verified" in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    stages = ["loki: settings", "loki: rows", "loki: training", "loki: verified"]
+    places = [said.index(stage) for stage in stages]
+    assert places == sorted(places) and f"loki merge {config} " in said
+    assert "prompts: KL to the base" in said and " prompts/s" in said
     assert (Path(run_config["output_dir"]) / "loki_report.json").exists()

@@ -18,7 +18,7 @@ from ..rows import FILE_NAME, RowSelection
 from .base import check_base
 from .files import Files
 from .sharding import check_loaded
-from .telling import Line, about_rows, about_training, block
+from .telling import Line, about_end, about_rows, about_training, block
 from .tokens import calibration_tokenizer
 
 LOG = logging.getLogger("loki_plugin")
@@ -38,6 +38,7 @@ class Run:
     measured: list[Prompt] = field(default_factory=list)  # asked before and after
     verdict: Verdict = field(default_factory=Verdict)
     told: list[Line] = field(default_factory=list)  # where the rows are from, what is protected
+    forgotten: str = ""  # in words, for the last block
     trained: bool = False  # whether the hook after the training has fired
 
     @classmethod
@@ -171,7 +172,9 @@ class Run:
                 f" {'; '.join(self.verdict.faults)}"
             )
         if ranks.is_first():
-            LOG.info("loki: verified: %s", self.verdict.what)
+            title = "verified" if self.verdict.verified else "saved; not all of it was compared"
+            config = str(cfg.axolotl_config_path or "CONFIG")
+            LOG.info(block(title, about_end(self.verdict.what, self.forgotten, folder, config)))
 
     def _look_at(self, model) -> None:
         """The trained model in memory, on every rank; faults of any rank are everybody's."""
@@ -247,6 +250,7 @@ class Run:
         if not self.measured or is_sharded(model):
             why = "the model is sharded" if self.measured else "no calibration was read"
             self.facts["forgetting"] = {"not_measured": why}
+            self.forgotten = f"not measured: {why}"
             return
         started = time.perf_counter()
         try:
@@ -254,12 +258,13 @@ class Run:
         except (RuntimeError, TypeError) as error:  # no memory, a family without `logits_to_keep`
             LOG.warning("loki: how much was forgotten could not be measured: %s", error)
             self.facts["forgetting"] = {"not_measured": str(error)}
+            self.forgotten = f"not measured: {error}"
             return
         self.facts["forgetting"] = found.to_json() | {
             "calibration": self.config.calibration.source,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        LOG.info("loki: forgotten, on the calibration's own prompts: %s", found.text())
+        self.forgotten = f"{found.text()}, of the calibration"
 
     def _publish(self, folder: Path) -> None:
         if not ranks.is_first():

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..args import LokiConfig
 from .preference import preference_faults
 from .sharding import fsdp_faults, zero_faults
+from .telling import Line
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -58,6 +59,18 @@ OVERRIDDEN = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
 }
+_ROWS_ONLY = "LoKI trains rows of the down-projections"
+_KERNEL = "the fused kernel reads lora_B past the constraint to the rows"
+_WHY = {
+    "lora_target_modules": _ROWS_ONLY,
+    "lora_target_linear": _ROWS_ONLY,
+    "lora_target_parameters": _ROWS_ONLY,
+    "lora_dropout": "the rows train without dropout",
+    "lora_mlp_kernel": _KERNEL,
+    "lora_qkv_kernel": _KERNEL,
+    "lora_o_kernel": _KERNEL,
+    "lora_embedding_kernel": _KERNEL,
+}
 # Axolotl takes new tokens beside an adapter only if their embeddings are named to be trained. They
 # stand in the configuration for its check and are out of it while the adapter is made.
 EMBEDDINGS = ["embed_in", "embed_out", "embed_tokens", "embeddings", "lm_head", "word_embeddings"]
@@ -96,7 +109,7 @@ def _fields_at(path: tuple) -> list[str]:
     return sorted(model.model_fields)
 
 
-def prepare(cfg) -> list[str]:
+def prepare(cfg) -> list[Line]:
     """Check the run and rewrite its keys so that Axolotl builds the LoRA carrier.
 
     A configuration that went through here before comes out as it went in. `cfg` is changed only
@@ -110,9 +123,11 @@ def prepare(cfg) -> list[str]:
     config = parse(cfg)
     _refuse(cfg, config)
     adapter, rank = _adapter(cfg, config)
-    lines = []
+    form = "dense" if rank is None else "low-rank"
+    lines: list[Line] = []
     if config.form is None:
-        lines.append(f"loki: adapter '{cfg.get('adapter') or 'not set'}' runs as '{adapter}'")
+        given = cfg.get("adapter") or "not set"
+        lines.append(("adapter", f"'{given}' runs as '{adapter}', in the {form} form"))
     wanted = {**OVERRIDDEN, "adapter": adapter, "lora_r": rank or 1, "lora_alpha": rank or 1}
     if _adds_tokens(cfg):
         wanted["lora_modules_to_save"] = EMBEDDINGS
@@ -121,10 +136,9 @@ def prepare(cfg) -> list[str]:
     for key, value in wanted.items():
         given = cfg.get(key)
         if given is not None and given != value and key != "adapter":
-            reason = reasons.get(key, f"now {value}")
-            lines.append(f"loki: overrides {key} = {given!r}: {reason}")
+            reason = reasons.get(key) or f"now {value}, for {_WHY[key]}"
+            lines.append(("overrides", f"{key} = {given!r}: {reason}"))
         cfg[key] = value
-    form = "dense" if rank is None else "low-rank"
     cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank, "form": form}
     return lines
 

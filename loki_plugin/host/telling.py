@@ -52,7 +52,7 @@ def _analysis(made: Mapping[str, Any]) -> str:
     else:
         seconds = made.get("analysis_seconds") or 0.0
         how = f"made now in {duration(seconds)}, {new / max(seconds, 1e-3):.1f} prompts/s"
-        how += f", the first {count - new} from the cache" if new < count else ""
+        how += f", the other {count - new} from the cache" if new < count else ""
     return f"analysis {made.get('analysis')} of {count} prompts ({source}), {how}"
 
 
@@ -84,6 +84,7 @@ FILES = {
     "loki_rows.json": "its rows",
     "loki_directions.safetensors": "what it does not read",
     "loki_report.json": "settings, figures, verdict",
+    "loki_report.html": "the same to look at; it opens offline",
     "LOKI_FAILED.txt": "why it must not be used",
 }
 
@@ -96,3 +97,19 @@ def about_files(folder: Path) -> list[Line]:
     longest = max(map(len, found))
     lines = [("files", f"in {folder}")]
     return [*lines, *(("", f"{name:<{longest}}  {what}") for name, what in found.items())]
+
+
+def about_end(what: Mapping[str, str], forgotten: str, folder: Path, config: str) -> list[Line]:
+    """What was compared, how much was forgotten, where the files are, and what to type next.
+
+    Args:
+        what: per thing, what was compared of it; see `Verdict.what`.
+        config: the run's YAML, as the user named it.
+    """
+    return [
+        *what.items(),
+        ("forgotten", forgotten),
+        *about_files(folder),
+        ("next", f"loki merge {config}       the plain merged model, and the proof of its rows"),
+        ("", f"loki forgetting {config}  what it lost, on lm-eval's tasks with --tasks"),
+    ]
