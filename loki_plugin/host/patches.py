@@ -11,13 +11,20 @@ import sys
 from contextvars import ContextVar
 from pathlib import Path
 
+from .. import ranks
+
 LOG = logging.getLogger("loki_plugin")
 
 
 class _ToAxolotl(logging.Handler):
-    """Axolotl silences INFO of every logger that is not its own; ours speak through its."""
+    """Axolotl silences INFO of every logger that is not its own; ours speak through its.
+
+    The other ranks know nothing that the first does not say, but for their warnings.
+    """
 
     def emit(self, record):
+        if record.levelno <= logging.INFO and not ranks.is_first():
+            return
         record.name = "axolotl.loki"
         logging.getLogger("axolotl").handle(record)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+from loki_plugin.host.patches import _ToAxolotl
 from loki_plugin.host.telling import about_end, about_rows, about_training, block
 from loki_plugin.rows import RowSelection
 
@@ -67,3 +70,16 @@ def test_the_end_names_the_files_that_are_there_and_what_to_type(tmp_path):
         ("next", "loki merge run.yaml       the plain merged model, and the proof of its rows"),
         ("", "loki forgetting run.yaml  what it lost, on lm-eval's tasks with --tasks"),
     ]
+
+
+def test_the_first_rank_tells_for_all_and_every_rank_warns(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        logging.getLogger("axolotl"), "handle", lambda record: said.append(record.getMessage())
+    )
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for level in (logging.INFO, logging.WARNING):
+            record = logging.LogRecord("loki_plugin", level, "", 1, f"{rank} {level}", None, None)
+            _ToAxolotl().emit(record)
+    assert said == ["0 20", "0 30", "1 30"]
