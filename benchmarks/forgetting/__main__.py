@@ -66,7 +66,7 @@ def main() -> None:
     else:
         for seed in range(options.seeds):
             for task in tasks:
-                runs.bracket(finalists, task, seed, matching.MATCHED, until)
+                runs.bracket(finalists, task, seed, matching.MATCHED[task], until)
 
 
 if __name__ == "__main__":

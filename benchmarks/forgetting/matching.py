@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-# What a run must have learned to be compared with another.
-MATCHED = 0.9
+# What a run must have learned to be compared with another; `classes` tests reports that it did not
+# teach, where every arm stays below what it reaches on the other tasks.
+MATCHED = {"facts": 0.9, "calls": 0.9, "classes": 0.8}
 MEASURES = (
     "retention", "retention_uncovered", "forgetting", "kl_general", "kl_covered", "kl_uncovered"
 )  # fmt: skip
@@ -94,7 +95,7 @@ def at_score(runs: Runs, measure: str, score: float) -> float | None:
     return None
 
 
-def matched(runs: Runs, score: float = MATCHED) -> list[dict]:
+def matched(runs: Runs) -> list[dict]:
     """One line per arm and task: the mean over seeds at the matched score, best first."""
     groups = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -106,7 +107,7 @@ def matched(runs: Runs, score: float = MATCHED) -> list[dict]:
         line["rates"] = min(map(len, seeds.values()))
         line["best task score"] = max(r["task_score"] for s in seeds.values() for r in s)
         for measure in MEASURES:
-            values = [at_score(s, measure, score) for s in seeds.values()]
+            values = [at_score(s, measure, MATCHED[task]) for s in seeds.values()]
             reached = [v for v in values if v is not None]
             line[measure] = float(np.mean(reached)) if len(reached) == len(values) else None
             if measure == "forgetting":
