@@ -133,8 +133,8 @@ def _about(runs: Runs) -> str:
         f" {len({r['seed'] for r in runs})} seed(s), task(s)"
         f" {', '.join(dict.fromkeys(r['task'] for r in runs))}; {hours:.1f} hours of"
         " training on one thread."
-        f" Compared where each curve over learning rates first reaches a task score of {_targets(runs)};"
-        " `-` means that not every seed reached it. `spread`: largest minus smallest seed."
+        " Compared where each curve over learning rates first reaches a task score of"
+        f" {_targets(runs)}; `-` means that not every seed reached it. `spread`: largest minus smallest seed."
     )
 
 
