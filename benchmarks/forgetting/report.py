@@ -134,7 +134,8 @@ def _about(runs: Runs) -> str:
         f" {', '.join(dict.fromkeys(r['task'] for r in runs))}; {hours:.1f} hours of"
         " training on one thread."
         " Compared where each curve over learning rates first reaches a task score of"
-        f" {_targets(runs)}; `-` means that not every seed reached it. `spread`: largest minus smallest seed."
+        f" {_targets(runs)}; `-` means that not every seed reached it."
+        " `spread`: largest minus smallest seed."
     )
 
 
