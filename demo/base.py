@@ -35,7 +35,7 @@ def make(folder: Path) -> None:
     plain = corpus.paragraphs() + corpus.statements()
     asked = corpus.questions()
     new = [word for exchange in corpus.task("train") for word in exchange]
-    tokenizer = _tokenizer([*plain, *(prompt(q) + a for q, a in asked), *new])
+    tokenizer = make_tokenizer([*plain, *(prompt(q) + a for q, a in asked), *new])
     # (ids, index of the first one that is learned): whole texts, but only answers of questions.
     texts = [(tokenizer(t + "<|im_end|>")["input_ids"], 1) for t in plain]
     for question, answer in asked:
@@ -61,7 +61,7 @@ def make(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -34,14 +34,6 @@ def test_the_short_block_in_the_readme_is_a_run():
     assert short["adapter"] == "qlora"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "example_configs").glob("*.yaml")), ids=str)
-def test_example_configurations_are_accepted(path):
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert config["plugins"] == ["loki"]
-    settings.prepare(config)
-    assert config["adapter"] in ("lora", "qlora")
-
-
 def test_every_command_in_the_readme_exists():
     commands = re.findall(r"`loki ([a-z]+(?: (?:list|clear))?)", README)
     assert len(set(commands)) >= 5

@@ -179,6 +179,7 @@ class Checkpoint:
         stored: all tensors of the checkpoint by key.
         down: keys of the L down-projections.
         vocabulary: input and output embeddings (and the bias of the latter).
+        renamed: the model's names of tensors that transformers renames while it loads -> keys.
     """
 
     folder: Path
@@ -187,6 +188,7 @@ class Checkpoint:
     stored: dict[str, Stored]
     down: list[str]
     vocabulary: list[Vocabulary]
+    renamed: dict[str, str]
 
 
 def open_checkpoint(base: str | Path | Base) -> Checkpoint:
@@ -212,32 +214,51 @@ def open_checkpoint(base: str | Path | Base) -> Checkpoint:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     anatomy = find_anatomy(model)
     stored = tensors(folder)
+    renamed = _renamed(model, stored)
     down = []
     for name in anatomy.names:
-        matches = matching_keys(f"{name}.weight", stored)
+        matches = matching_keys(f"{name}.weight", stored, renamed)
         if len(matches) != 1:
             raise ValueError(
                 f"the model's {name}.weight matches {len(matches)} tensors of the checkpoint"
                 f" {matches[:3]}; expected exactly one"
             )
         down += matches
-    return Checkpoint(folder, model, anatomy, stored, down, _vocabulary(model, stored))
+    vocabulary = _vocabulary(model, stored, renamed)
+    return Checkpoint(folder, model, anatomy, stored, down, vocabulary, renamed)
 
 
-def matching_keys(name: str, stored: dict[str, Stored]) -> list[str]:
+def _renamed(model: nn.Module, stored: dict[str, Stored]) -> dict[str, str]:
+    """Names that differ by more than a prefix: Gemma 3's `language_model.model.` and the like."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    steps = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming)]
+    names = {key: rename_source_key(key, steps, [])[0] for key in sorted(stored)}
+    return {name: key for key, name in names.items() if name != key}
+
+
+def matching_keys(name: str, stored: dict[str, Stored], renamed: dict[str, str]) -> list[str]:
     """A checkpoint may leave out or add a prefix (GPT-2's has no `transformer.`)."""
     if name in stored:
         return [name]
+    if name in renamed:
+        return [renamed[name]]
     if name == "lm_head.weight" and _NEOX_HEAD in stored:
         return [_NEOX_HEAD]
     return [k for k in stored if f".{name}".endswith(f".{k}") or k.endswith(f".{name}")]
 
 
-def _vocabulary(model: nn.Module, stored: dict[str, Stored]) -> list[Vocabulary]:
+def _vocabulary(
+    model: nn.Module, stored: dict[str, Stored], renamed: dict[str, str]
+) -> list[Vocabulary]:
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     wanted = {id(p): p for module in both if module is not None for p in module.parameters()}
     names: dict[int, list[str]] = {i: [] for i in wanted}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in names:
             names[id(parameter)].append(name)
-    return [Vocabulary(n, [k for x in n for k in matching_keys(x, stored)]) for n in names.values()]
+    return [
+        Vocabulary(n, [k for x in n for k in matching_keys(x, stored, renamed)])
+        for n in names.values()
+    ]

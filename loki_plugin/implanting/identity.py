@@ -38,7 +38,7 @@ def check_base(base: Checkpoint, made_for: dict[str, str] | None, progress: bool
         raise ValueError(_another(base, f"its architecture differs ({_OVERRIDES})"))
     keys = {}
     for name, parameter in base.model.named_parameters():
-        found = matching_keys(name, base.stored)
+        found = matching_keys(name, base.stored, base.renamed)
         if len(found) != 1 or base.stored[found[0]].shape != tuple(parameter.shape):
             return f"architecture only: the checkpoint stores {name} in another form"
         keys[name] = found[0]
