@@ -98,7 +98,8 @@ RECORDS = {
     "./self_replay.jsonl": {"messages": CHAT},
     "./chats.jsonl": {"messages": CHAT},
 }
-PAD = "<|finetune_right_pad_id|>"
+# Tokens that a family's tokenizer class or its example names, so that none is new to the base.
+PAD, QWEN_END = "<|finetune_right_pad_id|>", "<|endoftext|>"
 IMAGES = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
 
@@ -126,7 +127,7 @@ def save_tiny(family: str, target: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     target.mkdir()
-    special = SPECIAL[:-1] + [PAD, *TURNS, *IMAGES.values(), SPECIAL[-1]]
+    special = SPECIAL[:-1] + [PAD, QWEN_END, *TURNS, *IMAGES.values(), SPECIAL[-1]]
     tokenizer = make_tokenizer(target, special=special)
     model_type, settings = FAMILIES[family]
     settings = settings | {
