@@ -41,10 +41,12 @@ def answers(model, tokenizer, asked: list[str], tokens: int) -> list[str | None]
     written = written[:, batch["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = {*ends} if isinstance(ends, list) else {ends}
-    return [
-        tokenizer.decode(row, skip_special_tokens=True).strip() if ends & {*row} else None
-        for row in written.tolist()
-    ]
+    found = []
+    for row in written.tolist():
+        length = next((i for i, token in enumerate(row) if token in ends), None)
+        text = None if length is None else tokenizer.decode(row[:length], skip_special_tokens=True)
+        found.append(text and text.strip())
+    return found
 
 
 def main() -> None:

@@ -276,32 +276,37 @@ def test_the_smoke_run_needs_only_the_command_that_it_names(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_lm_eval_gets_the_trained_model_after_and_the_base_before(miniature, train, monkeypatch):
+def test_lm_eval_gets_the_base_before_and_the_merged_model_after(miniature, train, monkeypatch):
     from axolotl.integrations import lm_eval
-    from axolotl.integrations.lm_eval.cli import build_lm_eval_command, get_model_path
-    from axolotl.utils.dict import DictDefault
+    from axolotl.integrations.lm_eval.cli import lm_eval as command
+    from click.testing import CliRunner
     from lm_eval.models.huggingface import HFLM
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    commands = []
-    monkeypatch.setattr(lm_eval.subprocess, "run", lambda command, check: commands.append(command))
+    asked = []
+    monkeypatch.setattr(lm_eval.subprocess, "run", lambda arguments, check: asked.append(arguments))
     config = miniature(WITH_LM_EVAL)
     train(config)
     out = assert_trained(config)
-    (after,) = commands
-    assert f"pretrained={out},dtype=bfloat16" in after
+    assert not asked
+    for name in (EVALUATES, WITH_LM_EVAL):
+        CliRunner().invoke(command, [str(CONFIGS[name])], catch_exceptions=False)
+    given = read(WITH_LM_EVAL)
+    models = [f"pretrained={given[key]},dtype=bfloat16" for key in ("base_model", "lm_eval_model")]
+    assert [model in arguments for model, arguments in zip(models, asked, strict=True)] == [
+        True
+    ] * 2
+    assert Path(given["lm_eval_model"]) == Path(given["output_dir"]) / "merged"
+    tasks = [arguments[arguments.index("--tasks") + 1] for arguments in asked]
+    assert tasks == ["hellaswag,winogrande,gsm8k"] * 2
     ids = torch.arange(3, 40)[None]
     base = AutoModelForCausalLM.from_pretrained(config["base_model"]).eval()
+    merged = HFLM(pretrained=str(out / "merged"), device="cpu", dtype="float32").model
     with torch.no_grad():
-        asked = HFLM(pretrained=str(out), device="cpu", dtype="float32").model(input_ids=ids).logits
-        tuned = AutoModelForCausalLM.from_pretrained(out / "merged").eval()(input_ids=ids).logits
-        assert torch.allclose(asked, tuned, atol=1e-6)
-        assert not torch.equal(tuned, base(input_ids=ids).logits)
-    cfg = DictDefault(read(EVALUATES))
-    assert get_model_path(cfg) == cfg.base_model == read(WITH_LM_EVAL)["base_model"]
-    (before,) = build_lm_eval_command(cfg.lm_eval_tasks, model=get_model_path(cfg))
-    same = after.index("--tasks") + 1
-    assert before[same] == after[same] == "hellaswag,winogrande,gsm8k"
+        before, after = base(input_ids=ids).logits, merged(input_ids=ids).logits
+        tuned = PeftModel.from_pretrained(base, out).eval()(input_ids=ids).logits
+    assert torch.allclose(after, tuned, atol=1e-5) and not torch.equal(before, tuned)
 
 
 @pytest.mark.slow
