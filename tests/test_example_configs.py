@@ -298,8 +298,7 @@ def test_lm_eval_gets_the_base_before_and_the_merged_model_after(miniature, trai
         True
     ] * 2
     assert Path(given["lm_eval_model"]) == Path(given["output_dir"]) / "merged"
-    tasks = [arguments[arguments.index("--tasks") + 1] for arguments in asked]
-    assert tasks == ["hellaswag,winogrande,gsm8k"] * 2
+    assert [a[a.index("--tasks") + 1] for a in asked] == ["hellaswag,winogrande,gsm8k"] * 2
     ids = torch.arange(3, 40)[None]
     base = AutoModelForCausalLM.from_pretrained(config["base_model"]).eval()
     merged = HFLM(pretrained=str(out / "merged"), device="cpu", dtype="float32").model
