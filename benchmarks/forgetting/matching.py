@@ -51,6 +51,8 @@ TRIED = {
         "loki_protect_text_q30": "inputs, 0.99, with plain text",
         "loki_protect_joint_q30": "inputs, 0.9, rows of the least Fisher information that is left",
         "loki_protect90_q60": "inputs, 0.9, 60 % of the rows",
+        "random_protect90_q60": "inputs, 0.9, 60 % of the rows, random",
+        "loki_protect90_anchor_q60": "inputs, 0.9, 60 % of the rows, anchor",
         "loki_protect_q60": "inputs, 0.99, 60 % of the rows",
         "loki_protect_q90": "inputs, 0.99, 90 % of the rows",
         "loki_anchor_q30": "anchor, weight 1",
