@@ -39,7 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.attribution
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "loki_plugin needs Python 3.11 or newer; set PYTHON="'
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "loki_plugin needs Python 3.11 or 3.12; set PYTHON="'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e '.[dev,docs]'

@@ -21,14 +21,12 @@ from pathlib import Path
 from benchmarks.writer import RESULTS, write
 
 ROOT = Path(__file__).parents[1]
-# Registration, attribution, selection, the constraint, a run through `axolotl train` and the merge
-# for each of dense, low-rank, fp32 and NF4, what is checked after it, and the preference trainers.
+# Registration, attribution, selection, the constraint, and one run through `axolotl train` and the
+# merge for each of dense, low-rank, fp32 and NF4.
 TESTS = (
     "tests/host/test_plugin.py",
     "tests/host/test_registering.py",
     "tests/host/test_axolotl.py::test_trains_saves_and_merges",
-    "tests/host/test_after_training.py",
-    "tests/host/test_preference.py",
     "tests/analysing/attribution/test_attribute.py",
     "tests/analysing/attribution/test_quantised.py",
     "tests/selecting/test_selecting.py",
@@ -41,6 +39,12 @@ TESTS = (
 )
 TOOLS = ("captum", "h5py", "hatchling", "matplotlib", "pytest")
 SHOWN = ("transformers", "peft", "trl", "bitsandbytes", "accelerate")
+# What a failure in the table comes from; looked into by hand.
+NOTES = """\
+Axolotl 0.18 has no hook for a rejected configuration, so that one comes back rewritten
+(`test_a_rejected_configuration_is_left_as_it_was`). The bitsandbytes 0.49 that it pins has no 8-bit
+optimizer on a CPU (the two other tests). Axolotl 0.18 and 0.19 pin zstandard 0.22.0, which has no
+wheel for Python 3.13."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def _render() -> None:
         f" {version('axolotl')}. Combinations that are not listed have not been run.",
         "python -m benchmarks.compatibility --work DIR PYTHON:AXOLOTL:TORCH",
         _rows(),
+        more=NOTES,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import csv
 import io
 import re
 import runpy
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -19,6 +21,9 @@ import pytest
 import torch
 import yaml
 from axolotl.cli.main import cli as axolotl
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.args import LokiConfig
@@ -267,3 +272,24 @@ def test_the_message_is_in_the_source(message, sources):
 def test_the_search_for_messages_can_fail(sources):
     assert len(quoted()) > 40
     assert not is_in("adapter: … cannot be joined with plugins", sources)
+
+
+# --- versions ---
+
+
+def test_the_ranges_of_versions_begin_where_something_was_run():
+    """The ends of the ranges are the installed versions; the beginnings are in the table."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    first = {
+        r.name: next(s for s in r.specifier if s.operator == ">=").version
+        for r in map(Requirement, project["dependencies"])
+    }
+    with (ROOT / "benchmarks" / "results" / "compatibility.csv").open(encoding="utf-8") as file:
+        (oldest,) = [r for r in csv.DictReader(file) if r["axolotl"] == first["axolotl"]]
+    assert "passed" in oldest["result"]
+    ran = dict(each.split(" ") for each in oldest["with_it"].split(", "))
+    for name in ("transformers", "peft", "bitsandbytes"):
+        assert first[name] == ran[name]
+    assert Version(oldest["torch"]) in SpecifierSet(f"=={first['torch']}.*")
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(version(requirement.name).split("+")[0])
