@@ -55,7 +55,8 @@ def write_dequantised(
         copy_model(found, partial, {}, progress)
         stored = tensors(partial)
         for module in tqdm(modules, desc="loki: dequantising", disable=not progress):
-            _overwrite(_place(f"{names[id(module)]}.weight", stored), _values(module))
+            place = _place(f"{names[id(module)]}.weight", stored, found.renamed)
+            _overwrite(place, _values(module))
         if output.exists():
             output.rmdir()
         partial.rename(output)
@@ -126,8 +127,8 @@ def _values(module: nn.Module) -> torch.Tensor:
     return functional.dequantize_4bit(weight.data.view(torch.uint8), weight.quant_state)
 
 
-def _place(name: str, stored: dict[str, Stored]) -> Stored:
-    keys = matching_keys(name, stored)
+def _place(name: str, stored: dict[str, Stored], renamed: dict[str, str]) -> Stored:
+    keys = matching_keys(name, stored, renamed)
     if len(keys) != 1:
         raise ValueError(
             f"the model's {name} matches {len(keys)} tensors of the checkpoint {keys[:3]}; its"
