@@ -64,7 +64,7 @@ def main() -> None:
     report["verify"] = [line for line in proof.splitlines() if line.startswith("OK")][0]
     report["seconds"] = round(time.perf_counter() - started, 1)
     (work / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _show(report, work)
+    _show(report, work, _page(report, work))
 
 
 def _claim(work: Path) -> None:
@@ -174,17 +174,20 @@ def _evaluate(work: Path) -> dict:
     }
 
 
-def _show(report: dict, work: Path) -> None:
+def _facts(report: dict) -> list[tuple[str, str]]:
+    """What was trained, in words."""
     rows = report["rows_per_layer"]
-    print(
-        f"\nrows that train      {rows[0]} of {report['hidden_size']} in each of {len(rows)} layers"
-    )
-    print(f"trainable share      {report['trainable_percent']:.2f} % of the parameters")
-    print(
-        f"analysis             {report['analysis_seconds']:.1f} s for"
-        f" {report['calibration_prompts']} calibration prompts\n"
-    )
-    print("                              base    LoRA    LoKI")  # base: before training
+    analysis = f"{report['analysis_seconds']:.1f} s for {report['calibration_prompts']}"
+    return [
+        ("rows that train", f"{rows[0]} of {report['hidden_size']} in each of {len(rows)} layers"),
+        ("trainable share", f"{report['trainable_percent']:.2f} % of the parameters"),
+        ("analysis", f"{analysis} calibration prompts"),
+    ]
+
+
+def _compared(report: dict) -> list[tuple[str, list[str]]]:
+    """What base, LoRA and LoKI make of every measure; the base is the model before training."""
+    rows = []
     for key, title in (
         ("knowledge", "knowledge kept, %"),
         ("reworded", "  in words it never saw, %"),
@@ -193,10 +196,38 @@ def _show(report: dict, work: Path) -> None:
         ("task_loss", "loss on the task"),
     ):
         values = [report["results"][m][key] for m in ("base", "LoRA", "LoKI")]
-        print(f"{title:26s}" + "".join(f"{v:8.2f}" for v in values))
+        rows.append((title, [f"{v:.2f}" for v in values]))
+    return rows
+
+
+def _page(report: dict, work: Path) -> Path:
+    """The report of the LoKI run, with what the terminal says of all three models."""
+    from loki_plugin.picturing.page import rebuild
+
+    titles = ("base", "LoRA", "LoKI")
+    compared = [
+        (title.strip(), ",  ".join(f"{t} {v}" for t, v in zip(titles, values, strict=True)))
+        for title, values in _compared(report)
+    ]
+    facts = [*_facts(report), ("verify", report["verify"])]
+    return rebuild(
+        work / "loki",
+        work / "cache",
+        [{"title": "The demo: base, LoRA and LoKI", "rows": [*compared, *facts]}],
+    )[0]
+
+
+def _show(report: dict, work: Path, page: Path) -> None:
+    print()
+    for title, text in _facts(report):
+        print(f"{title:21s}{text}")
+    print("\n                              base    LoRA    LoKI")
+    for title, values in _compared(report):
+        print(f"{title:26s}" + "".join(f"{v:>8s}" for v in values))
     print(f"\nverify               {report['verify']}")
     print(f"merged model         {work / 'loki' / 'merged'}")
     print(f"all figures          {work / 'demo_report.json'} ({report['seconds']:.0f} s in all)")
+    print(f"report               {page}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import click
 
-from .commands import analyse, cache, doctor, forgetting, merge, select, suppress, verify
+from .commands import (
+    analyse,
+    cache,
+    doctor,
+    forgetting,
+    merge,
+    report,
+    select,
+    suppress,
+    verify,
+)
 
 # Another command is a module in `commands/` and a line here.
 COMMANDS = (
@@ -13,6 +23,7 @@ COMMANDS = (
     doctor.doctor,
     forgetting.forgetting_command,
     merge.merge,
+    report.report_command,
     select.select_command,
     select.stability,
     suppress.suppress_command,

@@ -144,35 +144,17 @@ def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
 
 
 def plot(report: ForgettingReport, path: str | Path) -> Path:
-    """Draw every task before and after, and the prompts' accuracy where they have answers.
+    """Draw every task before and after, and the prompts' accuracy where they have answers."""
+    from .picturing.drawing.change import change_figure
+    from .picturing.drawing.style import save
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError(
-            "the figure needs matplotlib: `pip install 'loki_plugin[report]'`"
-        ) from error
     bars = [(c.task, c.before, c.after) for c in report.tasks]
     if report.prompts.accuracy_before is not None and report.prompts.accuracy_after is not None:
         bars.append(("calibration", report.prompts.accuracy_before, report.prompts.accuracy_after))
     bars = bars or [("same answer", 1.0, report.prompts.same_answer)]
-    figure = Figure(figsize=(2 + 1.2 * len(bars), 4), layout="constrained")
-    axis = figure.subplots()
-    for shift, label, values in (
-        (-0.2, "base", [b for _, b, _ in bars]),
-        (0.2, "tuned", [a for _, _, a in bars]),
-    ):
-        axis.bar([i + shift for i in range(len(bars))], values, 0.4, label=label)
-    axis.set_xticks(range(len(bars)), [name for name, _, _ in bars], rotation=30, ha="right")
-    axis.set(ylabel="score", title=f"KL to the base {report.prompts.kl:.4f} nats")
-    axis.legend()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    names, before, after = zip(*bars, strict=True)
+    title = f"KL to the base {report.prompts.kl:.4f} nats"
+    return save(change_figure(names, before, after, title), path)
 
 
 def load_questions(

@@ -12,6 +12,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVIC
 
 import pytest
 import torch
+from helpers import axolotl
 from helpers.tokenizers import make_tokenizer
 
 
@@ -99,54 +100,18 @@ def questions(tmp_path_factory):
 @pytest.fixture
 def run_config(base, dataset, questions, tmp_path):
     """The YAML of a short run as a dict; a test changes what it is about."""
-    return {
-        "base_model": str(base),
-        "plugins": ["loki"],
-        "adapter": "loki",
-        "loki": {
-            "quota": 10,
-            "calibration": {"source": str(questions)},
-            "cache_dir": str(tmp_path / "cache"),
-        },
-        "datasets": [
-            {
-                "path": str(dataset),
-                "ds_type": "json",
-                "type": "chat_template",
-                "field_messages": "messages",
-                "message_property_mappings": {"role": "role", "content": "content"},
-            }
-        ],
-        "chat_template": "tokenizer_default",
-        "output_dir": str(tmp_path / "out"),
-        "dataset_prepared_path": str(tmp_path / "prepared"),
-        "sequence_len": 128,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 6,
-        "learning_rate": 0.02,
-        "optimizer": "adamw_torch",
-        "lr_scheduler": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "seed": 1,
-    }
+    return axolotl.short_run(base, dataset, questions, tmp_path)
 
 
 @pytest.fixture
 def train():
     """Run Axolotl's own load_cfg and do_train in this process."""
-    from axolotl.cli.args import TrainerCliArgs
-    from axolotl.cli.config import load_cfg
-    from axolotl.cli.train import do_train
-    from axolotl.utils.dict import DictDefault
+    return axolotl.train
 
-    def run(config: dict):
-        cfg = load_cfg(DictDefault(json.loads(json.dumps(config))))
-        do_train(cfg, TrainerCliArgs())
-        return cfg
 
-    return run
+@pytest.fixture(autouse=True)
+def pictures_where_they_matter(request, monkeypatch):
+    """A run's pictures take two seconds; only the tests of `picturing/` look at them."""
+    if "picturing" not in request.path.parts:
+        reason = {"not_drawn": "the test is not about pictures"}
+        monkeypatch.setattr("loki_plugin.picturing.after.show", lambda *run: reason)

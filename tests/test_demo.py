@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import random
 import sys
@@ -151,3 +152,12 @@ def test_the_whole_job_runs(tmp_path, monkeypatch, capsys):
     for line in ("trainable share", "analysis", "knowledge kept", "task learned", "loss on the"):
         assert line in shown
     assert (tmp_path / "loki" / "merged" / "model.safetensors").exists()
+    page = tmp_path / "loki" / "loki_report.html"
+    assert str(page) in shown.splitlines()[-1]
+    text = page.read_text(encoding="utf-8")
+    said = [report["verify"], "57 of 192 in each of 4 layers"]
+    said += [f"{report['calibration_prompts']} calibration prompts"]
+    said += [f"{m} {report['results'][m]['task']:.2f}" for m in ("base", "LoRA", "LoKI")]
+    assert all(html.escape(s) in text for s in said)
+    for name in ("tradeoff", "training", "density", "scores", "stability"):
+        assert f'<figure id="{name}">' in text

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "loki_plugin"
 # Lower rooms never import higher ones; a module belongs to the longest name that it starts with.
 FLOORS = [
     {"loki_plugin.model", "loki_plugin.ranks", "loki_plugin.choices", "loki_plugin._short_name"},
+    {"loki_plugin.picturing.drawing"},
     {"loki_plugin.rows", "loki_plugin.directions"},
     {
         "loki_plugin.analysing",
@@ -25,6 +26,7 @@ FLOORS = [
         "loki_plugin.forgetting",
         "loki_plugin.suppress",
         "loki_plugin.reporting",
+        "loki_plugin.picturing",
     },
     {"loki_plugin.host"},
     {"loki_plugin.plugin", "loki_plugin.commands"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,3 +81,11 @@ def _check_disjoint(rows: RowSelection, folder: str, other: RowSelection, path: 
             f" '{path}' keeps out (layer {layer}: {common[layer][:5]}); an adapter keeps its rows:"
             " start a new one without `lora_model_dir`, or take the file out of `exclude`"
         )
+
+
+def config_file(cfg) -> str | None:
+    """The YAML that the user gave, or None: Axolotl writes a configuration from memory to /tmp."""
+    given = cfg.axolotl_config_path
+    if not given or Path(given).parent == Path(tempfile.gettempdir()):
+        return None
+    return str(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..implanting.anchor import Anchor
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .base import check_base
-from .files import Files
+from .files import Files, config_file
 from .sharding import check_loaded
 from .telling import Line, about_end, about_rows, about_training, block
 from .tokens import calibration_tokenizer
@@ -39,6 +40,7 @@ class Run:
     verdict: Verdict = field(default_factory=Verdict)
     told: list[Line] = field(default_factory=list)  # where the rows are from, what is protected
     forgotten: str = ""  # in words, for the last block
+    trainer: Any = None  # a weak reference: what is trained must not outlive the training
     trained: bool = False  # whether the hook after the training has fired
 
     @classmethod
@@ -62,6 +64,7 @@ class Run:
                 selection = files.rows.check(model)
         seconds = time.perf_counter() - started
         run = cls(files.config, selection)
+        run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
         run.told = about_rows(selection, files.source)
         run._protect(cfg, model, tokenizer, files)
@@ -128,6 +131,7 @@ class Run:
 
     def prepare_trainer(self, cfg, trainer) -> None:
         from ..implanting.protection import DirectionsBesideCheckpoints
+        from ..implanting.recording import record
         from ..implanting.training import prepare_trainer
         from .preference import model_of
 
@@ -138,6 +142,9 @@ class Run:
             trainer.add_callback(DirectionsBesideCheckpoints(self.directions))
         if self.anchor:
             self.anchor.attach(trainer)
+        anchor = self.anchor
+        record(trainer, sum(self.selection.counts), lambda: anchor.last if anchor else None)
+        self.trainer = weakref.ref(trainer)
 
     def finish(self, cfg, model) -> None:
         """Axolotl's last hook, which fires before it saves and once more after it has saved.
@@ -165,6 +172,8 @@ class Run:
             self._read_back(folder, model)
             self._publish(folder)
             self._measure_forgetting(model)
+            self._publish(folder)
+            self._show(folder)
         self._publish(folder)
         if self.verdict.faults:
             raise RuntimeError(
@@ -265,6 +274,16 @@ class Run:
             "seconds": round(time.perf_counter() - started, 3),
         }
         self.forgotten = f"{found.text()}, of the calibration"
+
+    def _show(self, folder: Path) -> None:
+        """The page, from what was published."""
+        from ..analysing.scores.cache import cache_folder
+        from ..picturing.after import show
+
+        if self.config.report:
+            trainer = self.trainer() if self.trainer else None
+            cache = cache_folder(self.config.cache_dir)
+            self.facts["page"] = show(folder, self.selection, cache, trainer)
 
     def _publish(self, folder: Path) -> None:
         if not ranks.is_first():

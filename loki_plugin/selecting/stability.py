@@ -147,38 +147,18 @@ def bootstrap_overlap(
 
 
 def plot_stability(stability: Stability, path: str | os.PathLike) -> Path:
-    """Draw the overlap by prompts and by layer; the file's ending names its format.
+    """Draw the overlap by prompts and by layer; the file's ending names its format."""
+    from ..picturing.drawing.stability import stability_figure
+    from ..picturing.drawing.style import save
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError(
-            "the figure needs matplotlib: `pip install 'loki_plugin[report]'`"
-        ) from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    layers = 100 * stability.overlap.mean(0)  # [K, G]
-    left.plot(stability.sizes, layers, color="C0", alpha=0.2, linewidth=0.7)
-    left.plot(stability.sizes, layers.mean(1), "o-", color="C0", label="mean of all layers")
-    left.set_xscale("log", base=2)
-    left.set(xlabel="calibration prompts", ylabel="rows in common with the selection [%]")
-    left.set_xticks(stability.sizes, stability.sizes)
-    right.bar(range(layers.shape[1]), layers[-1], color="C0", label=f"{stability.prompts} prompts")
-    halves = 100 * stability.halves.mean(0)
-    right.plot(halves, "k.", label="two halves")
-    right.set(xlabel="layer" if len(halves) > 1 else "whole model", ylim=(0, 100))
-    right.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (left, right):
-        axis.axhline(100 * ENOUGH, color="C2", linestyle="--", label=f"enough: {ENOUGH:.0%}")
-        axis.axhline(100 * stability.chance, color="0.5", linestyle=":", label="by chance")
-        axis.legend(loc="lower right")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    figure = stability_figure(
+        stability.sizes,
+        stability.overlap.mean(0),
+        stability.halves.mean(0),
+        stability.chance,
+        ENOUGH,
+    )
+    return save(figure, path)
 
 
 def _weights(prompts: int, sizes: Sequence[int], rounds: int, seed: int) -> np.ndarray:

@@ -22,3 +22,52 @@ def load_after(config: dict):
         return load_cfg(cfg), None
     except ValueError as error:
         return cfg, error
+
+
+def short_run(base, dataset, questions, folder) -> dict:
+    """The YAML of a run of 6 steps as a dict; everything that it writes goes into `folder`."""
+    return {
+        "base_model": str(base),
+        "plugins": ["loki"],
+        "adapter": "loki",
+        "loki": {
+            "quota": 10,
+            "calibration": {"source": str(questions)},
+            "cache_dir": str(folder / "cache"),
+        },
+        "datasets": [
+            {
+                "path": str(dataset),
+                "ds_type": "json",
+                "type": "chat_template",
+                "field_messages": "messages",
+                "message_property_mappings": {"role": "role", "content": "content"},
+            }
+        ],
+        "chat_template": "tokenizer_default",
+        "output_dir": str(folder / "out"),
+        "dataset_prepared_path": str(folder / "prepared"),
+        "sequence_len": 128,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "learning_rate": 0.02,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "seed": 1,
+    }
+
+
+def train(config: dict):
+    """Axolotl's own load_cfg and do_train in this process."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.train import do_train
+
+    cfg = load(config)
+    do_train(cfg, TrainerCliArgs())
+    return cfg

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -141,14 +139,6 @@ def test_faults_are_named(given, message):
 
 @pytest.mark.parametrize("strategy", ["layer_balanced", "global_lowest"])
 def test_the_figure_is_drawn(tmp_path, strategy):
-    pytest.importorskip("matplotlib")
     found = bootstrap_overlap(noisy(30, 1.0)[0], strategy=strategy, rounds=2)
     path = plot_stability(found, tmp_path / "new" / "stability.png")
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_the_command_is_named(monkeypatch, tmp_path):
-    found = bootstrap_overlap(noisy(10, 1.0)[0], rounds=1)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'loki_plugin\[report\]'"):
-        plot_stability(found, tmp_path / "stability.png")

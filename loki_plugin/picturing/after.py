@@ -1,0 +1,57 @@
+"""After the training: numbers, page and trackers, none of which may cost the training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..reporting import PAGE_NAME
+from ..rows import RowSelection
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+LOG = logging.getLogger("loki_plugin")
+
+
+def show(
+    folder: Path, selection: RowSelection, cache: Path, trainer: Trainer | None
+) -> dict[str, Any]:
+    """Draw the finished run in `folder`; returns what to say of it in its report.
+
+    Whatever goes wrong here is said loudly and raises nothing: the adapter is saved by now, and
+    `loki report` can draw it again.
+    """
+    page = folder / PAGE_NAME
+    try:
+        page.unlink(missing_ok=True)  # an earlier run's, which must not be taken for this one's
+        left_out = _draw(folder, selection, cache, trainer)
+    except Exception as error:  # a picture must not cost the training, whatever is wrong with it
+        LOG.exception(
+            "loki: %s COULD NOT BE DRAWN. The training is saved and not affected; `loki report %s`"
+            " tries again",
+            page,
+            folder,
+        )
+        return {"not_drawn": repr(error)}
+    for name, why in left_out.items():
+        LOG.warning("loki: the report does not show %s: %s", name, why)
+    LOG.info("loki: report in %s (open it in a browser)", page)
+    return {"file": PAGE_NAME, "left_out": left_out}
+
+
+def _draw(
+    folder: Path, selection: RowSelection, cache: Path, trainer: Trainer | None
+) -> dict[str, str]:
+    from . import numbers
+    from .page import read_report, write_page
+    from .trackers import track
+
+    history = trainer.state.log_history if trainer else None
+    found = numbers.gather(selection, cache, history)
+    numbers.save(found, folder)
+    _, drawn, left_out = write_page(folder, found)
+    if trainer:
+        track(trainer, drawn, read_report(folder))
+    return left_out

@@ -1,0 +1,1 @@
+"""Arrays to matplotlib figures: pure functions, which know nothing of the package."""
