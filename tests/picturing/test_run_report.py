@@ -79,7 +79,7 @@ DARK = {"low": "56b4e9", "high": "ff9248", "chosen": "35c79c", "other": "e39cc4"
 # What must be seen of each picture, and how many pixels of it at least.
 SEEN = {
     "tradeoff": {"chosen": 50},
-    "training": {"high": 300, "chosen": 300, "other": 300},
+    "training": {"high": 100, "chosen": 100, "other": 100},
     "density": {},  # its shades are told from their hues below
     "scores": {"chosen": 20},
     "stability": {"low": 100, "chosen": 50},
