@@ -83,7 +83,6 @@ FILES = {
     "adapter_model.safetensors": "the adapter, an ordinary LoRA",
     "loki_rows.json": "its rows",
     "loki_directions.safetensors": "what it does not read",
-    "loki_report.html": "all of it with pictures, for a browser",
     "loki_report.json": "settings, figures, verdict",
     "loki_report.html": "the same to look at; it opens offline",
     "LOKI_FAILED.txt": "why it must not be used",

@@ -37,7 +37,6 @@ def show(
         return {"not_drawn": repr(error)}
     for name, why in left_out.items():
         LOG.warning("loki: the report does not show %s: %s", name, why)
-    LOG.info("loki: report in %s (open it in a browser)", page)
     return {"file": PAGE_NAME, "left_out": left_out}
 
 
