@@ -193,7 +193,11 @@ def test_a_run_of_version_0_1_1_is_drawn_from_its_analysis_and_its_checkpoint(ru
     assert names == ["density.png", "scores.png", "stability.png", "training.png"]
     for path in (folder.parent / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000
-    assert result.output.splitlines()[-1] == f"report in {folder / 'loki_report.html'}"
+    page = folder / "loki_report.html"
+    assert result.output.splitlines()[-1] == f"report in {page}"
+    result = CliRunner().invoke(loki, ["report", str(folder), "--json"])
+    told = json.loads(result.stdout)
+    assert told["page"] == str(page) and told["not_shown"].keys() == {"tradeoff"}
 
 
 def test_without_scores_the_rows_that_train_are_still_drawn(run, tmp_path):
