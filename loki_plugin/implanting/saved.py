@@ -49,8 +49,8 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
                 (folder / DIRECTIONS_NAME).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"the adapter could not be saved to '{folder}' ({error}); what lies there is not whole."
-            " Make room on that disk, and resume from the last checkpoint"
+            f"the adapter could not be saved to '{folder}' ({error}); what lies there may not be"
+            " whole. If that disk is full, make room, and resume from the last checkpoint"
         ) from error
     return saved
 

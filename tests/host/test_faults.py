@@ -88,7 +88,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_is_called_done(
             save(self, *args, **kwargs)
 
     monkeypatch.setattr(PeftModel, "save_pretrained", without_room)
-    with pytest.raises(OSError, match="could not be saved to .* Make room on that disk"):
+    with pytest.raises(OSError, match="could not be saved to .* If that disk is full"):
         train(run_config | {"max_steps": 2})
     report = json.loads((out / "loki_report.json").read_text())
     assert report["verified"] is False and report["verified_what"]["saved"] == "not yet"
