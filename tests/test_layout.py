@@ -23,6 +23,7 @@ FLOORS = [
     {
         "loki_plugin.pipeline",
         "loki_plugin.protecting",
+        "loki_plugin.estimating",
         "loki_plugin.forgetting",
         "loki_plugin.suppress",
         "loki_plugin.reporting",

@@ -30,7 +30,7 @@ _TOKENS = 2048
 # An eigenvector that stands on fewer tokens than this says more about them than about the language.
 TOKENS_PER_DIRECTION = 4
 # eigh copies C and works in two more of its size.
-_EXACT_COPIES = 4
+EXACT_COPIES = 4
 # The subspace iteration holds about this many matrices of the size of its answer besides C.
 _BLOCK_COPIES = 5
 _FIRST_BLOCK, _ROUNDS = 256, 6
@@ -196,7 +196,7 @@ def _groups(sizes: list[int], itemsize: int) -> list[list[int]]:
     taken = 0
     for layer, size in enumerate(sizes):
         one = size * size * itemsize
-        room = BUDGET - (_EXACT_COPIES - 1) * max(sizes) ** 2 * itemsize
+        room = BUDGET - (EXACT_COPIES - 1) * max(sizes) ** 2 * itemsize
         if not groups or taken + one > room:
             groups.append([])
             taken = 0
@@ -264,7 +264,7 @@ def leading(
             " computes zeros, infinities or NaN on the calibration prompts"
         )
     size = len(moment)
-    if _EXACT_COPIES * size * size * moment.itemsize <= BUDGET:
+    if EXACT_COPIES * size * size * moment.itemsize <= BUDGET:
         values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0), vectors.flip(1)
     else:

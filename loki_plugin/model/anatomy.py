@@ -95,6 +95,25 @@ def in_attention(name: str) -> bool:
     return bool(_ATTENTION.search(name))
 
 
+def attention_widths(layer: nn.Module, hidden: int) -> tuple[int, int]:
+    """Elements of one token's queries, and of its keys and values, in a decoder layer.
+
+    By the linears of its attention: the last one that answers with H takes what the heads found,
+    which is as wide as the queries; the others make queries, keys and values.
+    """
+    sizes = [s for n, m in layer.named_modules() if in_attention(n) and (s := linear_sizes(m))]
+    outward = max((i for i, s in enumerate(sizes) if s[1] == hidden), default=None)
+    if outward is None:
+        return hidden, 2 * hidden
+    queries = sizes.pop(outward)[0]
+    return queries, max(sum(outputs for _, outputs in sizes) - queries, 0)
+
+
+def in_experts(name: str) -> bool:
+    """Whether a module's dotted name inside its layer lies in routed experts or a router."""
+    return bool(_EXPERTS.search(name))
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     module = getattr(module, "base_layer", module)
     return type(module).__name__ == "Conv1D"
@@ -141,14 +160,14 @@ def _down_projection(
         if sizes is None:
             continue
         wrapped.append(name)
-        if sizes[1] == hidden and not in_attention(name) and not _EXPERTS.search(name):
+        if sizes[1] == hidden and not in_attention(name) and not in_experts(name):
             found.append((name, module, sizes[0]))
     if len(found) > 1:
         named = [f for f in found if f[0].rpartition(".")[2] in KNOWN_NAMES]
         found = named or found
     if len(found) == 1:
         return found[0]
-    routed = [name for name, _ in layer.named_modules() if _EXPERTS.search(name)]
+    routed = [name for name, _ in layer.named_modules() if in_experts(name)]
     if routed and not found:
         raise ValueError(
             f"model family '{family}': {where} has routed experts only ({where}.{routed[0]}), which"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ...model.anatomy import Anatomy
 from ..calibration.prompts import Prompt
 from .devices import first_device, out_of_memory
 from .engine import attribute_batch, shared_prefix
+from .memory import Memory, largest_batch
 from .quadrature import Rule
 
 # Scores [B, L, H] of one batch, on the model's device.
@@ -23,34 +24,21 @@ LOG = logging.getLogger("loki_plugin")
 
 # On a CPU more prompts per batch stop paying once the matrices fill the cores' caches.
 _CPU_BYTES = 2 << 30
-# What a first estimate may claim of the free memory; the rest is for what it does not foresee.
-_SHARE = 0.6
+# What a batch may claim of the free memory; the rest is for gaps between its tensors.
+SHARE = 0.8
+# A quantised weight is made whole once a batch: more prompts than this no longer pay for it less.
+_MOST, _MOST_QUANTISED = 256, 16
 # Neighbours with this share of their tokens in common (few-shot) run apart from others.
 _ALIKE = 0.75
 
 
-def prompt_bytes(anatomy: Anatomy, length: int, n_steps: int, itemsize: int) -> int:
-    """Estimated bytes one prompt of `length` tokens holds at the peak.
-
-    The stack keeps for its backward about 12 H-wide and 5 I-wide tensors per token and layer, for
-    S·L·(L+1)/2 pairs of token and layer; the prefix keeps K and V (at most 2 H per token and layer)
-    and works on about 6 I-wide tensors at a time.
-    """
-    h, i, layers = anatomy.hidden_size, anatomy.intermediate_size, anatomy.num_layers
-    tokens = n_steps * layers * (layers + 1) // 2
-    stack = tokens * (12 * h + 5 * i)
-    prefix = length * (2 * h * layers + 6 * i)
-    return itemsize * (stack + prefix)
-
-
-def memory_budget(device: torch.device) -> int:
-    """Bytes the analysis may use on `device`: a share of what is free now."""
+def free_bytes(device: torch.device) -> int:
+    """What of `device` is free now; of a CPU's memory, what it pays to use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_SHARE * (free + reusable))
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(_CPU_BYTES, int(_SHARE * pages))
+    return min(_CPU_BYTES, pages)
 
 
 def runs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
@@ -64,13 +52,17 @@ def runs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
     return list(zip([0, *cuts], [*cuts, len(prompts)], strict=True))
 
 
-def plan(batch_size: int | str, costs: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Cut consecutive prompts into batches of about equal size: [(start, stop), ...].
+def auto_batch(
+    memory: Memory, free: Mapping[torch.device, int], longest: int, steps: int, count: int
+) -> int:
+    """How many of `count` prompts run at once where every device has so many bytes free."""
+    budgets = {place: int(SHARE * room) for place, room in free.items()}
+    most = _MOST_QUANTISED if memory.matrix else _MOST
+    return largest_batch(memory, budgets, longest, steps, min(most, count))
 
-    `auto` makes as few batches as keep each within `budget` bytes; one prompt alone may exceed it.
-    """
-    count = len(costs)
-    largest = batch_size if isinstance(batch_size, int) else max(1, budget // max(costs))
+
+def plan(count: int, largest: int) -> list[tuple[int, int]]:
+    """Cut `count` prompts into the fewest batches of about equal size: [(start, stop), ...]."""
     batches = -(-count // largest)
     cuts = [count * i // batches for i in range(batches + 1)]
     return list(zip(cuts, cuts[1:], strict=False))
@@ -93,14 +85,20 @@ def attribute_many(
     Raises:
         RuntimeError: one prompt alone does not fit.
     """
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
     device = first_device(model)
-    costs = [prompt_bytes(anatomy, len(p.ids), rule.steps, parameter.itemsize) for p in prompts]
-    budget = memory_budget(device)
+    memory = Memory.of(model, anatomy)
+    free = {place: free_bytes(place) for place in {*memory.places, memory.head}}
+
+    def largest(some: Sequence[Prompt]) -> int:
+        if isinstance(batch_size, int):
+            return batch_size
+        longest = max(len(p.ids) for p in some)
+        return auto_batch(memory, free, longest, rule.steps, len(some))
+
     todo = [
         (start + first, start + last)
         for start, stop in runs(prompts)
-        for first, last in plan(batch_size, costs[start:stop], budget)
+        for first, last in plan(stop - start, largest(prompts[start:stop]))
     ][::-1]
     waiting = None  # one batch's scores travel to the CPU while the next one runs
     while todo:

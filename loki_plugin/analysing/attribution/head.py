@@ -41,8 +41,7 @@ def head_gradient(
     flat = hidden.flatten(0, 1)  # [B·n, H]
     of_y = y.repeat_interleave(hidden.shape[1])[:, None]  # [B·n, 1]
     upstream, p = torch.empty_like(flat), []
-    text_config = model.config.get_text_config()
-    chunk = max(_LOGIT_TOKENS, _LOGIT_BYTES // (4 * text_config.vocab_size))
+    chunk = chunk_tokens(model.config.get_text_config().vocab_size)
     with _decoder_returns(anatomy.decoder) as head:
         for start in range(0, len(flat), chunk):
             part = slice(start, start + chunk)
@@ -59,6 +58,11 @@ def head_gradient(
             upstream[part] = torch.autograd.grad(logits, states, by_logits)[0]
     by_token = torch.cat(p).to(hidden.device, non_blocking=True)  # [B·n, 1]
     return upstream.view_as(hidden), by_token.view(hidden.shape[:2])
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens' logits are held at once."""
+    return max(_LOGIT_TOKENS, _LOGIT_BYTES // (4 * vocabulary))
 
 
 class _OnlyStates(BaseModelOutput):

@@ -33,7 +33,7 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
 
 def _is_plain(module: nn.Module) -> bool:
     kind: Any = type(module)
-    if "forward" in module.__dict__ or not _has_the_plain_code(kind):
+    if "forward" in module.__dict__ or not has_the_plain_code(kind):
         return False  # somebody's own forward stays
     weight = module.weight
     # In float64 the family's code passes through float32; in half precision on a CPU it is faster.
@@ -41,7 +41,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @cache
-def _has_the_plain_code(kind: type[nn.Module]) -> bool:
+def has_the_plain_code(kind: type[nn.Module]) -> bool:
     """Whether a class computes its forward by Llama's code, which most families copy word by word.
 
     Gemma's (1 + w) and OLMo's other order of rounding are other code.

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.families import tiny
 from helpers.prompts import whole
 
 from loki_plugin.analysing.attribution import batches
-from loki_plugin.analysing.attribution.batches import attribute_many, plan, runs
+from loki_plugin.analysing.attribution.batches import attribute_many, auto_batch, plan, runs
+from loki_plugin.analysing.attribution.memory import Memory
 from loki_plugin.analysing.attribution.quadrature import Rule
 from loki_plugin.model.anatomy import find_anatomy
 
 
-def test_batches_fit_the_budget_and_are_even():
-    assert plan("auto", [10] * 8, 75) == [(0, 4), (4, 8)]
-    assert plan("auto", [10] * 9, 45) == [(0, 3), (3, 6), (6, 9)]
-    assert plan("auto", [1, 2, 30], 60) == [(0, 1), (1, 3)]
-    assert plan("auto", [100, 100], 60) == [(0, 1), (1, 2)]  # one alone may exceed it
-    assert plan(3, [10] * 7, 0) == [(0, 2), (2, 4), (4, 7)]
-    assert plan(50, [10] * 3, 0) == [(0, 3)]
+def test_batches_are_the_fewest_of_one_size_and_even():
+    assert plan(8, 7) == [(0, 4), (4, 8)]
+    assert plan(9, 4) == [(0, 3), (3, 6), (6, 9)]
+    assert plan(3, 2) == [(0, 1), (1, 3)]
+    assert plan(2, 1) == [(0, 1), (1, 2)]
+    assert plan(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert plan(3, 50) == [(0, 3)]
+
+
+def memory_of(family="llama", **changes):
+    model = tiny(family)
+    return replace(Memory.of(model, find_anatomy(model)), **changes)
+
+
+def test_auto_takes_what_the_fullest_device_holds():
+    memory = memory_of(places=(0, 0, 1), head=1)
+    ample = dict.fromkeys((0, 1), 10**12)
+    assert auto_batch(memory, ample, 40, 7, 30) == 30  # never more than there are
+    for full in (0, 1):  # the head's device, or the one that only holds layers
+        need = [memory.peaks(batch, 40, 7)[full] for batch in (5, 6)]
+        room = int(sum(need) / 2 / batches.SHARE)
+        assert auto_batch(memory, ample | {full: room}, 40, 7, 30) == 5
+    assert auto_batch(memory, ample | {1: 0}, 40, 7, 30) == 1  # one alone may exceed it
+
+
+def test_quantised_models_take_no_more_prompts_than_pay():
+    ample = dict.fromkeys(memory_of().places, 10**15)
+    assert auto_batch(memory_of(), ample, 40, 7, 200) == 200
+    assert auto_batch(memory_of(matrix=1), ample, 40, 7, 200) == 16
 
 
 def test_prompts_that_begin_alike_share_batches_with_no_others():
@@ -87,9 +112,16 @@ def test_other_errors_pass_through():
         run(1, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
 
 
-def test_the_estimate_grows_with_length_steps_and_layers():
-    anatomy = find_anatomy(tiny("llama"))
-    plain = batches.prompt_bytes(anatomy, 100, 7, 4)
-    assert batches.prompt_bytes(anatomy, 200, 7, 4) > plain
-    assert batches.prompt_bytes(anatomy, 100, 14, 4) > plain
-    assert batches.prompt_bytes(anatomy, 100, 7, 2) * 2 == plain
+def test_what_a_batch_takes_grows_with_all_that_it_depends_on():
+    memory, wide = memory_of(), memory_of(itemsize=8)
+    plain = memory.peak(2, 100, 7)
+    assert memory.peak(3, 100, 7) > plain < memory.peak(2, 200, 7)
+    assert memory.peak(2, 100, 14) > plain < wide.peak(2, 100, 7)
+    assert sum(memory_of(places=(0, 1, 1), head=1).peaks(2, 100, 7).values()) > plain
+
+
+def test_routed_experts_count_with_as_many_as_a_token_meets():
+    shared, routed, met = 64, 32, 2
+    assert memory_of("qwen2_moe").inner == (shared + met * routed,) * 3
+    assert memory_of("llama").inner == (80,) * 3
+    assert memory_of("glm4_moe").inner == (80, 32 + met * routed, 32 + met * routed)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ import transformers.masking_utils as masking
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from helpers.fake_cuda import LIBRARY
 from helpers.fake_cuda.meter import Meter
+from helpers.fake_cuda.models import llama, quantise, resident, split
+from helpers.fake_cuda.training import pretend_training, train_step
 from helpers.families import FAMILIES
 
 ctypes.CDLL(os.environ[LIBRARY]).install()
@@ -68,87 +71,6 @@ def pretend() -> None:
     torch.Tensor.pin_memory = pin_memory
 
 
-def llama(layers, hidden, intermediate, kv_heads, head_size, vocabulary):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // head_size,
-        num_key_value_heads=kv_heads,
-        head_dim=head_size,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
-    )
-    return LlamaForCausalLM._from_config(
-        config, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).eval()
-
-
-def quantise(model: nn.Module) -> None:
-    """The layers' linears as bitsandbytes keeps them in NF4 with nested scales."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import QuantState
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="cuda:0")
-
-    for layer in model.model.layers:
-        for name, linear in list(layer.named_modules()):
-            if not isinstance(linear, nn.Linear):
-                continue
-            outputs, inputs = linear.weight.shape
-            count = outputs * inputs
-            with _disable_current_modes():  # bitsandbytes' own parameter class cannot be fake
-                small = bnb.nn.Linear4bit(64, 64, False, torch.bfloat16, quant_type="nf4")
-            small.in_features, small.out_features = inputs, outputs
-            nested = QuantState(
-                absmax=empty(count // 64 // 256), code=empty(256), blocksize=256,
-                dtype=torch.float32,
-            )  # fmt: skip
-            weight = nn.Parameter(empty(count // 2, 1, dtype=torch.uint8), requires_grad=False)
-            weight.quant_state = QuantState(
-                absmax=empty(count // 64, dtype=torch.uint8), shape=torch.Size((outputs, inputs)),
-                code=empty(16), blocksize=64, quant_type="nf4", dtype=torch.bfloat16,
-                offset=empty(()), state2=nested,
-            )  # fmt: skip
-            del small._parameters["weight"]
-            small.register_parameter("weight", weight)
-            layer.set_submodule(name, small)
-
-
-def split(model: nn.Module) -> nn.Module:
-    """The upper half of the layers and the head on a second device, by accelerate, as users do."""
-    from accelerate import dispatch_model
-
-    half = len(model.model.layers) // 2
-    place = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
-    place |= {f"model.layers.{i}": int(i >= half) for i in range(len(model.model.layers))}
-    for name, device in place.items():
-        for module in model.get_submodule(name).modules():
-            for key, value in module._parameters.items():
-                if value is not None:
-                    there = torch.empty_like(value, device=f"cuda:{device}")
-                    module._parameters[key] = nn.Parameter(there, requires_grad=False)
-            for key, value in module._buffers.items():
-                if value is not None:
-                    module._buffers[key] = torch.empty_like(value, device=f"cuda:{device}")
-    return dispatch_model(model, place, main_device=0, force_hooks=True)
-
-
-def resident(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers, and what quantised weights keep beside them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            nested = state.state2
-            tensors += [state.absmax, state.code, state.offset, nested.absmax, nested.code]
-    return tensors
-
-
 def some_prompts(batch: int, length: int, ragged: bool, shared: int, vocabulary: int):
     from loki_plugin.analysing.calibration.prompts import Prompt
 
@@ -170,6 +92,7 @@ def measured(
     from loki_plugin.analysing.analysis import convergence
     from loki_plugin.analysing.attribution import engine, quiet
     from loki_plugin.analysing.attribution.checking import check_reproduces
+    from loki_plugin.analysing.attribution.memory import Memory
     from loki_plugin.analysing.attribution.quadrature import quadrature
     from loki_plugin.analysing.attribution.sequence import attribute_sequences
     from loki_plugin.model.anatomy import find_anatomy
@@ -190,6 +113,8 @@ def measured(
         "TFLOP": sum(meter.flops.values()) / 1e12,
         "moved_GB": sum(meter.moved.values()) / 1e9,
         "peak_bytes": meter.peak,
+        "peaks": dict(meter.peaks),
+        "predicted": Memory.of(model, anatomy).peak(batch, length, steps, shared),
         "operations": dict(meter.operations.most_common()),
         "waits": dict(meter.waits),
         "scores": [list(scores.shape), str(scores.dtype), str(scores.device)],
@@ -221,11 +146,11 @@ def _as_phase(function, phase: str):
 
 
 def run_family(case: dict[str, Any]) -> dict[str, Any]:
-    """A tiny model of a family: {family, ...of `measured`}."""
+    """A tiny model of a family: {family, settings, ...of `measured`}."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = FAMILIES[case.pop("family")]
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **settings | case.pop("settings", {}))
     with torch.device("cuda:0"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
@@ -235,22 +160,82 @@ def run_family(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_llama(case: dict[str, Any]) -> dict[str, Any]:
-    """A Llama of given shapes: {shape: [...], nf4, devices, ...of `measured`}."""
+    """A Llama of given shapes: {shape, heads, tied, dtype, nf4, devices, ...of `measured`}."""
+    more = {key: case.pop(key) for key in ("heads", "tied", "dtype") if key in case}
     with torch.device("cuda:0"):
-        model = llama(*case.pop("shape")).requires_grad_(False)
+        model = llama(*case.pop("shape"), **more).requires_grad_(False)
     if case.pop("nf4", False):
         quantise(model)
     if case.pop("devices", 1) == 2:
         model = split(model)
-    return measured(model, steps=7, **case)
+    return measured(model, case.pop("steps", 7), **case)
 
 
-RUNS = {"family": run_family, "llama": run_llama}
+def run_training(case: dict[str, Any]) -> dict[str, Any]:
+    """A training step of an implanted Llama: {shape, heads, tied, nf4, ...of `train_step`}."""
+    more = {key: case.pop(key) for key in ("heads", "tied") if key in case}
+    shape = case.pop("shape")
+    with _disable_current_modes(), torch.device("meta"):
+        empty = llama(*shape, **more)
+    with torch.device("cuda:0"):
+        model = llama(*shape, **more).requires_grad_(False)
+    if case.pop("nf4", False):
+        quantise(model)
+    return train_step(model, empty, METERS[-1], resident(model), **case)
+
+
+class Reached(Exception):
+    """The first batch was planned, and has run."""
+
+
+def run_auto(case: dict[str, Any]) -> dict[str, Any]:
+    """The first batch of `batch_size: auto` on a card: {shape, length, gigabytes}, in NF4."""
+    from loki_plugin.analysing.attribution import batches, quiet
+    from loki_plugin.analysing.attribution.quadrature import quadrature
+    from loki_plugin.estimating.estimate import CONTEXT
+    from loki_plugin.model.anatomy import find_anatomy
+
+    with torch.device("cuda:0"):
+        model = llama(*case["shape"]).requires_grad_(False)
+    quantise(model)
+    weights = resident(model)
+    held = sum({t.untyped_storage()._cdata: t.nbytes for t in weights}.values())
+    size = int(1e9 * case["gigabytes"])
+    torch.cuda.mem_get_info = lambda *_: (size - held - CONTEXT, size)
+    torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda *_: 0
+    prompts = some_prompts(64, case["length"], False, 0, case["shape"][-1])
+    found: dict[str, Any] = {"resident_bytes": held + CONTEXT}
+
+    def kernel(model, anatomy, some, rule):
+        with METERS[-1].counting(weights):
+            batches.attribute_batch(model, anatomy, some, rule)
+        found.update(batch=len(some), peak_bytes=METERS[-1].peak)
+        raise Reached
+
+    with quiet.quiet(model), suppress(Reached):
+        rule = quadrature("left", 7)
+        list(batches.attribute_many(model, find_anatomy(model), prompts, rule, kernel=kernel))
+    return found
+
+
+def run_any(case: dict[str, Any]) -> dict[str, Any]:
+    """One of the others: {what, ...of it}; several kinds share a process."""
+    return RUNS[case.pop("what")](case)
+
+
+RUNS = {
+    "any": run_any,
+    "auto": run_auto,
+    "family": run_family,
+    "llama": run_llama,
+    "training": run_training,
+}
 METERS: list[Meter] = []  # one for each case; the last one is counting
 
 
 def main() -> None:
     pretend()
+    pretend_training()
     name_phases()
     results = []
     for case in json.load(sys.stdin):

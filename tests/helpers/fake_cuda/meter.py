@@ -32,6 +32,7 @@ class Meter(TorchDispatchMode):
         moved: bytes read and written, by phase.
         waits: the host waits for the device: "phase: what at line" -> how often.
         peak: bytes of live CUDA memory, largest sum, above what was there when counting began.
+        peaks: the same by phase.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,8 @@ class Meter(TorchDispatchMode):
         self.kernels, self.flops, self.moved = Counter(), Counter(), Counter()
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        self.live = self.peak = 0
+        self.live = 0
+        self.peaks: Counter[str] = Counter()
         self._phases = ["other"]
         self._known: dict[int, int] = {}
         self._counting = False
@@ -54,6 +56,10 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self._counting = False
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values(), default=0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -118,8 +124,12 @@ class Meter(TorchDispatchMode):
                 continue
             self._known[storage._cdata] = storage.nbytes()
             self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+            self._at_peak(0)
             weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _at_peak(self, more: int) -> None:
+        phase = self._phases[-1]
+        self.peaks[phase] = max(self.peaks[phase], self.live + more)
 
     def _gone(self, key: int) -> None:
         self.live -= self._known.pop(key, 0)
@@ -136,6 +146,7 @@ class Meter(TorchDispatchMode):
         if name == "gemm_4bit":  # two scales, the weight made whole, an ordinary product
             tokens, (outputs, inputs) = args[0].numel() // args[0].shape[-1], args[2]
             whole = 2 * outputs * inputs
+            self._at_peak(whole)  # gone when the product is made
             self.kernels[phase] += 4
             self.flops[phase] += 2 * tokens * outputs * inputs
             self.moved[phase] += int(2.6 * whole) + 2 * tokens * (outputs + inputs)
@@ -146,8 +157,12 @@ class Meter(TorchDispatchMode):
             for t in given + made
             if t.device.type == "cuda"
         )
-        if name == "attend":
-            (batch, heads, tokens, size), keys = args[0].shape, args[1].shape[2]
-            self.flops[phase] += 4 * batch * heads * tokens * keys * size // 2
+        if name in ("attend", "attend_back"):  # causal; its backward is five products of two
+            (batch, heads, tokens, size), keys = (
+                args[0].shape,
+                args[1 if name == "attend" else 2].shape[2],
+            )
+            products = 2 if name == "attend" else 5
+            self.flops[phase] += products * batch * heads * tokens * keys * size
         elif func.overloadpacket in flop_registry:
             self.flops[phase] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)

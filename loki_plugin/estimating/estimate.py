@@ -1,0 +1,202 @@
+"""The estimate of a run: its parts put together, as figures and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..analysing.attribution.batches import auto_batch
+from ..analysing.attribution.memory import Memory
+from ..analysing.directions import BUDGET, EXACT_COPIES
+from ..args import LokiConfig
+from ..model.anatomy import Anatomy, linear_sizes
+from .base import quantised_linears, weight_bytes
+from .disk import adapter_bytes, score_log_bytes
+from .planned import Planned, changes
+from .training import Shapes, state_bytes, trainable
+from .work import CARDS, Work
+
+# What CUDA, its libraries and the driver take of a card before the first tensor.
+CONTEXT = 500_000_000
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A model and a `loki:` block; the run's other settings may change.
+
+    Attributes:
+        counts: rows that train in each layer.
+        lengths: tokens of each calibration prompt.
+        analysed: whether the run analyses at all (no rows file).
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    config: LokiConfig
+    counts: Sequence[int]
+    lengths: Sequence[int]
+    analysed: bool
+
+    def parameters(self) -> tuple[int, int]:
+        """Those that train, and all of the base."""
+        trained = trainable(self.anatomy.input_sizes, self.counts, self.config.rank)
+        return sum(trained), sum(p.numel() for p in self.model.parameters())
+
+    def disk(self, run: Planned) -> dict[str, int | None]:
+        """Bytes of the files; of directions what is known before they are found."""
+        anatomy = self.anatomy
+        return {
+            "adapter_bytes": adapter_bytes(
+                anatomy.names,
+                anatomy.input_sizes,
+                anatomy.hidden_size,
+                self.counts,
+                self.config.rank,
+                run.adapter_dtype,
+            ),
+            "score_log_bytes": score_log_bytes(
+                len(self.lengths) if self.analysed else 0, anatomy.num_layers, anatomy.hidden_size
+            ),
+            "directions_bytes": self.directions_bytes(),
+        }
+
+    def directions_bytes(self) -> int | None:
+        """Of U in float32, on the device and on disk; None: a share of the energy decides."""
+        if self.config.protect.inputs is not None:
+            return None
+        return 4 * (self.config.protect.directions or 0) * sum(self.anatomy.input_sizes)
+
+    def anchor_tokens(self) -> int:
+        """Of the anchor prompts of one micro batch, on average."""
+        settings = self.config.protect
+        mean = sum(self.lengths) / len(self.lengths)
+        return round(settings.anchor_batch * mean) if settings.anchor else 0
+
+    def analysis(self, run: Planned, card: int) -> dict[str, Any]:
+        """Memory of the analysis on a card of so many gigabytes, its batch, and its time."""
+        weights = weight_bytes(self.model, run.stored)
+        memory = Memory.of(self.model, self.anatomy, run.stored.dtype, bool(run.stored.bits))
+        settings, longest = self.config.attribution, max(self.lengths)
+        batch = settings.batch_size
+        if not isinstance(batch, int):
+            free = {place: 10**9 * card - weights - CONTEXT for place in memory.places}
+            batch = auto_batch(memory, free, longest, settings.steps, len(self.lengths))
+        found = {
+            "prompts": len(self.lengths) if self.analysed else 0,
+            "longest_prompt_tokens": longest,
+            "weights_bytes": weights,
+            "batch_size": batch,
+            "least_bytes": weights + memory.peak(1, longest, settings.steps),
+            "bytes": weights + memory.peak(batch, longest, settings.steps),
+        }
+        if self.config.protect.reads:
+            largest = max(self.anatomy.input_sizes)
+            finding = max(BUDGET, EXACT_COPIES * 4 * largest**2)
+            found["finding_directions_bytes"] = weights + finding
+        work = Work.of(self.model, self.anatomy)
+        flops = sum(work.analysis(n, settings.steps) for n in self.lengths)
+        passes = 3 * -(-len(self.lengths) // batch)  # prefix, stack, backward
+        times = self._times(run, flops if self.analysed else 0, passes if self.analysed else 0)
+        return found | {"seconds": times}
+
+    def training(self, run: Planned) -> dict[str, Any]:
+        """Memory of the training step by its parts, and the time of an optimizer step."""
+        rank, sizes = self.config.rank, self.anatomy.input_sizes
+        each = trainable(sizes, self.counts, rank)
+        tensors = [n for n in each if n]
+        if rank is not None:
+            pairs = zip(sizes, self.counts, strict=True)
+            tensors = [rank * n for size, count in pairs if count for n in (size, count)]
+        size = run.adapter_dtype.itemsize
+        gradients = [size * n for n in each]
+        ranks = [(rank or count) if count else 0 for count in self.counts]
+        shapes = Shapes.of(self.model, self.anatomy, run.stored)
+        anchor = self.anchor_tokens()
+        moments = shapes.activations(
+            run.tokens,
+            ranks,
+            gradients,
+            run.checkpointing,
+            cast=run.adapter_dtype.itemsize > run.stored.dtype.itemsize,
+            logits=run.logits,
+            anchor=anchor,
+        )
+        states = state_bytes(run.optimizer, tensors, run.adapter_dtype)
+        resident = {
+            "weights_bytes": weight_bytes(self.model, run.stored),
+            "adapter_bytes": sum(gradients),
+            "optimizer_bytes": 8 * sum(tensors) if states is None else states,
+            "directions_bytes": self.directions_bytes() or 0,
+        }
+        work = Work.of(self.model, self.anatomy)
+        flops = work.training(run.tokens, run.length, sum(each), run.checkpointing)
+        flops += work.anchor(anchor)
+        passes = (3 if run.checkpointing else 2) * run.micro_batches
+        return {
+            **resident,
+            "activations_bytes": moments,
+            "bytes": sum(resident.values()) + max(moments.values()),
+            "optimizer_known": states is not None,
+            "step_seconds": self._times(run, flops * run.micro_batches, passes),
+        }
+
+    def _times(self, run: Planned, flops: float, passes: int) -> dict[str, float]:
+        """Seconds on the named cards; each pass makes every 4-bit weight whole once."""
+        whole = 0
+        if run.stored.bits:
+            sizes = map(linear_sizes, quantised_linears(self.model))
+            whole = passes * sum(s[0] * s[1] for s in sizes if s)
+        return {card.name: round(card.seconds(flops, whole), 3) for card in CARDS}
+
+    def facts(self, run: Planned, card: int) -> dict[str, Any]:
+        """All figures, for `--json`."""
+        trained, base = self.parameters()
+        analysis, training = self.analysis(run, card), self.training(run)
+        return {
+            "trainable_parameters": trained,
+            "base_parameters": base,
+            "rows_per_layer": list(self.counts),
+            "disk": self.disk(run),
+            "analysis": analysis,
+            "training": training,
+            "card": self.fits(run, card),
+        }
+
+    def fits(self, run: Planned, card: int) -> dict[str, Any]:
+        """Whether both stages fit a card, and if not, the YAML's lines that make them fit."""
+        analysis, training = self._room(run, card)
+        lines, then = self._lines(run, card) if min(analysis, training) < 0 else ([], True)
+        return {
+            "gigabytes": card,
+            "analysis": analysis >= 0,
+            "training": training >= 0,
+            "change": lines,
+            "then_fits": then,
+        }
+
+    def _room(self, run: Planned, card: int) -> tuple[int, int]:
+        """Bytes of a card that analysis and training leave; below zero they do not fit."""
+        room = 10**9 * card - CONTEXT
+        analysis, training = self.analysis(run, card), self.training(run)
+        finding = analysis.get("finding_directions_bytes", 0)
+        needed = max(analysis["least_bytes"], finding) if self.analysed else finding
+        return room - needed, room - training["bytes"]
+
+    def _lines(self, run: Planned, card: int) -> tuple[list[str], bool]:
+        """One change that suffices, or else so many of them; and whether they do."""
+        known = changes(run)
+        for line, fields in known:
+            if min(self._room(replace(run, **fields), card)) >= 0:
+                return [line], True
+        lines: list[str] = []
+        for line, fields in known:
+            run = replace(run, **fields)
+            if line.startswith("sequence_len") and lines[-1].startswith("sequence_len"):
+                lines.pop()
+            lines.append(line)
+            if min(self._room(run, card)) >= 0:
+                return lines, True
+        return lines, False

@@ -1,0 +1,118 @@
+"""Floating-point operations, and the time that named cards should take for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..model.anatomy import Anatomy, attention_widths, in_experts, linear_sizes
+
+# The share of a card's peak that is left when everything around the products is counted in: a
+# roofline over all kernels of a dry run gives it within a quarter.
+_SHARE_OF_PEAK = {"consumer": 0.5, "data centre": 0.4}
+# Bytes moved to make one 4-bit weight whole in 16 bits and read it again.
+_BYTES_WHOLE = 5.2
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet: dense bf16 TFLOP/s with float32 sums, GB/s, GB."""
+
+    name: str
+    tflops: float
+    bandwidth: float
+    gigabytes: int
+    kind: str
+
+    def seconds(self, flops: float, made_whole: float) -> float:
+        """Of so many operations; `made_whole`: 4-bit weights dequantised on the way, in all."""
+        products = flops / (1e12 * self.tflops * _SHARE_OF_PEAK[self.kind])
+        return products + _BYTES_WHOLE * made_whole / (1e9 * self.bandwidth)
+
+
+CARDS = (
+    Card("RTX 3090", 71, 936, 24, "consumer"),
+    Card("RTX 4090", 165, 1008, 24, "consumer"),
+    Card("H100", 989, 3350, 80, "data centre"),
+    Card("H200", 989, 4800, 141, "data centre"),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the operations of a pass depend on.
+
+    Attributes:
+        layer: per layer, products per token in its linears (of routed experts, those it meets).
+        keys: products per token that make keys and values.
+        attention: heads times head size, of the last layer.
+        head: H·V.
+    """
+
+    layer: tuple[int, ...]
+    keys: int
+    attention: int
+    head: int
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy) -> Work:
+        config: Any = model.config.get_text_config()
+        queries, keys = attention_widths(anatomy.layers[-1], anatomy.hidden_size)
+        return cls(
+            layer=tuple(_products(layer, config) for layer in anatomy.layers),
+            keys=keys * anatomy.hidden_size,
+            attention=queries,
+            head=config.hidden_size * config.vocab_size,
+        )
+
+    def analysis(self, length: int, steps: int) -> float:
+        """FLOPs of one prompt of T tokens.
+
+        Prefix: T tokens through all layers but the last, of which keys and values are made. Stack:
+        1 + S·l tokens into layer l, forwards and, but for the plain one, backwards. Head: both
+        ways.
+        """
+        *lower, _ = self.layer
+        prefix = 2 * length * (sum(lower) + self.keys)
+        prefix += 2 * self.attention * length**2 * len(lower)
+        stack = sum(
+            (1 + 2 * steps * i) * (2 * n + 4 * length * self.attention)
+            for i, n in enumerate(self.layer)
+        )
+        return prefix + stack + 4 * len(self.layer) * steps * self.head
+
+    def training(self, tokens: int, length: int, adapter: int, checkpointing: bool) -> float:
+        """FLOPs of one step on `tokens` tokens in sequences of `length`.
+
+        Forward, again where activations are not kept, and backward to the inputs; the frozen
+        weights get no gradient, the adapter's do. `adapter`: its parameters.
+        """
+        passes = 3 if checkpointing else 2
+        linears = passes * 2 * tokens * sum(self.layer)
+        # Causal: half of T² pairs; its backward takes two and a half times its forward.
+        pairs = 2 * tokens * length * self.attention * len(self.layer)
+        attention = pairs * (passes - 1 + 2.5)
+        # Gradients to A's weights, and to its input.
+        own = 2 * tokens * adapter * (passes + 1)
+        return linears + attention + own + 2 * 2 * tokens * self.head
+
+    def anchor(self, tokens: int) -> float:
+        """FLOPs of anchor prompts: the base forwards, the tuned model forwards and backwards."""
+        return 3 * 2 * tokens * (sum(self.layer) + self.head)
+
+
+def _products(layer: nn.Module, config: Any) -> int:
+    total = 0
+    for name, module in layer.named_modules():
+        sizes = linear_sizes(module)
+        if sizes:
+            total += sizes[0] * sizes[1]
+        elif in_experts(name):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3:
+                    chosen = config.num_experts_per_tok
+                    chosen = max(chosen) if isinstance(chosen, list | tuple) else chosen
+                    total += parameter.numel() // len(parameter) * chosen
+    return total

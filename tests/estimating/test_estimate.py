@@ -1,0 +1,208 @@
+"""`loki estimate` against what real runs of a tiny model write and hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from helpers.families import FAMILIES, tiny
+
+from benchmarks.floor import flops
+from loki_plugin import RowSelection, implant
+from loki_plugin.cli import loki
+from loki_plugin.estimating.base import Stored, base_of, weight_bytes
+from loki_plugin.estimating.disk import adapter_bytes, score_log_bytes
+from loki_plugin.estimating.training import state_bytes, trainable
+from loki_plugin.estimating.work import Work
+from loki_plugin.implanting.adapter import trainable_share
+from loki_plugin.model.anatomy import find_anatomy
+
+
+def asked(run, tmp_path, *options, code=0):
+    """The answer of `loki estimate --json` to a run, and its exit code."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run))
+    result = CliRunner().invoke(loki, ["estimate", str(config), *options])
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout) if "--json" in options else result.stdout
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype):
+    model = tiny("llama")
+    anatomy = find_anatomy(model)
+    selection = RowSelection([[1, 5, 7, 20, 40], [], [2, 3, 4, 5, 6, 9, 11]], 48)
+    tuned = implant(model, selection, rank)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for module in tuned.modules():
+        if hasattr(module, "like"):
+            module.like = module.like.to(dtype)
+    tuned.save_pretrained(tmp_path)
+    each = trainable([80] * 3, selection.counts, rank)
+    assert sum(each) == trainable_share(tuned)[0]
+    names = [n.replace(".base_layer", "") for n in find_anatomy(tiny("llama")).names]
+    said = adapter_bytes(names, [80] * 3, 48, selection.counts, rank, dtype)
+    assert said == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert anatomy.hidden_size == 48
+
+
+def test_optimizer_states_are_exact():
+    import bitsandbytes as bnb
+
+    shapes = [(5, 800), (7, 800), (3, 9)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, make in (
+            ("adamw_torch", torch.optim.AdamW),
+            ("adamw_bnb_8bit", bnb.optim.AdamW8bit),
+            ("lion_8bit", bnb.optim.Lion8bit),
+            ("sgd", torch.optim.SGD),
+        ):
+            weights = [torch.nn.Parameter(torch.ones(*s, dtype=dtype)) for s in shapes]
+            optimizer = make(weights, lr=0.1)
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            held = sum(
+                x.nbytes
+                for state in optimizer.state.values()
+                for key, x in state.items()
+                if isinstance(x, torch.Tensor) and key != "step" and "qmap" not in key
+            )
+            said = state_bytes(name, [w.numel() for w in weights], dtype)
+            assert said == held, (name, dtype)
+    assert state_bytes("of my own", [3], torch.float32) is None
+
+
+def test_a_family_without_weights_has_the_bytes_of_its_weights(tmp_path):
+    for family in ("llama", "gemma2", "gpt2", "qwen2_moe"):
+        model = tiny(family)
+        model.config.save_pretrained(tmp_path / family)
+        empty, anatomy = base_of(str(tmp_path / family))
+        held = [*model.parameters(), *model.buffers()]
+        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in held}
+        assert weight_bytes(empty, Stored(torch.float32)) == sum(storages.values())
+        assert anatomy.names == find_anatomy(model).names
+
+
+def test_operations_are_the_floor_of_a_llama(tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path)
+    empty, anatomy = base_of(str(tmp_path))
+    shape = FAMILIES["llama"][1]
+    sizes = (3, 48, 80, shape["num_key_value_heads"], 12, 97)
+    said = Work.of(empty, anatomy).analysis(length=50, steps=7)
+    assert said == pytest.approx(flops(*sizes, length=50, steps=7), rel=1e-12)
+
+
+def test_a_base_that_is_not_there_is_named(run_config, tmp_path):
+    run = run_config | {"base_model": str(tmp_path / "nowhere")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run))
+    result = CliRunner().invoke(loki, ["estimate", str(config)])
+    assert result.exit_code == 1
+    assert "nowhere' cannot be read" in result.output and "config.json" in result.output
+
+
+@pytest.fixture
+def big(tmp_path):
+    """The configuration of Llama-3.1-8B, without weights or tokenizer."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+    ).save_pretrained(tmp_path / "8b")  # fmt: skip
+    return {
+        "base_model": str(tmp_path / "8b"),
+        "plugins": ["loki"],
+        "adapter": "loki",
+        "loki": {"quota": 10},
+        "sequence_len": 2048,
+        "micro_batch_size": 1,
+        "bf16": True,
+        "optimizer": "adamw_bnb_8bit",
+        "gradient_checkpointing": True,
+    }
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(big, tmp_path):
+    facts = asked(big, tmp_path, "--json", "--card", "12", code=1)
+    card = facts["card"]
+    assert not card["training"] and card["change"] == ["load_in_4bit: true"] and card["then_fits"]
+    assert "loki" in asked(big, tmp_path, "--card", "12", code=1)
+    changed = big | {"load_in_4bit": True}
+    assert asked(changed, tmp_path, "--json", "--card", "12")["card"]["training"]
+    # Several changes together, where none alone is enough; and a card too small for any.
+    wide = big | {"gradient_checkpointing": False, "micro_batch_size": 8, "loki": {"quota": 30}}
+    card = asked(wide, tmp_path, "--json", "--card", "12", code=1)["card"]
+    assert card["then_fits"] and {"micro_batch_size: 1", "load_in_4bit: true"} <= {*card["change"]}
+    card = asked(big, tmp_path, "--json", "--card", "4", code=1)["card"]
+    assert not card["then_fits"]
+    assert "take a smaller model" in asked(big, tmp_path, "--card", "4", code=1)
+
+
+def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
+    counts = {q: asked(big | {"loki": {"quota": q}}, tmp_path, "--json") for q in (10, 20, 30)}
+    trained = [round(c["trainable_parameters"] / 1e6) for c in counts.values()]
+    assert trained == [188, 376, 563]  # millions, in the paper's table
+    assert counts[10]["assumed"] == ["the tokenizer is not here: prompts of 200 tokens"]
+    protected = big | {"loki": {"quota": 10, "protect": {"directions": 100}}}
+    facts = asked(protected, tmp_path, "--json")
+    assert facts["disk"]["directions_bytes"] == 4 * 100 * 32 * 14336
+    assert facts["training"]["directions_bytes"] == facts["disk"]["directions_bytes"]
+    assert facts["analysis"]["finding_directions_bytes"] > facts["analysis"]["least_bytes"]
+    anchored = big | {"loki": {"quota": 10, "protect": {"anchor": 0.1}}}
+    plain = counts[10]["training"]
+    facts = asked(anchored, tmp_path, "--json", "--card", "48")
+    facts = facts["training"]
+    assert facts["bytes"] >= plain["bytes"] and facts["activations_bytes"]["anchor"] > 0
+    assert all(facts["step_seconds"][c] > plain["step_seconds"][c] for c in plain["step_seconds"])
+
+
+def test_a_fused_loss_makes_no_logits_and_what_is_left_out_is_said(big, tmp_path):
+    plain = asked(big, tmp_path, "--json")["training"]["activations_bytes"]["loss"]
+    fused = asked(big | {"cut_cross_entropy": True}, tmp_path, "--json")["training"]
+    assert fused["activations_bytes"]["loss"] == plain - 12 * 2048 * 128256
+    run = big | {"rl": "dpo", "deepspeed": {"zero_optimization": {"stage": 2}}}
+    run["loki"] = {"attribution": {"path": "sequence"}}
+    assumed = asked(run, tmp_path, "--json")["assumed"]
+    assert [line.split(":")[0] for line in assumed] == [
+        "deepspeed", "rl", "attribution.path", "the tokenizer is not here",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_real_run_writes_and_trains_what_was_estimated(run_config, train, tmp_path):
+    run = run_config | {
+        "max_steps": 2, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    facts = asked(run, tmp_path, "--json")
+    cfg = train(run)
+    folder = Path(cfg.output_dir)
+    report = json.loads((folder / "loki_report.json").read_text())
+    assert facts["trainable_parameters"] == report["trainable_parameters"]
+    assert facts["base_parameters"] == report["base_parameters"]
+    adapter = (folder / "adapter_model.safetensors").stat().st_size
+    assert facts["disk"]["adapter_bytes"] == adapter
+    shards = (tmp_path / "cache").rglob("scores-*.safetensors")
+    assert facts["disk"]["score_log_bytes"] == sum(s.stat().st_size for s in shards)
+    assert facts["analysis"]["prompts"] == 8
+    states = torch.load(folder / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    held = sum(s[k].nbytes for s in states.values() for k in ("exp_avg", "exp_avg_sq"))
+    assert facts["training"]["optimizer_bytes"] == held
+
+
+def test_score_shards_have_the_bytes_that_a_log_writes(tmp_path):
+    from loki_plugin.analysing.scores.log import ScoreLog
+
+    prompts = [str(i) for i in range(70)]
+    log = ScoreLog(tmp_path, {"prompts": prompts, "num_layers": 3, "hidden_size": 48})
+    for shard in range(log.num_shards):
+        log.write(shard, torch.zeros(len(log.prompts(shard)), 3, 48))
+    assert score_log_bytes(70, 3, 48) == log.age_and_size()[1]
