@@ -227,7 +227,7 @@ def test_a_run_drawn_again_without_its_cache_keeps_its_pictures(run, tmp_path):
         ("loki_report.json", "[]", "holds no object"),
         (
             "loki_figures.json",
-            '{"format": "loki_figures", "version": 1, "hidden_size": 40, "scores": {}}',
+            '{"format": "loki_figures", "version": 1, "hidden_size": 40, "scores": {"share": 5}}',
             "numbers of 'density' are damaged",
         ),
     ],

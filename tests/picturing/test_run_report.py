@@ -82,7 +82,7 @@ SEEN = {
     "training": {"high": 100, "chosen": 100, "other": 100},
     "density": {},  # its shades are told from their hues below
     "scores": {"chosen": 20},
-    "stability": {"low": 100, "chosen": 50},
+    "stability": {"low": 100},
 }
 
 
