@@ -53,12 +53,14 @@ def density_figure(
     figure, axes = new_figure(3.2, len(panels), sharey=True)
     for axis, (density, colour, title, logarithmic) in zip(axes, panels, strict=True):
         percent = 100 * np.asarray(density, float).T  # [C, L], layers from left to right
-        norm, ticks = None, ()
+        norm: LogNorm | None = None
+        ticks: list[float] = []
         if logarithmic:
             found = percent[percent > 0]
             high = max(found.max(initial=0), 10 * _DECADES[0])
-            norm = LogNorm(min(max(found.min(initial=high), _DECADES[0]), high / 10), high)
-            ticks = [t for t in _DECADES if norm.vmin <= t <= norm.vmax]
+            low = min(max(found.min(initial=high), _DECADES[0]), high / 10)
+            norm = LogNorm(low, high)
+            ticks = [t for t in _DECADES if low <= t <= high]
         image = axis.imshow(
             percent,
             cmap=shades(colour),

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from io import BytesIO, StringIO
+from os import PathLike
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure  # not pyplot: no window, no global state
+from matplotlib.ticker import MaxNLocator
 
 INK, PAPER = "#2b3038", "#ffffff"
 LOW, HIGH, CHOSEN, OTHER = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
@@ -63,10 +65,10 @@ def legend(axis: Axes, **where) -> None:
 
 def whole_numbers(axis: Axes) -> None:
     """Ticks of x at whole numbers only: layers, steps."""
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
-def shades(colour: str) -> LinearSegmentedColormap:
+def shades(colour: str) -> Colormap:
     """From nothing to `colour`: transparent, so that it reads on light and on dark paper."""
     rgb = to_rgb(colour)
     shaded = LinearSegmentedColormap.from_list(colour, [(*rgb, 0.06), (*rgb, 1.0)])
@@ -76,7 +78,8 @@ def shades(colour: str) -> LinearSegmentedColormap:
 def colour_bar(figure: Figure, image, axis: Axes, text: str, ticks: Iterable[float] = ()):
     """A bar beside `axis` that says what the shades of `image` mean; `text` is the unit."""
     bar = figure.colorbar(image, ax=axis, pad=0.03, fraction=0.05, aspect=24)
-    bar.solids.set_rasterized(True)  # else one path for each of its 256 shades
+    if bar.solids is not None:
+        bar.solids.set_rasterized(True)  # else one path for each of its 256 shades
     bar.outline.set_visible(False)
     bar.ax.set_facecolor("none")
     bar.ax.tick_params(colors=INK, labelsize=_SMALL - 1, width=0.6, length=2, which="both")
@@ -99,7 +102,7 @@ def to_png(figure: Figure, path: str | Path | None = None, dpi: int = DPI) -> by
     return content
 
 
-def save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | PathLike) -> Path:
     """Write the figure on white paper; the file's ending names its format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +130,8 @@ def to_svg(figure: Figure, name: str) -> str:
         name: prefixed to every id, which must be one of its kind in a page.
     """
     buffer = StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
-    with matplotlib.rc_context(settings):  # the only way to set these two
+    # The only way to set these two.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", facecolor="none")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -12,9 +12,9 @@ from .style import CHOSEN, HIGH, OTHER, grid, label, new_figure, whole_numbers
 
 def training_figure(
     steps: Sequence[int],
-    loss: Sequence[float],
-    norms: Sequence[float] | None,
-    divergence: Sequence[float] | None = None,
+    loss: Sequence[float] | np.ndarray,
+    norms: Sequence[float] | np.ndarray | None,
+    divergence: Sequence[float] | np.ndarray | None = None,
 ) -> Figure:
     """Loss, update norm and KL to the base over the optimizer steps, beside each other.
 
