@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from helpers.families import FAMILIES
 from helpers.laws import assert_confined, checkpoint
+from helpers.published import PUBLISHED, save
 from helpers.tokenizers import SPECIAL, make_tokenizer
 
 from demo import tiny
+from loki_plugin.cli import loki
+from loki_plugin.host.estimated import size
 from loki_plugin.implanting.merge import merge_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +75,42 @@ def test_axolotl_accepts_it_and_knows_every_key(name):
         assert entry.keys() - kept.keys() == set()  # Axolotl drops what it does not know
     if given.get("sample_packing") and "gb-" in name:
         assert valid.attn_implementation == "flash_attention_2"
+
+
+def estimate_of(name: str, folder: Path) -> tuple[str, int]:
+    """What `loki estimate` says of an example as a comment of its file, and its exit code."""
+    config = read(name)
+    model_type, shape = PUBLISHED[config["base_model"]]
+    config["base_model"] = str(save(config["base_model"], folder / "model"))
+    config["loki"].pop("exclude", None)
+    if "rows" in config["loki"]:
+        rows = list(range(shape["hidden_size"] // 10))
+        config["loki"]["rows"] = str(folder / "rows.json")
+        (folder / "rows.json").write_text(json.dumps([rows] * shape["num_hidden_layers"]))
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    card = name.partition("gb-")[0]
+    result = CliRunner().invoke(loki, ["estimate", str(path), "--card", card, "--json"])
+    facts = json.loads(result.stdout)
+    training, analysis = facts["training"], facts["analysis"]
+    text = f"training {size(training['bytes'])}"
+    if analysis["prompts"]:
+        text += f", analysis {size(analysis['least_bytes'])} with one prompt at a time"
+    left_out = [f"#   {line}\n" for line in facts["assumed"] if "prompts of" not in line]
+    return "".join([f"# Estimate (`loki estimate`): {text}.\n", *left_out]), result.exit_code
+
+
+@pytest.mark.parametrize("name", [n for n in TRAIN if "gb-" in n])
+def test_the_estimate_in_its_comment_fits_the_card(name, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    def not_here(*_, **__):
+        raise OSError("only configurations are made here")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", not_here)
+    line, code = estimate_of(name, tmp_path)
+    assert code == 0, "it does not fit"
+    assert line in CONFIGS[name].read_text(encoding="utf-8")
 
 
 CHAT = [{"role": "user", "content": "say the number"}, {"role": "assistant", "content": "the one"}]
@@ -279,7 +319,6 @@ def test_the_smoke_run_needs_only_the_command_that_it_names(tmp_path, monkeypatc
 def test_lm_eval_gets_the_base_before_and_the_merged_model_after(miniature, train, monkeypatch):
     from axolotl.integrations import lm_eval
     from axolotl.integrations.lm_eval.cli import lm_eval as command
-    from click.testing import CliRunner
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
