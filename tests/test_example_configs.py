@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import runpy
@@ -142,6 +143,17 @@ RECORDS = {
 PAD, QWEN_END = "<|finetune_right_pad_id|>", "<|endoftext|>"
 IMAGES = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Axolotl's packing collects garbage a dozen times a run; what is imported is none."""
+    import axolotl.core.builders  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
