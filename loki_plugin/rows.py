@@ -219,7 +219,7 @@ def union(selections: Sequence[RowSelection]) -> RowSelection:
     if len(selections) == 1:
         return selections[0]
     layers = {s.num_layers for s in selections}
-    sizes = {s.hidden_size for s in selections} - {None}
+    sizes = {s.hidden_size for s in selections if s.hidden_size is not None}
     if len(layers) > 1 or len(sizes) > 1:
         raise ValueError(
             f"these rows files belong to different models: they are for {sorted(layers)} layers of"
