@@ -85,6 +85,11 @@ class AttentionState:
         return self._before[device, length]
 
 
+def is_replaying() -> bool:
+    """Whether the pass that runs has no use for what attention returns."""
+    return _active.get().mode is Mode.REPLAY
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,

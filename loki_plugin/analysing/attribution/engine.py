@@ -29,6 +29,7 @@ from .head import head_gradient, resolve_targets
 from .norms import fused_norms
 from .quadrature import Rule
 from .quiet import implementation
+from .rope import fused_rope
 from .stack import Stack
 
 # Tokens that prompts must have in common before they run apart from the rest.
@@ -146,12 +147,13 @@ def shared_prefix(prompts: Sequence[Prompt]) -> int:
 def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterator[None]:
     """The model as the passes need it, and `state` told which layer runs.
 
-    Plain attention calls are caught where the family has them, plain norms are fused, and nothing
-    reads the device.
+    Plain attention calls are caught where the family has them, plain norms and rope are fused, and
+    nothing reads the device.
     """
     with ExitStack() as stack:
         stack.enter_context(_unasked())
         stack.enter_context(fused_norms(model))
+        stack.enter_context(fused_rope(anatomy))
         if implementation(model) == "sdpa":
             stack.enter_context(attention.SdpaCalls())
         for i, layer in enumerate(anatomy.layers):

@@ -115,6 +115,7 @@ def measured(
         "peak_bytes": meter.peak,
         "peaks": dict(meter.peaks),
         "predicted": Memory.of(model, anatomy).peak(batch, length, steps, shared),
+        "costs": [[*cost, often] for cost, often in meter.costs.items()],
         "operations": dict(meter.operations.most_common()),
         "waits": dict(meter.waits),
         "scores": [list(scores.shape), str(scores.dtype), str(scores.device)],

@@ -30,6 +30,7 @@ class Meter(TorchDispatchMode):
         operations: "phase: name of the kernel" -> how often.
         flops: of matrix products, by phase.
         moved: bytes read and written, by phase.
+        costs: (phase, kernels, FLOPs, bytes) -> how often, for a roofline.
         waits: the host waits for the device: "phase: what at line" -> how often.
         peak: bytes of live CUDA memory, largest sum, above what was there when counting began.
         peaks: the same by phase.
@@ -39,6 +40,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.kernels, self.flops, self.moved = Counter(), Counter(), Counter()
         self.operations: Counter[str] = Counter()
+        self.costs: Counter[tuple[str, int, int, int]] = Counter()
         self.waits: Counter[str] = Counter()
         self.live = 0
         self.peaks: Counter[str] = Counter()
@@ -147,22 +149,32 @@ class Meter(TorchDispatchMode):
             tokens, (outputs, inputs) = args[0].numel() // args[0].shape[-1], args[2]
             whole = 2 * outputs * inputs
             self._at_peak(whole)  # gone when the product is made
-            self.kernels[phase] += 4
-            self.flops[phase] += 2 * tokens * outputs * inputs
-            self.moved[phase] += int(2.6 * whole) + 2 * tokens * (outputs + inputs)
+            self._add(phase, 2, 0, 9 * outputs * inputs // 64)
+            self._add(phase, 1, 0, whole + whole // 4)
+            product = 2 * tokens * outputs * inputs
+            self._add(phase, 1, product, whole + 2 * tokens * (outputs + inputs))
             return
-        self.kernels[phase] += 1
-        self.moved[phase] += sum(
+        moved = sum(
             min(t.numel() * t.itemsize, t.untyped_storage().nbytes())
             for t in given + made
             if t.device.type == "cuda"
         )
+        flops = 0
         if name in ("attend", "attend_back"):  # causal; its backward is five products of two
             (batch, heads, tokens, size), keys = (
                 args[0].shape,
                 args[1 if name == "attend" else 2].shape[2],
             )
             products = 2 if name == "attend" else 5
-            self.flops[phase] += products * batch * heads * tokens * keys * size
+            flops = products * batch * heads * tokens * keys * size
+        elif name == "embedding":  # reads what it answers
+            moved = 2 * made[0].nbytes
         elif func.overloadpacket in flop_registry:
-            self.flops[phase] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        self._add(phase, 1, flops, moved)
+
+    def _add(self, phase: str, kernels: int, flops: int, moved: int) -> None:
+        self.kernels[phase] += kernels
+        self.flops[phase] += flops
+        self.moved[phase] += moved
+        self.costs[phase, kernels, flops, moved] += 1
