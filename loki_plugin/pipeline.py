@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .analysing.analysis import analyse, convergence
-from .analysing.attribution.devices import first_device
+from .analysing.attribution.devices import first_device, give_back
 from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
 from .analysing.pace import Pace, duration, why_elsewhere
@@ -86,6 +86,7 @@ def _choose(
             str(model.config._name_or_path),
         )
     with ExitStack() as held:
+        held.callback(give_back)
         with _together(workers):
             if worker == 0:  # until the scores are read, nobody may take them away
                 held.enter_context(log.locked())

@@ -273,3 +273,22 @@ def test_stability_and_selection_from_the_cache_need_no_model(tokenizer, source,
     next((tmp_path / "c" / key).glob("*.safetensors")).unlink()
     result = run("select", key)
     assert result.exit_code == 1 and "lacks 1 of 2 shards" in result.output
+
+
+def test_memory_is_given_back_when_the_rows_are_chosen(tokenizer, source, tmp_path, monkeypatch):
+    """After the last batch; also when an analysis breaks off."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("given back"))
+    batch = analysis.KERNELS["token"]
+
+    def telling(*args):
+        told.append("batch")
+        return batch(*args)
+
+    monkeypatch.setitem(analysis.KERNELS, "token", telling)
+    choose_rows(model(), tokenizer, configure(source, tmp_path / "cache"))
+    assert told[-2:] == ["batch", "given back"] and told.count("given back") == 1
+    monkeypatch.setitem(analysis.KERNELS, "token", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        choose_rows(model(), tokenizer, configure(source, tmp_path / "another"))
+    assert told.count("given back") == 2

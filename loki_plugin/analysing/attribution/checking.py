@@ -94,11 +94,19 @@ def _expected(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch
     except Exception as error:
         if out_of_memory(error):
             raise
-        device = first_device(model)
+        device, attention = first_device(model), str(model.config._attn_implementation)
+        advice = (
+            "Kernels that plugins put into it (`liger_*`, `cut_cross_entropy`) need a GPU; without"
+            " one, leave them out"
+        )
+        if "flash" in attention:
+            advice = (
+                f"It attends by '{attention}', which needs a GPU and the package flash-attn; give"
+                " `sdp_attention: true` in place of `flash_attention: true`"
+            )
         raise ValueError(
             f"the model itself does not run on {device.type.upper()}, analysed or not"
-            f" ({type(error).__name__}: {error}). Kernels that plugins put into it"
-            " (`liger_*`, `cut_cross_entropy`) need a GPU; without one, leave them out"
+            f" ({type(error).__name__}: {error}). {advice}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,12 @@ class Copies:
         if (device, dtype) not in self._made:
             self._made[device, dtype] = send(torch.tensor(self.values, dtype=dtype), device)
         return self._made[device, dtype]
+
+
+def give_back() -> None:
+    """Leave the memory that an analysis held to whatever comes next, as training."""
+    gc.collect()  # what an exception's traceback held
+    torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 def out_of_memory(error: BaseException) -> bool:

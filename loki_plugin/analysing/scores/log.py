@@ -16,6 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,21 @@ def remove_log(folder: Path) -> bool:
 
 
 def fill(log: ScoreLog, make: Callable[[range], torch.Tensor], shards: list[int]) -> None:
-    """Make and store the given shards."""
-    for shard in shards:
-        log.write(shard, make(log.prompts(shard)))
+    """Make and store the given shards: one is written while the next is made.
+
+    Raises:
+        OSError: as `ScoreLog.write`; for a shard that the disk refused, before the next but one is
+            begun.
+    """
+    with ThreadPoolExecutor(1, "loki-writer") as writer:
+        writing: Future[None] | None = None
+        for shard in shards:
+            scores = make(log.prompts(shard))
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(log.write, shard, scores)
+        if writing is not None:
+            writing.result()
 
 
 def _checksum(scores: torch.Tensor) -> str:

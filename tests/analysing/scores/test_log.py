@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +145,61 @@ def test_two_processes_that_start_together_do_the_work_once(tmp_path):
     assert [w.returncode for w in workers] == [0, 0]
     finish(tmp_path / "whole")
     assert content(tmp_path / "whole") == content(tmp_path / "shared")
+
+
+def test_a_shard_is_written_while_the_next_is_made(tmp_path, monkeypatch):
+    """The device never waits for the disk, and no shard begins before the last but one is safe."""
+    log, write = ScoreLog(tmp_path, MANIFEST), ScoreLog.write
+    begun, written, seen = threading.Event(), [], []
+
+    def slowly(self, shard, scores):
+        if shard == 0:
+            assert begun.wait(20), "shard 1 is not begun before shard 0 is written"
+        write(self, shard, scores)
+        written.append(shard)
+
+    def making(positions):
+        if positions.start == 64:
+            begun.set()
+        seen.append((positions.start // 64, set(written)))
+        return make(positions)
+
+    monkeypatch.setattr(ScoreLog, "write", slowly)
+    fill(log, making, log.missing())
+    assert written == list(range(6)) and log.missing() == []
+    assert all(set(range(shard - 1)) <= before for shard, before in seen)
+
+
+@pytest.mark.parametrize("faulty", [0, 5])
+def test_an_error_of_the_writer_is_the_callers(tmp_path, monkeypatch, faulty):
+    """Of an early shard and of the last one; what was written before and after resumes."""
+    log, write, made = ScoreLog(tmp_path, MANIFEST), ScoreLog.write, []
+
+    def breaking(self, shard, scores):
+        if shard == faulty:
+            raise OSError("the disk is gone")
+        write(self, shard, scores)
+
+    monkeypatch.setattr(ScoreLog, "write", breaking)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fill(log, lambda p: made.append(p.start // 64) or make(p), log.missing())
+    assert made == list(range(min(faulty + 2, 6)))  # nothing is made that could not be kept
+    monkeypatch.undo()
+    assert faulty in log.missing()
+    assert torch.equal(torch.cat(list(finish(tmp_path).read())), make(range(N)))
+
+
+def test_a_shard_that_was_made_is_kept_when_the_next_fails(tmp_path):
+    log = ScoreLog(tmp_path, MANIFEST)
+
+    def breaking(positions):
+        if positions.start:
+            raise RuntimeError("no device")
+        return make(positions)
+
+    with pytest.raises(RuntimeError, match="no device"):
+        fill(log, breaking, log.missing())
+    assert ScoreLog(tmp_path, MANIFEST).missing() == [1, 2, 3, 4, 5]
 
 
 def test_a_full_disk_is_named_and_keeps_the_finished_shards(tmp_path):
