@@ -123,7 +123,8 @@ class Run:
         install(model, self.selection, self.config.rank, fresh)
         if self.directions:
             protect_inputs(model, self.directions)
-        self.base = fingerprint(model)
+        # The base was read when its rows were chosen, and is read again after the training.
+        self.base = fingerprint(model, unchanged=True)
         trainable, base = trainable_share(model)
         self.facts.update(trainable_parameters=trainable, base_parameters=base)
         told = about_training(self.selection, self.config.rank, trainable, base)

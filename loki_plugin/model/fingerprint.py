@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .quantised import row_scales, unpack
 
@@ -21,11 +22,19 @@ _VOLATILE = {
 FIELDS = ("config", "identity", "weights", "quantisation")
 _BLOCK = 1 << 15  # words that stay in a core's cache
 _AT_ONCE = 1 << 24  # words that fill another device
+# Tensor -> {dtypes it was read through: (what shows a change, checksum)}, from the last reading.
+_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_BF16, _HALF = (torch.bfloat16,), (torch.float16, torch.bfloat16)
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so no single change of a word can cancel
 
 
-def fingerprint(model: nn.Module, block: int = _BLOCK) -> dict[str, str]:
+def fingerprint(model: nn.Module, block: int = _BLOCK, unchanged: bool = False) -> dict[str, str]:
     """What identifies `model`, the same before and after an adapter is wrapped around it.
+
+    Args:
+        unchanged: take the last fingerprint's word for every tensor that lies where it lay and was
+            not written to, as far as PyTorch counts writes (it does not count those to `.data`);
+            only others are read again.
 
     Returns:
         `config`: hash of the architecture. `identity`: hash of what quantisation leaves alone
@@ -48,11 +57,10 @@ def fingerprint(model: nn.Module, block: int = _BLOCK) -> dict[str, str]:
                 " on the other ranks of a sharded load, so nothing can be said about its values."
                 " Ask on the rank that holds them, or load the whole model on every rank"
             )
-        update(weights, name, stored, block)
+        _update(weights, name, stored, (), block, unchanged)
         if tensor is not None:
-            tensor = tensor.detach()
-            update(identity, name, tensor.to(torch.bfloat16), block)
-            update(half, name, tensor.to(torch.float16).to(torch.bfloat16), block)
+            _update(identity, name, tensor, _BF16, block, unchanged)
+            _update(half, name, tensor, _HALF, block, unchanged)
     return {
         "config": config_hash(model),
         "identity": identity.hexdigest(),
@@ -125,10 +133,34 @@ def is_quantisable(module: nn.Module) -> bool:
 
 def update(digest, name: str, tensor: torch.Tensor, block: int) -> None:
     """Add a tensor to a digest; floats of different widths differ by their bytes only."""
-    data = tensor.detach()
-    header = [name, list(data.shape), str(data.dtype) if not data.is_floating_point() else "float"]
-    digest.update(json.dumps(header).encode())
-    digest.update(str(_checksum(data, block)).encode())
+    digest.update(_header(name, tensor))
+    digest.update(str(_checksum(tensor.detach(), block)).encode())
+
+
+def _header(name: str, tensor: torch.Tensor) -> bytes:
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype)
+    return json.dumps([name, list(tensor.shape), kind]).encode()
+
+
+def _update(
+    digest,
+    name: str,
+    tensor: torch.Tensor,
+    through: tuple[torch.dtype, ...],
+    block: int,
+    unchanged: bool,
+) -> None:
+    """`update` by the tensor rounded to the dtypes `through`, remembered for the next time."""
+    written = None if tensor.is_inference() else tensor._version
+    state = (tensor.data_ptr(), written, tensor.dtype, block)
+    read = _READ.setdefault(tensor, {})
+    if not (unchanged and written is not None and read.get(through, (None,))[0] == state):
+        data = tensor.detach()
+        for dtype in through:
+            data = data.to(dtype)
+        read[through] = state, str(_checksum(data, block))
+    digest.update(_header(name, tensor))
+    digest.update(read[through][1].encode())
 
 
 def _checksum(tensor: torch.Tensor, block: int, at_once: int | None = None) -> list[int]:

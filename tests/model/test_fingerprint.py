@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loki_plugin import implant
@@ -167,3 +168,60 @@ def test_an_8_bit_model_is_the_same_before_and_after_its_first_forward(tmp_path)
     assert quantised_modules(model) == found and fingerprint(model) == before
     row_scales(found[0])[3] *= 2
     assert fingerprint(model)["weights"] != before["weights"]
+
+
+def reads(monkeypatch, model, change=lambda: None):
+    """The tensors that a second fingerprint reads again where only `change()` came between."""
+    known, read, checksum = fingerprint(model), [], module._checksum
+    change()
+
+    def counted(tensor, block):
+        read.append(tuple(tensor.shape))
+        return checksum(tensor, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_checksum", counted)
+        again = fingerprint(model, unchanged=True)
+    assert again == fingerprint(model)
+    return (again == known), read
+
+
+def test_an_unchanged_model_is_not_read_again(monkeypatch):
+    model = tiny("llama")
+    assert reads(monkeypatch, model) == (True, [])
+    assert reads(monkeypatch, model, lambda: implant(model, [[1, 2]] * 3)) == (True, [])
+
+
+@torch.no_grad()
+def test_what_was_written_moved_or_widened_is_read_again(monkeypatch):
+    model = tiny("llama")
+    down = model.model.layers[1].mlp.down_proj
+    weight = down.weight
+    assert reads(monkeypatch, model, lambda: weight[3].mul_(2)) == (False, [(48, 80)])
+    widened = weight.double()
+    assert reads(monkeypatch, model, lambda: setattr(weight, "data", widened)) == (
+        False,
+        [(48, 80)],
+    )
+    other = torch.nn.Parameter(torch.randn(48, 80))
+    assert reads(monkeypatch, model, lambda: setattr(down, "weight", other)) == (False, [(48, 80)])
+
+
+def test_a_block_bounds_the_memory_that_a_checksum_takes(monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", 1 << 12)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                storage = out.untyped_storage()
+                largest = max(largest, 0 if storage.data_ptr() == given else storage.nbytes())
+            return out
+
+    words = torch.arange(1 << 16)
+    given = words.untyped_storage().data_ptr()
+    with Largest():
+        module._checksum(words, 1 << 6, at_once=module._AT_ONCE >> 6)
+    assert largest == 8 << 12
