@@ -52,7 +52,7 @@ class AttentionState:
         layer: index of the decoder layer that runs.
         final_layer: L - 1; the prefix pass stops there.
         keys, values: per layer [B, K, T, d], as the layer made them.
-        visible: per layer [B, 1 or heads, 1, T], True or an additive bias where key j < t is seen.
+        visible: per layer [B, 1 or heads, 1, T], True or a bias of 0 where key j < t is seen.
         own_bias: per layer [B, 1 or heads, 1, 1], the additive bias (alibi) of the query's own key.
     """
 
@@ -68,6 +68,7 @@ class AttentionState:
     own_bias: dict[int, torch.Tensor | None] = field(default_factory=dict)
     _token: Any = None
     _before: dict[tuple[torch.device, int], torch.Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def __enter__(self) -> AttentionState:
         self._token = _active.set(self)
@@ -83,6 +84,19 @@ class AttentionState:
             mask = positions < self.last.on(device)[:, None]  # [B, T]
             self._before[device, length] = mask[:, None, None, :]
         return self._before[device, length]
+
+    def bias(self, device: torch.device, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """[B, 1, 1, T]: 0 where key j stands before its prompt's last token, else -inf; made once.
+
+        `dtype` is the scores'.
+        """
+        if (device, length, dtype) not in self._bias:
+            self._bias[device, length, dtype] = _as_bias(self.before(device, length), dtype)
+        return self._bias[device, length, dtype]
+
+
+def _as_bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
 def is_replaying() -> bool:
@@ -180,7 +194,8 @@ def _keep(
             state.visible[i] = at_last.masked_fill(~before, float("-inf"))
             state.own_bias[i] = at_last.gather(3, last.expand(-1, mask.shape[1], 1, 1))
     elif not state.uniform:
-        state.visible[i] = state.before(key.device, length)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        state.visible[i] = state.bias(key.device, length, wide)
     if i == state.final_layer:
         raise PrefixDone
     return key, value
@@ -204,9 +219,7 @@ def _stack(
     bias = state.visible[i]
     if bias is not None:
         wide = torch.promote_types(query.dtype, torch.float32)
-        if bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=wide).masked_fill_(~bias, float("-inf"))
-        bias = bias.to(wide)
+        bias = _as_bias(bias, wide) if bias.dtype == torch.bool else bias.to(wide)
     last = None if state.uniform else state.last.on(query.device)
     own_bias = state.own_bias[i]
     out = StackAttention.apply(

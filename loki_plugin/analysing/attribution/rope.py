@@ -41,22 +41,32 @@ def fused_rope(anatomy: Anatomy) -> Iterator[None]:
             setattr(file, _ROTATE, plainly)
 
 
-@cache
 def _rotates_as_llama(file: ModuleType) -> bool:
     """Whether a family's file has Llama's functions, which most families copy word by word."""
-    codes = [_code(file, name) for name in (_ROTATE, _HALF)]
-    return None not in codes and codes == [_code(modeling_llama, n) for n in (_ROTATE, _HALF)]
+    return all(_code(getattr(file, n, None)) == _llamas_code(n) for n in (_ROTATE, _HALF))
 
 
-def _code(file: ModuleType, name: str) -> str | None:
-    """A function's parameters and statements, without decorators and docstring."""
+@cache
+def _llamas_code(name: str) -> str:
+    """As it stands in Llama's file, whatever a plugin has put in its place since."""
+    statements = ast.parse(inspect.getsource(modeling_llama)).body
+    (function,) = (s for s in statements if isinstance(s, ast.FunctionDef) and s.name == name)
+    return _without_words(function)
+
+
+@cache
+def _code(function: Any) -> str | None:
+    """A function's parameters and statements; None where there is no source of it."""
     try:
-        source = inspect.getsource(_behind(getattr(file, name)))
-    except (AttributeError, OSError, TypeError):  # there is none, or no source of it
+        source = inspect.getsource(_behind(function))
+    except (OSError, TypeError):
         return None
-    (function,) = ast.parse(textwrap.dedent(source)).body
-    if not isinstance(function, ast.FunctionDef):
-        return None
+    (found,) = ast.parse(textwrap.dedent(source)).body
+    return _without_words(found) if isinstance(found, ast.FunctionDef) else None
+
+
+def _without_words(function: ast.FunctionDef) -> str:
+    """Without decorators, name and docstring."""
     statements = function.body[bool(ast.get_docstring(function)) :]
     return "\n".join(map(ast.unparse, [function.args, *statements]))
 

@@ -16,6 +16,9 @@ class StackAttention(torch.autograd.Function):
 
     The kept keys include the plain token's own at index t; its score and its weight are replaced
     by each query's own, so that no tensor of scores is concatenated or sliced.
+
+    Half precision meets float32 inside operations, which widen as they read: a pass of its own over
+    the scores, or over the queries, costs as much as the operation.
     """
 
     @staticmethod
@@ -41,8 +44,10 @@ class StackAttention(torch.autograd.Function):
         # Queries that share a key head are stacked, so that grouped attention is one product.
         stacked = q.reshape(b * kv, groups * n, d)  # [B·K, G·n, d]
         scores = _product(stacked, keys.flatten(0, 1).mT, scaling)  # [B·K, G·n, T]
-        scores = scores.to(wide).view(b, kv, groups, n, length)  # [B, K, G, n, T]
-        by_group = q.view(b, kv, groups, n, d).to(wide)  # [B, K, G, n, d]
+        scores = scores.view(b, kv, groups, n, length)  # [B, K, G, n, T]
+        if softcap is not None or bias is not None or sinks is not None:
+            scores = scores.to(wide)
+        by_group = q.view(b, kv, groups, n, d)  # [B, K, G, n, d]
         own = (by_group * k.to(wide)[:, :, None]).sum(-1, keepdim=True)  # [B, K, G, n, 1]
         _put(scores, last, own * scaling)
         slope = None
@@ -57,7 +62,7 @@ class StackAttention(torch.autograd.Function):
             scores += _grouped(bias, kv)
             _put(scores, last, own)
         if sinks is None:
-            weights = scores.softmax(-1)
+            weights = scores.softmax(-1, dtype=wide)
         else:
             sink = sinks.to(wide).view(1, kv, groups, 1, 1).expand(b, -1, -1, n, 1)
             weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].contiguous()
@@ -65,7 +70,7 @@ class StackAttention(torch.autograd.Function):
         _put(weights, last, 0)
         stacked = weights.to(q.dtype).view(b * kv, groups * n, length)  # [B·K, G·n, T]
         out = (stacked @ values.flatten(0, 1)).view(b, kv, groups, n, -1)  # [B, K, G, n, d]
-        out += (own * v.to(wide)[:, :, None]).to(out.dtype)
+        out.addcmul_(own, v[:, :, None])
         ctx.save_for_backward(q, k, v, keys, values, weights, own, slope, last)
         ctx.scaling = scaling
         return out.view(b, heads, n, -1)
@@ -77,13 +82,12 @@ class StackAttention(torch.autograd.Function):
         wide, d = weights.dtype, q.shape[-1]
         grad = grad.contiguous().view(b, kv, groups, n, -1)  # [B, K, G, n, d]
         stacked = grad.view(b * kv, groups * n, -1)  # [B·K, G·n, d]
-        by_weight = (stacked @ values.flatten(0, 1).mT).to(wide)  # [B·K, G·n, T]
+        by_weight = stacked @ values.flatten(0, 1).mT  # [B·K, G·n, T]
         by_weight = by_weight.view(b, kv, groups, n, length)  # [B, K, G, n, T]
-        wide_grad = grad.to(wide)
-        by_own = (wide_grad * v.to(wide)[:, :, None]).sum(-1, keepdim=True)  # [B, K, G, n, 1]
+        by_own = (grad * v.to(wide)[:, :, None]).sum(-1, keepdim=True)  # [B, K, G, n, 1]
         # Backward of the softmax over the prefix keys and the own key; a sink has no value. The
         # weight at the own key's index is 0, and makes 0 of what stands there.
-        by_weight *= weights
+        by_weight = by_weight * weights  # as wide as the weights
         mean = by_weight.sum(-1, keepdim=True).addcmul_(by_own, own)
         by_score = by_weight.addcmul_(weights, mean, value=-1)
         by_own_score = own * (by_own - mean)
@@ -93,10 +97,10 @@ class StackAttention(torch.autograd.Function):
         by_own_score = by_own_score * ctx.scaling
         stacked = by_score.to(q.dtype).view(b * kv, groups * n, length)  # [B·K, G·n, T]
         grad_q = _product(stacked, keys.flatten(0, 1), ctx.scaling).view(b, kv, groups, n, d)
-        grad_q += (by_own_score * k.to(wide)[:, :, None]).to(q.dtype)
-        by_group = q.view(b, kv, groups, n, d).to(wide)
+        grad_q.addcmul_(by_own_score, k[:, :, None])
+        by_group = q.view(b, kv, groups, n, d)
         grad_k = (by_own_score * by_group).sum(2).to(k.dtype)  # [B, K, n, d]
-        grad_v = (own * wide_grad).sum(2).to(v.dtype)  # [B, K, n, d]
+        grad_v = (own * grad).sum(2).to(v.dtype)  # [B, K, n, d]
         return grad_q.view_as(q), grad_k, grad_v, *[None] * 8
 
 

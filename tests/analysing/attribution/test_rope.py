@@ -46,7 +46,7 @@ def test_llamas_code_is_replaced_and_put_back(family, file):
     assert getattr(file, NAME) is own
 
 
-@pytest.mark.parametrize("family", ["cohere", "gpt2", "olmo2", "phi"])
+@pytest.mark.parametrize("family", ["cohere", "gpt2", "olmo2", "glm4"])
 def test_other_code_stays(family):
     anatomy = find_anatomy(tiny(family))
     file = __import__(type(anatomy.layers[0]).__module__, fromlist=["_"])
@@ -59,9 +59,13 @@ def test_somebodys_own_rope_stays(monkeypatch):
     def liger(q, k, cos, sin, unsqueeze_dim=1):
         return q, k
 
-    monkeypatch.setattr(modeling_phi, NAME, liger)
-    with fused_rope(find_anatomy(tiny("phi"))):
-        assert modeling_phi.apply_rotary_pos_emb is liger
+    for family, file in (("phi", modeling_phi), ("llama", modeling_llama)):
+        anatomy = find_anatomy(tiny(family))
+        with fused_rope(anatomy):
+            assert getattr(file, NAME).__name__ == "rotate"  # ours, and after it theirs
+        monkeypatch.setattr(file, NAME, liger)
+        with fused_rope(anatomy):
+            assert getattr(file, NAME) is liger
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -92,6 +92,7 @@ def measured(
     from loki_plugin.analysing.analysis import convergence
     from loki_plugin.analysing.attribution import engine, quiet
     from loki_plugin.analysing.attribution.checking import check_reproduces
+    from loki_plugin.analysing.attribution.devices import first_device
     from loki_plugin.analysing.attribution.memory import Memory
     from loki_plugin.analysing.attribution.quadrature import quadrature
     from loki_plugin.analysing.attribution.sequence import attribute_sequences
@@ -106,6 +107,7 @@ def measured(
             check_reproduces(model, anatomy, prompts[0], own_attention)
             attribute_sequences(model, anatomy, prompts[:1], rule)
         convergence(model, anatomy, prompts[:1], rule)
+    apart = engine.worth_sharing(prompts, engine.least_saving(model, first_device(model)))
     with quiet.quiet(model), meter.counting(resident(model)), meter.phase("stack"):
         scores, p = engine.integrate(model, anatomy, prompts, rule)
     return {
@@ -114,7 +116,7 @@ def measured(
         "moved_GB": sum(meter.moved.values()) / 1e9,
         "peak_bytes": meter.peak,
         "peaks": dict(meter.peaks),
-        "predicted": Memory.of(model, anatomy).peak(batch, length, steps, shared),
+        "predicted": Memory.of(model, anatomy).peak(batch, length, steps, apart),
         "costs": [[*cost, often] for cost, often in meter.costs.items()],
         "operations": dict(meter.operations.most_common()),
         "waits": dict(meter.waits),
