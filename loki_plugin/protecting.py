@@ -94,7 +94,7 @@ def _settings(config: LokiConfig) -> dict[str, Any]:
 
 def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
     settings = _settings(config)
-    mark = fingerprint(model, unchanged=True)
+    mark = fingerprint(model)
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     identity = {
         "loki_plugin": version("loki_plugin"),
