@@ -149,7 +149,9 @@ def describe(directions: Directions) -> str:
     )
     if made.get("held_out"):
         held += f" and {100 * min(made['held_out']):.2f} % of that of prompts kept back"
+    low, high = min(counts), max(counts)
+    each = f"{low}" if low == high else f"{low} to {high}"
     return (
-        f"the update does not read {min(counts)} to {max(counts)} of {inputs} input directions per"
-        f" layer{held} ({size / 2**20:.1f} MiB)"
+        f"the update does not read {each} of {inputs} input directions per layer{held}"
+        f" ({size / 2**20:.1f} MiB)"
     )

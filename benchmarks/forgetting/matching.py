@@ -12,6 +12,8 @@ import numpy as np
 # What a run must have learned to be compared with another; `classes` tests reports that it did not
 # teach, where every arm stays below what it reaches on the other tasks.
 MATCHED = {"facts": 0.9, "calls": 0.9, "classes": 0.8}
+# The same for the screening, whose few steps teach less.
+SCREENED = dict.fromkeys(MATCHED, 0.6)
 MEASURES = (
     "retention", "retention_uncovered", "forgetting", "kl_general", "kl_covered", "kl_uncovered"
 )  # fmt: skip
@@ -97,7 +99,7 @@ def at_score(runs: Runs, measure: str, score: float) -> float | None:
     return None
 
 
-def matched(runs: Runs) -> list[dict]:
+def matched(runs: Runs, scores: dict[str, float] = MATCHED) -> list[dict]:
     """One line per arm and task: the mean over seeds at the matched score, best first."""
     groups = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -109,7 +111,7 @@ def matched(runs: Runs) -> list[dict]:
         line["rates"] = min(map(len, seeds.values()))
         line["best task score"] = max(r["task_score"] for s in seeds.values() for r in s)
         for measure in MEASURES:
-            values = [at_score(s, measure, MATCHED[task]) for s in seeds.values()]
+            values = [at_score(s, measure, scores[task]) for s in seeds.values()]
             reached = [v for v in values if v is not None]
             line[measure] = float(np.mean(reached)) if len(reached) == len(values) else None
             if measure == "forgetting":
@@ -127,19 +129,23 @@ def r_squared(runs: Runs, predictor: str, measure: str = "forgetting") -> float:
     return float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
-def noise_floor(lines: list[dict]) -> list[dict]:
-    """Per task, the arms that ran twice, and how far apart the two fall at the matched score."""
-    found = {(x["task"], x["arm"]): x["forgetting"] for x in lines}
-    pairs = [
-        (task, arm, found[task, arm], found.get((task, TWICE[arm])))
-        for task, arm in found
-        if arm in TWICE
-    ]
-    return [
-        {"task": task, "arm": arm, "forgetting": a, "again": b, "apart": abs(a - b)}
-        for task, arm, a, b in pairs
-        if a is not None and b is not None
-    ]
+def noise_floor(runs: Runs) -> list[dict]:
+    """Per task and seed, the arms that ran twice, and how far apart the two fall."""
+    curves = defaultdict(list)
+    for run in runs:
+        curves[run["task"], run["seed"], run["arm"]].append(run)
+    rows = []
+    for (task, seed, arm), curve in curves.items():
+        again = curves.get((task, seed, TWICE.get(arm, "")))
+        if again is None:
+            continue
+        a, b = (at_score(c, "forgetting", MATCHED[task]) for c in (curve, again))
+        if a is not None and b is not None:
+            rows.append(
+                {"task": task, "seed": int(seed), "arm": arm}
+                | {"forgetting": a, "again": b, "apart": abs(a - b)}
+            )
+    return rows
 
 
 def tried(lines: list[dict]) -> list[dict]:
@@ -159,14 +165,13 @@ def tried(lines: list[dict]) -> list[dict]:
     return rows
 
 
-def targets(lines: list[dict]) -> list[dict]:
+def targets(lines: list[dict], floor: float = 0.0) -> list[dict]:
     """What was aimed at, task by task, and whether the figures show it; missed ones stay in.
 
-    A lead counts only if it is larger than the spread between the seeds of both arms and than the
-    noise floor; with one seed the spread is not known, and the verdict says so.
+    A lead counts only if it is larger than the spread between the seeds of both arms and than
+    `floor`, the noise; with one seed the spread is not known, and the verdict says so.
     """
     rows = []
-    floor = max((x["apart"] for x in noise_floor(lines)), default=0.0)
     for task in dict.fromkeys(line["task"] for line in lines):
         arms = {x["arm"]: x for x in lines if x["task"] == task and x["forgetting"] is not None}
         plain = [a for a in arms if a.startswith("loki") and not PROTECTED.search(a)]

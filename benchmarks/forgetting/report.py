@@ -9,6 +9,7 @@ import torch
 from benchmarks.forgetting.base import Base
 from benchmarks.forgetting.matching import (
     MATCHED,
+    SCREENED,
     Runs,
     matched,
     noise_floor,
@@ -58,25 +59,29 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE) -> None:
         raise SystemExit(f"'{folder}' has no results yet; run `screen` first")
     plot(final or screen, folder / "forgetting_pareto.png")
     parts = [_head(base)]
-    for title, runs in (("Finalists", final), ("Screening", screen)):
+    noise = noise_floor(final)
+    floor = max((x["apart"] for x in noise), default=0.0)
+    stages = (("Finalists", final, MATCHED), ("Screening", screen, SCREENED))
+    for title, runs, scores in stages:
         if runs:
-            parts += [f"## {title}", _about(runs), table([_shown(x) for x in matched(runs)])]
-    for title, runs in (("finalists", final), ("screening", screen)):
-        aims = targets(matched(runs))
-        parts += [f"## What was aimed at: {title}", table(aims)] if aims else []
-    noise = noise_floor(matched(final))
+            shown = [_shown(x) for x in matched(runs, scores)]
+            parts += [f"## {title}", _about(runs, scores), table(shown)]
+    for title, runs, scores in stages:
+        aims = targets(matched(runs, scores), floor)
+        parts += [f"## What was aimed at: {title.lower()}", table(aims)] if aims else []
     if noise:
         parts += [
             "## How much is noise",
             "The same arm with another order of the data and another start of what is new, at the"
-            " matched score. Leads smaller than the largest of these count as none.",
+            " matched score. Leads smaller than the largest of these, or than the spread of seeds,"
+            " count as none.",
             table([_shown(x) for x in noise]),
         ]
     tries = tried(matched(final))
     if len(tries) > 1:
         parts += [
             "## What was tried so that more is kept",
-            f"Finalists' runs at a task score of {_targets(final)}; `-`: it was not reached.",
+            f"Finalists' runs at a task score of {_targets(final, MATCHED)}.",
             table([_shown(x) for x in tries]),
         ]
     checked = read(folder / "forgetting_axolotl.csv")
@@ -124,7 +129,7 @@ def _work() -> str:
     return sys.argv[sys.argv.index("--work") + 1] if "--work" in sys.argv else "DIR"
 
 
-def _about(runs: Runs) -> str:
+def _about(runs: Runs, scores: dict[str, float]) -> str:
     hours = sum(r["seconds"] for r in runs) / 3600
     rates = max(len({r["lr"] for r in runs if r["arm"] == a}) for a in {r["arm"] for r in runs})
     return (
@@ -134,15 +139,15 @@ def _about(runs: Runs) -> str:
         f" {', '.join(dict.fromkeys(r['task'] for r in runs))}; {hours:.1f} hours of"
         " training on one thread."
         " Compared where each curve over learning rates first reaches a task score of"
-        f" {_targets(runs)}; `-` means that not every seed reached it."
+        f" {_targets(runs, scores)}; `-` means that not every seed reached it."
         " `spread`: largest minus smallest seed."
     )
 
 
-def _targets(runs: Runs) -> str:
+def _targets(runs: Runs, scores: dict[str, float]) -> str:
     """0.9 (facts), 0.8 (classes)"""
     tasks = dict.fromkeys(r["task"] for r in runs)
-    return ", ".join(f"{MATCHED[task]} ({task})" for task in tasks)
+    return ", ".join(f"{scores[task]} ({task})" for task in tasks)
 
 
 def _shown(line: dict) -> dict:
@@ -159,7 +164,7 @@ def _agreement(checked: Runs, final: Runs) -> str:
         twin = next((r for r in final if _same(r, run)), None)
         if twin is None:
             continue
-        row = {"arm": run["arm"], "lr": run["lr"]}
+        row = {"arm": run["arm"], "lr": f"{run['lr']:.3g}"}
         for measure in ("task_score", "retention", "forgetting", "kl_general"):
             row |= {measure: twin[measure], f"{measure}, axolotl": run[measure]}
         rows.append(row)
@@ -188,12 +193,12 @@ def _limits() -> str:
     return (
         "## What this does not show\n\nThe model is small, its world is made up, and what is asked"
         " is short. Orders between arms that are far apart can be expected elsewhere; sizes of"
-        " effects cannot. The learning rates of the screening are three per arm, so that arms near"
-        " each other there are not told apart; an arm with fewer `rates` than others was not"
-        " finished."
+        " effects cannot: a model of billions of parameters has far more rows and input directions"
+        " than a task needs, this one has not. Most arms have one seed. The screening has three"
+        " rates per arm and few steps; a constrained update needs steps, and where there are few it"
+        " needs a high rate and forgets more, so that only its orders among like arms count."
         " Forgetting grows faster than the task score, so that a line between two distant rates"
-        " overstates it. The fewer steps, the higher the rate that a constrained update needs, and"
-        " the more it forgets: compare the screening with the longer finals. Nothing here has"
-        " been measured on a pretrained model of billions of parameters; `docs/reproduce.md` says"
-        " how to."
+        " overstates it. The task `calls` was given up: with these steps LoRA r16 gave no right"
+        " answer, for its words are none that this base has seen. Nothing here has been measured"
+        " on a pretrained model of billions of parameters; `docs/reproduce.md` says how to."
     )

@@ -232,17 +232,20 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
 
 
 def test_a_lead_within_the_noise_is_none_and_what_was_tried_is_listed():
+    ran = [
+        {"task": "facts", "seed": seed, "arm": arm, "lr": 1e-3, "task_score": 0.95, "forgetting": f}
+        for seed, arm, f in ((0, "loki_q30", 0.40), (0, "loki_again_q30", 0.43), (1, "loki_q30", 9))
+    ]
+    (noise,) = matching.noise_floor(ran)
+    assert noise["seed"] == 0 and noise["apart"] == pytest.approx(0.03)
     lines = [
-        line("lora_all_r16", 0.40, 0.0),
-        line("lora_again", 0.43, 0.0),
         line("loki_q30", 0.20, 0.0),
         line("random_q30", 0.22, 0.0),
         line("loki_magnitude_q30", None),
     ]
-    (floor,) = matching.noise_floor(lines)
-    assert floor["arm"] == "lora_all_r16" and floor["apart"] == pytest.approx(0.03)
-    found = {r["aim"]: r["shown"] for r in matching.targets(lines)}
-    assert found["chosen rows forget less than random rows"] == "not told apart"
+    for floor, shown in ((0.03, "not told apart"), (0.01, "yes")):
+        found = {r["aim"]: r["shown"] for r in matching.targets(lines, floor)}
+        assert found["chosen rows forget less than random rows"] == shown
     empty = dict.fromkeys(("retention", "kl_covered", "kl_uncovered"))
     rows = matching.tried([x | empty for x in lines])
     assert [r["arm"] for r in rows] == ["loki_q30", "loki_magnitude_q30", "random_q30"]
