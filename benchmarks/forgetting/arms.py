@@ -326,6 +326,7 @@ ARMS: dict[str, Arm] = {
     "random_q60": _rows(loki(60, "random")),
     "random_protect90_q60": _rows(loki(60, "random", protect=0.9), 3.5e-4),
     "loki_protect90_anchor_q60": _rows(loki(60, protect=0.9), 3.5e-4, anchor=1.0),
+    "loki_protect90_anchor_q90": _rows(loki(90, protect=0.9), 2.5e-4, anchor=1.0),
     "loki_anchor4_q30": _rows(loki(), anchor=4.0),
     "loki_anchor_q99": _rows(loki(99), anchor=1.0),
     "lora_anchor4": Arm(lora(), anchor=4.0),

@@ -55,6 +55,8 @@ TRIED = {
         "loki_protect90_q60": "inputs, 0.9, 60 % of the rows",
         "random_protect90_q60": "inputs, 0.9, 60 % of the rows, random",
         "loki_protect90_anchor_q60": "inputs, 0.9, 60 % of the rows, anchor",
+        "loki_protect90_anchor_q90": "inputs, 0.9, 90 % of the rows, anchor",
+        "protect90_q99": "inputs, 0.9, 99 % of the rows, random",
         "loki_protect_q60": "inputs, 0.99, 60 % of the rows",
         "loki_protect_q90": "inputs, 0.99, 90 % of the rows",
         "loki_anchor_q30": "anchor, weight 1",

@@ -33,6 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "loki_q30": {"loki": {"quota": 30}},
     "loki_anchor_q30": {"loki": {"quota": 30, "protect": {"anchor": 1.0, "anchor_batch": 16}}},
+    "loki_protect90_q60": {"loki": {"quota": 60, "protect": {"inputs": 0.9}}},
     "loki_protect_q30": {"loki": {"quota": 30, "protect": {"inputs": 0.99}}},
 }
 STEP = 2

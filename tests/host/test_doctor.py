@@ -57,7 +57,7 @@ def test_a_package_outside_its_range_is_broken(monkeypatch, version, said):
     monkeypatch.setattr(metadata, "version", changed)
     found = by_name(doctor.versions())["peft"]
     assert found.state == "broken" and said in found.found
-    assert found.do.startswith("pip install 'peft<") and ">=0.20" in found.do
+    assert found.do.startswith("pip install 'peft<") and ",>=0." in found.do
 
 
 def test_a_damaged_bitsandbytes_is_broken_and_ends_with_code_1(monkeypatch, tmp_path):

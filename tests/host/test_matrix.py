@@ -25,6 +25,8 @@ PACKED = {"sample_packing": True, "pad_to_sequence_len": True}
 PROTECTED = {"protect": {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "micro_batch_size": 2}
 BF16 = {"bf16": True, "plugins": ["loki", "helpers.on_cpu.OnCpu"]}
+# No autocast: only what the adapter keeps is in 32 bits.
+BFLOAT16 = {"bf16": True, "plugins": ["loki", "helpers.on_cpu.WithoutAutocast"]}
 INT8, NF4 = {"load_in_8bit": True}, {"load_in_4bit": True}  # NF4 with double quantisation
 
 
@@ -41,9 +43,8 @@ MATRIX = {
     "fp32-dense-muon": ("llama", None, optimizer("muon")),
     "bf16-dense-fused-reentrant": (
         "llama", None, BF16 | optimizer("adamw_torch_fused") | REENTRANT),
-    "bf16-full-dense": (  # no autocast: only what the adapter keeps is in 32 bits
-        "llama", None, BF16 | {"bf16": "full"} | optimizer("adamw_torch")),
-    "bf16-full-nf4-rank": ("llama", 2, BF16 | NF4 | {"bf16": "full"} | optimizer("adamw_8bit")),
+    "plain_bf16-dense": ("llama", None, BFLOAT16 | optimizer("adamw_torch")),
+    "plain_bf16-nf4-rank": ("llama", 2, BFLOAT16 | NF4 | optimizer("adamw_torch")),
     "bf16-rank-schedule_free": ("llama", 2, BF16 | optimizer("schedule_free_adamw")),
     "int8-dense-adamw_8bit-checkpointed": (
         "llama", None, INT8 | optimizer("adamw_8bit") | PLAIN),
