@@ -188,7 +188,8 @@ def targets(lines: list[dict], floor: float = 0.0) -> list[dict]:
              ["random_protect_q30"], 1),
             ("LoKI with its best protection forgets less than every rival", ours, foreign, 1),
             ("... than protected inputs without chosen rows", ours,
-             ["random_protect_q30", "protect_q99", "lora_protect"], 1),
+             ["random_protect_q30", "random_protect90_q60", "protect_q99", "protect90_q99",
+              "lora_protect"], 1),
             ("... and no more than LoRA with 1 % real replay", ours, ["lora_replay1"], 1),
         ):  # fmt: skip
             best = [
