@@ -91,7 +91,11 @@ def _lengths(given: dict[str, Any], block, where: dict[str, Any], assumed: list[
         tokenizer = AutoTokenizer.from_pretrained(
             given.get("tokenizer_config") or given["base_model"], **where
         )
+        # Of a folder without its files transformers makes one that knows no word.
+        known = bool(tokenizer("A", add_special_tokens=False)["input_ids"])
     except (OSError, ValueError):
+        known = False
+    if not known:
         assumed.append(f"the tokenizer is not here: prompts of {_TOKENS} tokens")
         return [_TOKENS] * len(records)
     prompts = load_prompts(tokenizer, **settings.model_dump(), records=records).prompts

@@ -147,6 +147,17 @@ def test_what_does_not_fit_is_told_with_what_to_change(big, tmp_path):
     assert "take a smaller model" in asked(big, tmp_path, "--card", "4", code=1)
 
 
+def test_a_folder_without_a_tokenizer_gives_none_that_knows_no_word(big, tmp_path):
+    """transformers makes an empty tokenizer for a Qwen that has only its configuration."""
+    from transformers import Qwen3Config
+
+    Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(
+        tmp_path / "qwen"
+    )
+    facts = asked(big | {"base_model": str(tmp_path / "qwen")}, tmp_path, "--json")
+    assert facts["assumed"] == ["the tokenizer is not here: prompts of 200 tokens"]
+
+
 def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
     counts = {q: asked(big | {"loki": {"quota": q}}, tmp_path, "--json") for q in (10, 20, 30)}
     trained = [round(c["trainable_parameters"] / 1e6) for c in counts.values()]
