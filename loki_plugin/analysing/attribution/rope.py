@@ -76,8 +76,8 @@ def _behind(function: Any) -> Any:
     if not isinstance(function, nn.Module) or "forward" in function.__dict__:
         return function  # or a kernel stands in for it: then it is somebody's own
     cells = type(function).forward.__closure__ or ()
-    (inside,) = [c.cell_contents for c in cells if inspect.isfunction(c.cell_contents)] or [None]
-    return inside
+    inside = [c.cell_contents for c in cells if inspect.isfunction(c.cell_contents)]
+    return inside[0] if len(inside) == 1 else None
 
 
 def _rotating(plainly: Rotate) -> Rotate:
