@@ -8,7 +8,8 @@
     python -m benchmarks.forgetting report --size small --work DIR    # figures, docs/evidence.md
 
 A run that is killed goes on where it stopped; `--minutes` ends it between two runs. One thread; two
-processes may work side by side on different `--arms` only if they write different `--output` files.
+processes may work side by side on different `--arms` only if they write to different `--output`
+folders; the lines of their files then go into one, each run once, as the published ones did.
 """
 
 from __future__ import annotations
