@@ -194,8 +194,8 @@ class Estimator:
         lines: list[str] = []
         for line, fields in known:
             run = replace(run, **fields)
-            if line.startswith("sequence_len") and lines[-1].startswith("sequence_len"):
-                lines.pop()
+            if line.startswith("sequence_len"):  # the shorter one takes the other's place
+                lines = [each for each in lines if not each.startswith("sequence_len")]
             lines.append(line)
             if min(self._room(run, card)) >= 0:
                 return lines, True

@@ -147,6 +147,12 @@ def test_what_does_not_fit_is_told_with_what_to_change(big, tmp_path):
     assert "take a smaller model" in asked(big, tmp_path, "--card", "4", code=1)
 
 
+def test_where_only_the_length_can_change_the_shortest_is_told(big, tmp_path):
+    small = big | {"load_in_4bit": True, "peft_autocast_adapter_dtype": False}
+    card = asked(small, tmp_path, "--json", "--card", "4", code=1)["card"]
+    assert card["change"] == ["sequence_len: 512"] and not card["then_fits"]
+
+
 def test_a_folder_without_a_tokenizer_gives_none_that_knows_no_word(big, tmp_path):
     """transformers makes an empty tokenizer for a Qwen that has only its configuration."""
     from transformers import Qwen3Config
