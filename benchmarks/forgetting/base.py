@@ -37,8 +37,7 @@ TEMPLATE = (
 class Size:
     """How large world and model are, and how long the base is trained.
 
-    `ci` takes minutes, `brief` about an hour for all stages, `small` a day on two cores; `reported`
-    wants a machine of its own.
+    `ci` takes minutes, `brief` about an hour for all stages; a run of `reported` takes minutes.
     """
 
     people: int
@@ -57,7 +56,7 @@ SIZES = {
     "ci": Size(40, 64, 176, 3, 2, 600, 250, rows=8),
     "brief": Size(80, 96, 256, 4, 4, 800, 900, rows=12, width=96),
     "small": Size(500, 160, 448, 4, 5, 1024, 1000),
-    "reported": Size(2000, 384, 1024, 8, 6, 2048, 6000, rows=32, rate=1.5e-3),
+    "reported": Size(500, 320, 896, 8, 5, 1024, 1200, rate=1.5e-3),
 }
 
 

@@ -24,7 +24,7 @@ AMOUNT = {
     "ci": (12, 60, 120),
     "brief": (40, 50, 300),
     "small": (60, 150, 450),
-    "reported": (300, 400, 1200),
+    "reported": (60, 100, 300),
 }
 ROWS, WIDTH = 8, 96
 _ANCHOR_PROMPTS = 16
