@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 
 from ..rows import FILE_NAME, RowSelection, common_rows
+from .checkpoint import open_tensors
 from .saved import FAILED_NAME, WEIGHTS
 from .selected import rows_outside
 from .vocabulary import PREFIX
@@ -30,7 +30,16 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
-        """With the rows file that stands in the folder."""
+        """With the rows file that stands in the folder.
+
+        Raises:
+            ValueError: no folder, or none with a sound rows file.
+        """
+        if not Path(folder).is_dir():
+            raise ValueError(
+                f"'{folder}' is no folder of a saved adapter; train first, or give the folder of"
+                " one with --adapter"
+            )
         return cls(Path(folder), RowSelection.load(Path(folder) / FILE_NAME))
 
 
@@ -75,7 +84,7 @@ def opened(adapters: Sequence[Adapter], names: list[str]) -> Iterator[list[Opene
         for adapter in adapters:
             _check_mark(adapter.folder)
             config = _lora_config(adapter.folder)
-            lora = files.enter_context(safe_open(adapter.folder / WEIGHTS, "pt"))
+            lora = files.enter_context(open_tensors(adapter.folder / WEIGHTS))
             layers = adapted_layers(lora.keys(), names, adapter.selection)
             check_rows(lora, layers, adapter.selection)
             scalings = {i: _scaling(config, names[i], _rank(lora, m)) for i, m in layers.items()}
@@ -118,7 +127,12 @@ def _lora_config(adapter: Path) -> dict:
         raise ValueError(
             f"'{adapter}' is no saved LoRA adapter: it has no {' and no '.join(missing)}"
         )
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    try:
+        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{adapter / CONFIG}' is not JSON ({error}); save it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{adapter / CONFIG}' is not a JSON object; save it again")
     wrong = [k for k in ("use_dora", "use_rslora", "modules_to_save", "lora_bias") if config.get(k)]
     if config.get("peft_type") != "LORA" or wrong:
         raise ValueError(

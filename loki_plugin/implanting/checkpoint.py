@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..model.anatomy import Anatomy, find_anatomy
@@ -118,20 +118,20 @@ class Base:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder.
+    """The weight files of a checkpoint folder; where it has two forms, transformers takes the one
+    file before the index.
 
     Raises:
         ValueError: no safetensors weights, or a shard named by the index is missing.
     """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(names))]
+        files = [folder / name for name in _named_by(folder / INDEX)]
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise ValueError(f"'{folder}' lacks the shards {missing} that its index names")
         return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     old = sorted(f.name for f in folder.glob("*.bin"))
     hint = (
         f"; it has {old[:3]}: convert it with AutoModelForCausalLM.from_pretrained(...)"
@@ -142,20 +142,46 @@ def shards(folder: Path) -> list[Path]:
     raise ValueError(f"'{folder}' has no {SINGLE} or {INDEX}{hint}")
 
 
+def _named_by(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{index}' is no index of a checkpoint ({error!r}); fetch or save it again"
+        ) from error
+
+
+def open_tensors(file: Path) -> Any:
+    """Open a safetensors file, to be used as a context.
+
+    Raises:
+        ValueError: it is none, or cut off; safetensors has looked at all of its header.
+    """
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{file}' is no whole safetensors file ({error}); fetch or save it again, after"
+            " `git lfs install` where it comes from a git clone"
+        ) from error
+
+
 def tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a checkpoint, by key, from the headers of its shards."""
+    """All tensors of a checkpoint, by key, from the headers of its shards.
+
+    Raises:
+        ValueError: as `shards`, or a shard that is damaged.
+    """
     found = {}
     for file in shards(folder):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+        with open_tensors(file), file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         for key, entry in header.items():
             first, last = entry["data_offsets"]
-            start = 8 + length + first
-            if start + last - first > file.stat().st_size:
-                raise ValueError(f"'{file}' is cut off: tensor {key} ends behind the file")
-            found[key] = Stored(file, entry["dtype"], tuple(entry["shape"]), start, last - first)
+            shape, start = tuple(entry["shape"]), 8 + length + first
+            found[key] = Stored(file, entry["dtype"], shape, start, last - first)
     return found
 
 

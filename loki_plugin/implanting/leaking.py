@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..directions import Directions
 from ..rows import RowSelection
-from .adapters import adapted_layers, check_rows
+from .adapters import Adapter, opened
 from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
+from .identity import check_base
 from .protection import leakage
 from .saved import WEIGHTS, adapter_leakage
+from .verify import open_as_trained
+from .vocabulary import new_rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def measure_leakage(
         shares = adapter_leakage(Path(tuned), found.anatomy.names, directions)
         return LeakageReport(shares, chance)
     after = tensors(Path(tuned))
+    for key in found.down:
+        if key not in after or after[key].shape != found.stored[key].shape:
+            raise ValueError(f"'{tuned}' has no {key} of the base's shape; it is another model")
     shares = []
     layers = zip(found.down, found.anatomy.row_dims, selection.rows, directions.basis, strict=True)
     for key, dim, rows, u in layers:
@@ -88,10 +93,17 @@ def check_adapter(base: str | Path | Base, folder: Path, selection: RowSelection
     """Check that a saved adapter changes selected rows only; says what was looked at.
 
     Raises:
-        ValueError: a module that is no down-projection, or a row of B outside the selection.
+        ValueError: what cannot be merged either: another base, no plain LoRA, a failed check of its
+            training, a module that is no down-projection, a row of B outside the selection.
     """
-    anatomy = open_checkpoint(base).anatomy
-    with safe_open(folder / WEIGHTS, "pt") as lora:
-        layers = adapted_layers(lora.keys(), anatomy.names, selection)
-        check_rows(lora, layers, selection)
-    return f"OK: an adapter on {len(layers)} down-projections, whose B is zero outside the rows"
+    found = open_as_trained(Base.of(base), selection)
+    selection = selection.check_shape(found.anatomy)
+    compared = check_base(found, selection.fingerprint)
+    with opened([Adapter(folder, selection)], found.anatomy.names) as (adapter,):
+        grown = new_rows(found, adapter.lora)
+        layers = len(adapter.layers)
+    more = " but for new tokens" if grown else ""
+    return (
+        f"base compared with the rows file: {compared}\n"
+        f"OK: an adapter on {layers} down-projections, whose B is zero outside the rows{more}"
+    )

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..directions import FILE_NAME as DIRECTIONS_NAME
 from ..directions import Directions
 from ..rows import FILE_NAME, RowSelection
+from .checkpoint import open_tensors
 from .protection import LEAKAGE, leakage
 from .selected import RowFactor, RowSelector
 
@@ -76,7 +77,7 @@ def check_saved(folder: Path, names: list[str], selection: RowSelection, rank: i
     """
     if RowSelection.load(folder / FILE_NAME) != selection:
         raise ValueError(f"'{folder / FILE_NAME}' holds other rows than those that trained")
-    with safe_open(folder / WEIGHTS, "pt") as stored:
+    with open_tensors(folder / WEIGHTS) as stored:
         left = {k for k in stored.keys() if ".lora_" in k}
         for i, (name, rows) in enumerate(zip(names, selection.rows, strict=True)):
             if not len(rows):
@@ -120,7 +121,7 @@ def check_saved_protection(folder: Path, names: list[str], directions: Direction
 def adapter_leakage(folder: Path, names: list[str], directions: Directions) -> list[float]:
     """`leakage` per layer of a saved adapter, 0 where it has no update."""
     shares = []
-    with safe_open(folder / WEIGHTS, "pt") as stored:
+    with open_tensors(folder / WEIGHTS) as stored:
         known = set(stored.keys())
         for name, u in zip(names, directions.basis, strict=True):
             keys = [f"{_PREFIX}{name.removeprefix(_PREFIX)}.lora_{x}.weight" for x in "AB"]

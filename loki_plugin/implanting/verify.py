@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..model.fingerprint import stable
 from ..rows import RowSelection
-from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
+from .checkpoint import INDEX, SINGLE, Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
 
 _CHUNK = 64 << 20
@@ -72,16 +72,18 @@ def verify(
         ValueError: a folder without safetensors weights, or rows for another shape of model.
     """
     base = Base.of(base)
-    if not base.overrides:  # the rows file beside a merged model says under which it was trained
-        merge = selection.made.get("merge") or {}
-        base = replace(base, overrides=merge.get("overrides") or {})
-    found = open_checkpoint(base)
+    found = open_as_trained(base, selection)
     anatomy, before, after = found.anatomy, found.stored, tensors(Path(tuned))
     selection = selection.check_shape(anatomy)
     layer_of = {key: i for i, key in enumerate(found.down)}
     vocabulary = {key for part in found.vocabulary for key in part.keys}
     report = VerifyReport(changed_rows=[0] * anatomy.num_layers, selected_rows=selection.counts)
     _see_base(report, base, found, selection, progress)
+    if all((Path(tuned) / name).is_file() for name in (SINGLE, INDEX)):
+        report.faults.append(
+            f"'{tuned}' holds both {SINGLE} and {INDEX}, and loaders differ in which they read;"
+            " remove one of the two"
+        )
     report.faults += [f"{k} is missing in the tuned model" for k in sorted(before.keys() - after)]
     report.faults += [f"{k} is not in the base model" for k in sorted(after.keys() - before)]
     both = [k for k in before if k in after]
@@ -110,6 +112,14 @@ def verify(
             report.faults.append(f"{key} changed")
     _compare_configurations(report, base, found, Path(tuned))
     return report
+
+
+def open_as_trained(base: Base, selection: RowSelection) -> Checkpoint:
+    """The base, under the overrides that the rows file beside a merged model names."""
+    if not base.overrides:
+        merge = selection.made.get("merge") or {}
+        base = replace(base, overrides=merge.get("overrides") or {})
+    return open_checkpoint(base)
 
 
 def _see_base(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import COMPANIONS, INDEX, Checkpoint, Stored, Vocabulary, shards, tensors
+from .checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, Stored, Vocabulary, shards, tensors
 
 PREFIX = "base_model.model."  # PEFT's, around the base model
 _CHUNK = 4096  # rows
@@ -90,7 +90,7 @@ def copy_model(
             write_grown(file, target / file.name, inside)
         else:
             shutil.copyfile(file, target / file.name)
-    skip = {INDEX} if not (folder / INDEX).is_file() else set()
+    skip = {INDEX} if (folder / SINGLE).is_file() else set()  # its shards stay behind
     for pattern in COMPANIONS:
         for file in folder.glob(pattern):
             if file.is_file() and file.name not in skip:
