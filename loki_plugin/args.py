@@ -102,6 +102,11 @@ class ProtectArgs(_Block):
     directions: Count | None = Field(
         None, ge=1, description="that many directions in every layer instead of a share"
     )
+    soft: bool = Field(
+        False,
+        description="the update reads those directions in inverse proportion to what general text"
+        " uses of them, instead of not at all",
+    )
     anchor: float = Field(
         0.0, ge=0, description="weight of KL(base || tuned) on calibration prompts in every step"
     )
@@ -123,6 +128,10 @@ class ProtectArgs(_Block):
     def _consistent(self):
         if self.inputs is not None and self.directions is not None:
             raise ValueError("`inputs` and `directions` are two ways to say how many; give one")
+        if self.soft and not self.reads:
+            raise ValueError(
+                "`soft` says how directions are read; set `inputs` or `directions` too"
+            )
         if self.text is not None and not self.on:
             raise ValueError(
                 "`text` needs something to protect: set `inputs`, `directions` or `anchor`"

@@ -20,21 +20,25 @@ from .model.writing import replacing
 FILE_NAME = "loki_directions.safetensors"
 FORMAT = "loki_directions"
 VERSION = 1
-# How far UᵀU may be from the identity; float32 eigenvectors are at about 1e-6.
-_ORTHONORMAL = 1e-3
+# How far VᵀV may be from diagonal, and hard columns from norm 1; float32 eigenvectors are at 1e-6.
+_ORTHONORMAL = 1e-4
+# What a soft direction loses at most; a column of V whose squared norm is larger is a hard one.
+SOFTEST = 0.999
 
 
 @dataclass(frozen=True)
 class Directions:
-    """For each of L layers the directions that an update must not read.
+    """For each of L layers the directions of which an update reads nothing, or less: P = I - V Vᵀ.
 
     Attributes:
-        basis: L tensors [I, u_l] with orthonormal columns; u_l = 0 leaves a layer unprotected.
+        basis: L tensors V [I, u_l] with orthonormal columns (hard), or orthogonal ones of squared
+            norm up to `SOFTEST` (soft); u_l = 0 leaves a layer unprotected.
         fingerprint: of the model they were found on, or None (plain tensors).
         made: how they were found, `energy` (L shares) and `tokens` among it; free JSON.
 
     Raises:
-        ValueError: a tensor that is no [I, u] with u < I, or whose columns are not orthonormal.
+        ValueError: a tensor that is no [I, u] with u < I, whose columns are not orthogonal, or
+            neither all hard nor all soft.
     """
 
     basis: Sequence[torch.Tensor]
@@ -42,8 +46,9 @@ class Directions:
     made: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for i, basis in enumerate(self.basis):
-            _check_basis(i, basis)
+        soft = {_check_basis(i, basis) for i, basis in enumerate(self.basis)} - {None}
+        if len(soft) > 1:
+            raise ValueError("some layers' directions are hard, others soft; give all of one kind")
 
     def __eq__(self, other):
         return (
@@ -58,6 +63,11 @@ class Directions:
     def counts(self) -> list[int]:
         """Directions per layer, L integers."""
         return [basis.shape[1] for basis in self.basis]
+
+    @property
+    def soft(self) -> bool:
+        """Whether they weaken what is read instead of taking it away."""
+        return any(is_soft(basis) for basis in self.basis)
 
     def check(self, model: torch.nn.Module) -> Directions:
         """Check that the directions belong to `model`, which may carry an adapter.
@@ -127,7 +137,13 @@ class Directions:
         return cls(basis, header["fingerprint"], header["made"])
 
 
-def _check_basis(layer: int, basis: Any) -> None:
+def is_soft(basis: torch.Tensor) -> bool:
+    """Whether a layer's V [I, u] is soft."""
+    return bool(basis.shape[1]) and float(basis.square().sum(0).max()) <= SOFTEST + _ORTHONORMAL
+
+
+def _check_basis(layer: int, basis: Any) -> bool | None:
+    """Whether the layer's directions are soft; None where it has none."""
     if (
         not isinstance(basis, torch.Tensor)
         or not basis.is_floating_point()
@@ -138,15 +154,18 @@ def _check_basis(layer: int, basis: Any) -> None:
         raise ValueError(
             f"layer {layer}: directions must be a float tensor [I, u] with u < I, got {got}"
         )
-    gram = basis.T @ basis
-    gram.diagonal().sub_(1)
-    error = float(gram.abs().max()) if gram.numel() else 0.0
+    if not basis.shape[1]:
+        return None
+    gram, soft = basis.T @ basis, is_soft(basis)
+    gram.diagonal().sub_(gram.diagonal() if soft else 1)
+    error = float(gram.abs().max())
     if not error <= _ORTHONORMAL:
         raise ValueError(
             f"layer {layer}: the columns of the directions are not orthonormal (UᵀU is off by"
             f" {error:.2g}); take them from `input_directions`, or orthonormalise yours with"
             " torch.linalg.qr"
         )
+    return soft
 
 
 def _few(sizes: list[int]) -> str:

@@ -56,8 +56,9 @@ def earlier_directions(
     found = Directions.load(file)
     wanted = _settings(config)
     asked = checkpoint or config.protect.reads  # an adapter decides where the YAML says nothing
-    if asked and {k: found.made.get(k) for k in wanted} != wanted:
-        had = ", ".join(f"{k}: {found.made.get(k)}" for k in wanted)
+    had_settings = {k: found.made.get(k) for k in wanted} | {"soft": found.soft}
+    if asked and had_settings != wanted:
+        had = ", ".join(f"{k}: {v}" for k, v in had_settings.items())
         raise ValueError(
             f"'{folder}' was trained with protect: {{{had}}}; going on with other directions would"
             " mix two constraints. Give the same settings, or start afresh"
@@ -89,7 +90,7 @@ def choose_directions(
 
 
 def _settings(config: LokiConfig) -> dict[str, Any]:
-    return config.protect.model_dump(include={"inputs", "directions"})
+    return config.protect.model_dump(include={"inputs", "directions", "soft"})
 
 
 def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
@@ -108,7 +109,9 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         LOG.info("loki: protected directions found in the cache (%s)", path)
         return Directions.load(path)
     started = time.perf_counter()
-    found = find_directions(model, prompts, settings["inputs"], settings["directions"], True)
+    found = find_directions(
+        model, prompts, settings["inputs"], settings["directions"], True, settings["soft"]
+    )
     made = {
         **settings,
         "energy": [round(e, 6) for e in found.energy],
@@ -130,6 +133,7 @@ def report(directions: Directions) -> dict[str, Any]:
     facts = {key: directions.made.get(key) for key in kept}
     return {
         "directions_per_layer": directions.counts,
+        "soft": directions.soft,
         "energy_per_layer": facts.pop("energy"),
         "energy_of_held_out_prompts_per_layer": facts.pop("held_out"),
         **facts,
@@ -151,7 +155,8 @@ def describe(directions: Directions) -> str:
         held += f" and {100 * min(made['held_out']):.2f} % of that of prompts kept back"
     low, high = min(counts), max(counts)
     each = f"{low}" if low == high else f"{low} to {high}"
+    how = "reads in inverse proportion to their use" if directions.soft else "does not read"
     return (
-        f"the update does not read {each} of {inputs} input directions per layer{held}"
+        f"the update {how} {each} of {inputs} input directions per layer{held}"
         f" ({size / 2**20:.1f} MiB)"
     )

@@ -5,11 +5,12 @@
     python -m benchmarks.forgetting bracket --size small --work DIR   # the rates around the score
     python -m benchmarks.forgetting axolotl --size small --work DIR   # through `axolotl train`
     python -m benchmarks.forgetting suppress --size small --work DIR  # do the scores mean anything?
+    python -m benchmarks.forgetting join --work DIR --parts A,B       # files of several processes
     python -m benchmarks.forgetting report --size small --work DIR    # figures, docs/evidence.md
 
-A run that is killed goes on where it stopped; `--minutes` ends it between two runs. One thread; two
-processes may work side by side on different `--arms` only if they write to different `--output`
-folders; the lines of their files then go into one, each run once, as the published ones did.
+A run that is killed goes on where it stopped; `--minutes` ends it between two runs. One thread;
+processes that work side by side write to different `--output` folders, which `join` brings into
+one. Finals of the size `reported` have a file of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FINALISTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "what", choices=("screen", "final", "bracket", "axolotl", "suppress", "report")
+        "what", choices=("screen", "final", "bracket", "axolotl", "suppress", "join", "report")
     )
     parser.add_argument("--work", type=Path, required=True, help="where base models are kept")
     parser.add_argument("--size", choices=base.SIZES, default="small")
@@ -43,18 +44,27 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--minutes", type=float, help="begin no run after that")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--parts", default="", help="folders to join, separated by commas")
     options = parser.parse_args()
     torch.set_num_threads(1)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
+    if options.what == "join":
+        for name in sweep.FILES.values():
+            parts = [Path(part) / name for part in options.parts.split(",")]
+            sweep.join([options.output / name, *parts], options.output / name)
+        return
     if options.what == "report":
-        report.write(options.output, base.load(options.work, options.size))
+        ran = (options.output / sweep.FILES["reported"]).is_file()
+        larger = base.load(options.work, "reported") if ran else None
+        report.write(options.output, base.load(options.work, options.size), larger=larger)
         return
     known = base.load(options.work, options.size)
     if options.what == "suppress":
         silencing.suppress(known, options.output)
         return
     screen = options.what == "screen"
-    file = options.output / f"forgetting_{'screen' if screen else 'final'}.csv"
+    stage = "screen" if screen else "reported" if options.size == "reported" else "final"
+    file = options.output / sweep.FILES[stage]
     runs = sweep.Sweep(known, options.size, file, final=not screen)
     arms = options.arms.split(",") if options.arms else None
     finalists, tasks = arms or FINALISTS.split(","), options.tasks.split(",")

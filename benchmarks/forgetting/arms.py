@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from benchmarks.forgetting import choosing
 from benchmarks.forgetting.base import END, USER, Base, encode, padded
 from benchmarks.forgetting.world import COVERED
 from loki_plugin import attribute, implant, input_directions, select_rows
-from loki_plugin.implanting.protection import ProtectedA
+from loki_plugin.analysing.directions import leading, soften
+from loki_plugin.implanting.protection import ProtectedA, folded_delta
 from loki_plugin.model.anatomy import find_anatomy
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -56,11 +58,13 @@ class Context:
         model = self.base.model()
         return attribute(model, *padded(self.prompts))
 
-    def directions(self, energy: float, text: bool) -> list[torch.Tensor]:
-        key = (energy, text)
+    def directions(self, energy: float, text: bool, soft: bool = False) -> list[torch.Tensor]:
+        key = (energy, text, soft)
         if key not in self._directions:
             ids = [*self.prompts, *(self.text if text else [])]
-            self._directions[key] = input_directions(self.base.model(), *padded(ids), energy=energy)
+            self._directions[key] = input_directions(
+                self.base.model(), *padded(ids), energy=energy, soft=soft
+            )
         return self._directions[key]
 
     @cached_property
@@ -133,10 +137,11 @@ def loki(
     magnitude: bool = False,
     protect: float | None = None,
     text: bool = False,
+    soft: bool = False,
 ) -> Callable:
     def build(model, context):
         torch.manual_seed(context.draw)
-        directions = None if protect is None else context.directions(protect, text)
+        directions = None if protect is None else context.directions(protect, text, soft)
         return implant(
             model, context.rows(quota, strategy, magnitude), rank=rank, protect=directions
         )
@@ -155,7 +160,7 @@ def rows_of(choose: Callable[[Context], list[torch.Tensor]], protect: float | No
     return build
 
 
-def lora_protected(energy: float = 0.99) -> Callable:
+def lora_protected(energy: float = 0.99, soft: bool = False) -> Callable:
     """LoRA r16 on all linears, each blind to its own inputs on the calibration prompts."""
 
     def build(model, context):
@@ -177,11 +182,10 @@ def lora_protected(energy: float = 0.99) -> Callable:
         for hook in hooks:
             hook.remove()
         for name, module in layers.items():
-            values, vectors = torch.linalg.eigh(moments[name])
-            held = values.flip(0).cumsum(0) / values.sum()
-            count = int((held < energy).sum()) + 1
-            u = vectors.flip(1)[:, :count].float()
-            module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, u)
+            u = leading(moments[name], energy)[0]
+            kept = (soften(moments[name], u) if soft else u).float()
+            module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, kept)
+            module.get_delta_weight = functools.partial(folded_delta, module)
         return wrapped
 
     return build
@@ -330,6 +334,20 @@ ARMS: dict[str, Arm] = {
     "loki_anchor4_q30": _rows(loki(), anchor=4.0),
     "loki_anchor_q99": _rows(loki(99), anchor=1.0),
     "lora_anchor4": Arm(lora(), anchor=4.0),
+    # Soft directions: inputs whitened instead of taken away.
+    "loki_soft90_q30": _rows(loki(30, protect=0.9, soft=True)),
+    "loki_soft99_q10": _rows(loki(10, protect=0.99, soft=True), 1e-3),
+    "loki_soft99_q30": _rows(loki(30, protect=0.99, soft=True), 5e-4),
+    "loki_soft99_q60": _rows(loki(60, protect=0.99, soft=True), 3.5e-4),
+    "loki_soft99_q90": _rows(loki(90, protect=0.99, soft=True)),
+    "loki_soft99_lowrank": _rows(loki(rank=16, protect=0.99, soft=True), 1e-3),
+    "random_soft99_q30": _rows(loki(30, "random", protect=0.99, soft=True), 5e-4),
+    "random_soft99_q90": _rows(loki(90, "random", protect=0.99, soft=True)),
+    "highest_soft99_q30": _rows(loki(30, "layer_highest", protect=0.99, soft=True), 5e-4),
+    "loki_soft99_anchor_q30": _rows(loki(30, protect=0.99, soft=True), 5e-4, anchor=1.0),
+    "loki_soft99_anchor_q90": _rows(loki(90, protect=0.99, soft=True), anchor=1.0),
+    "loki_protect90_q90": _rows(loki(90, protect=0.9)),
+    "lora_soft99": Arm(lora_protected(0.99, soft=True), lowest=2e-4),
 }
 
 

@@ -18,7 +18,7 @@ MEASURES = (
     "retention", "retention_uncovered", "forgetting", "kl_general", "kl_covered", "kl_uncovered"
 )  # fmt: skip
 # LoKI's arms that do more than choose rows.
-PROTECTED = re.compile("protect|anchor")
+PROTECTED = re.compile("protect|anchor|soft")
 # The same arm in another order and from another start: how far apart do two runs fall?
 TWICE = {"lora_all_r16": "lora_again", "loki_q30": "loki_again_q30"}
 # What was tried so that LoKI keeps more, in groups; each stands beside `loki_q30`.
@@ -59,6 +59,18 @@ TRIED = {
         "protect90_q99": "inputs, 0.9, 99 % of the rows, random",
         "loki_protect_q60": "inputs, 0.99, 60 % of the rows",
         "loki_protect_q90": "inputs, 0.99, 90 % of the rows",
+        "loki_soft90_q30": "soft inputs, 0.9 of the energy",
+        "loki_soft99_q10": "soft inputs, 0.99, 10 % of the rows",
+        "loki_soft99_q30": "soft inputs, 0.99",
+        "random_soft99_q30": "soft inputs, 0.99, random rows",
+        "highest_soft99_q30": "soft inputs, 0.99, highest rows",
+        "loki_soft99_q60": "soft inputs, 0.99, 60 % of the rows",
+        "loki_soft99_q90": "soft inputs, 0.99, 90 % of the rows",
+        "random_soft99_q90": "soft inputs, 0.99, 90 % of the rows, random",
+        "loki_soft99_anchor_q30": "soft inputs, 0.99, anchor",
+        "loki_soft99_anchor_q90": "soft inputs, 0.99, 90 % of the rows, anchor",
+        "loki_soft99_lowrank": "soft inputs, 0.99, rank 16",
+        "lora_soft99": "soft inputs, 0.99, of LoRA r16 on all linears",
         "loki_anchor_q30": "anchor, weight 1",
         "loki_anchor4_q30": "anchor, weight 4",
         "loki_anchor_q60": "anchor, weight 1, 60 % of the rows",
@@ -179,17 +191,18 @@ def targets(lines: list[dict], floor: float = 0.0) -> list[dict]:
         plain = [a for a in arms if a.startswith("loki") and not PROTECTED.search(a)]
         ours = [a for a in arms if a.startswith("loki") and PROTECTED.search(a)]
         others = [a for a in arms if a not in ours and "replay" not in a]
-        foreign = [a for a in others if "protect" not in a and a not in plain]
+        without = [a for a in others if a.startswith(("random", "protect", "lora"))]
+        without = [a for a in without if "protect" in a or "soft" in a]
+        foreign = [a for a in others if not re.search("protect|soft", a) and a not in plain]
         for aim, left, right, share in (
             ("LoKI without protection forgets at most half of LoRA r16", plain,
              ["lora_all_r16"], 0.5),
             ("chosen rows forget less than random rows", ["loki_q30"], ["random_q30"], 1),
             ("the same, both with protected inputs", ["loki_protect_q30"],
              ["random_protect_q30"], 1),
+            ("the same, both with soft inputs", ["loki_soft99_q30"], ["random_soft99_q30"], 1),
             ("LoKI with its best protection forgets less than every rival", ours, foreign, 1),
-            ("... than protected inputs without chosen rows", ours,
-             ["random_protect_q30", "random_protect90_q60", "protect_q99", "protect90_q99",
-              "lora_protect"], 1),
+            ("... than protected inputs without chosen rows", ours, without, 1),
             ("... and no more than LoRA with 1 % real replay", ours, ["lora_replay1"], 1),
         ):  # fmt: skip
             best = [

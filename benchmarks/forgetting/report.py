@@ -18,6 +18,7 @@ from benchmarks.forgetting.matching import (
     targets,
     tried,
 )
+from benchmarks.forgetting.sweep import FILES
 from benchmarks.machine import describe
 from benchmarks.writer import command, table
 
@@ -52,9 +53,13 @@ def plot(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(folder: Path, base: Base, evidence: Path = EVIDENCE) -> None:
-    """`docs/evidence.md` and the plot, from what is in the results folder."""
-    screen, final = (read(folder / f"forgetting_{n}.csv") for n in ("screen", "final"))
+def write(folder: Path, base: Base, evidence: Path = EVIDENCE, larger: Base | None = None) -> None:
+    """`docs/evidence.md` and the plot, from what is in the results folder.
+
+    Args:
+        larger: the base of the size `reported`, if its runs shall be told too.
+    """
+    screen, final = (read(folder / FILES[n]) for n in ("screen", "final"))
     if not screen and not final:
         raise SystemExit(f"'{folder}' has no results yet; run `screen` first")
     plot(final or screen, folder / "forgetting_pareto.png")
@@ -66,6 +71,8 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE) -> None:
         if runs:
             shown = [_shown(x) for x in matched(runs, scores)]
             parts += [f"## {title}", _about(runs, scores), table(shown)]
+    if larger is not None:
+        parts += [_larger(read(folder / FILES["reported"]), larger, floor)]
     for title, runs, scores in stages:
         aims = targets(matched(runs, scores), floor)
         parts += [f"## What was aimed at: {title.lower()}", table(aims)] if aims else []
@@ -101,6 +108,22 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE) -> None:
     parts += [_limits()]
     evidence.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"written: {evidence}")
+
+
+def _larger(runs: Runs, base: Base, floor: float) -> str:
+    r, lines = base.report, matched(runs, MATCHED)
+    return "\n\n".join(
+        [
+            f"## Twenty times the parameters\n\nThe same, with a base of {r['parameters']:,}"
+            f" parameters ({r['size']['layers']} layers, H = {r['size']['hidden']}, I ="
+            f" {r['size']['intermediate']}; training loss {r['train_loss']:.3f}; answers it has"
+            f" learned {r['loss_on_seen_items']:.3f}, English text held out"
+            f" {r['loss_on_held_out_text']:.2f}).",
+            _about(runs, MATCHED),
+            table([_shown(x) for x in lines]),
+            table(targets(lines, floor)),
+        ]
+    )
 
 
 def _head(base: Base) -> str:

@@ -16,7 +16,6 @@ from benchmarks.forgetting.measures import Before, before, measure
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.machine import PeakMemory
 from loki_plugin.implanting.anchor import divergence
-from loki_plugin.implanting.protection import fold
 
 # People to learn about (tasks b and c take as many items), steps of a screening run and of a final.
 # Few steps favour whatever learns fast at a rate that does little harm, so that finals are longer.
@@ -26,6 +25,7 @@ AMOUNT = {
     "small": (60, 150, 450),
     "reported": (60, 100, 300),
 }
+FILES = {s: f"forgetting_{s}.csv" for s in ("screen", "final", "reported")}
 ROWS, WIDTH = 8, 96
 _ANCHOR_PROMPTS = 16
 _LAST_STEP = 6  # of the ladder of rates, each twice the one before; `finals` takes the first five
@@ -69,6 +69,27 @@ def finals(names: Iterable[str], seeds: int, tasks: Iterable[str]) -> Iterator[K
 def rate(arm: str, step: int) -> float:
     """The arm's learning rate at that step of the ladder, rounded as the file has it."""
     return float(f"{ARMS[arm].lowest * 2**step:.6g}")
+
+
+def join(parts: Iterable[Path], into: Path) -> None:
+    """Write the runs of several files into one, each run once.
+
+    Raises:
+        ValueError: two files disagree about a run, in more than time and memory.
+    """
+    rows: dict[Key, dict] = {}
+    for part in filter(Path.is_file, parts):
+        with part.open(newline="") as file:
+            for row in csv.DictReader(file):
+                had = rows.setdefault(_key(row), row)
+                apart = {k for k in row if row[k] != had[k]} - {"seconds", "peak_mib"}
+                if apart:
+                    raise ValueError(f"'{part}' has other figures of {_key(row)}: {sorted(apart)}")
+    if rows:
+        with into.open("w", newline="") as file:
+            writer = csv.DictWriter(file, next(iter(rows.values())))
+            writer.writeheader()
+            writer.writerows(rows.values())
 
 
 class Sweep:
@@ -166,7 +187,6 @@ class Sweep:
 
     def _moved(self, model) -> float:
         """‖ΔW‖_F over all weights, with the adapter merged."""
-        fold(model)  # PEFT merges lora_A's weight past its forward
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         total = 0.0
         for name, tensor in merged.named_parameters():

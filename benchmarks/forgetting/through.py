@@ -34,6 +34,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "loki_q30": {"loki": {"quota": 30}},
     "loki_anchor_q30": {"loki": {"quota": 30, "protect": {"anchor": 1.0, "anchor_batch": 16}}},
     "loki_protect90_q60": {"loki": {"quota": 60, "protect": {"inputs": 0.9}}},
+    "loki_soft99_q30": {"loki": {"quota": 30, "protect": {"inputs": 0.99, "soft": True}}},
+    "loki_soft99_q90": {"loki": {"quota": 90, "protect": {"inputs": 0.99, "soft": True}}},
     "loki_protect_q30": {"loki": {"quota": 30, "protect": {"inputs": 0.99}}},
 }
 STEP = 2

@@ -4,7 +4,9 @@ An update ΔW moves the output on an input x by ΔW·x. With U_l the leading eig
 C_l = Σ x xᵀ over all tokens of general text, an update with ΔW·U = 0 leaves what the model does on
 such text where it is. The same matrices serve AlphaEdit (arXiv 2410.02355, the null space of C for
 editing facts), LoRA-Null (2503.02659), Adam-NSCL and GPM (continual learning); none joins them with
-a choice of rows.
+a choice of rows. Where few rows train, an update that may not read them at all needs a high rate
+and harms more elsewhere; *soft* directions are read in inverse proportion to how much general text
+uses them (whitened), as the input factor of K-FAC does to a gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..directions import SOFTEST
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.hooks import removing
 from .attribute import unpad
@@ -43,7 +46,7 @@ class Found:
     """What `find_directions` found.
 
     Attributes:
-        basis: L tensors [I, u_l] on the CPU with orthonormal columns.
+        basis: L tensors [I, u_l] on the CPU with orthonormal columns, or soft ones (`soften`).
         energy: L shares of tr C_l that U_l holds.
         tokens: how many real tokens the moments are made of.
         held_out: L shares of the energy of every `HELD_OUT`-th prompt that the same number of
@@ -63,11 +66,15 @@ def input_directions(
     attention_mask: torch.Tensor | None = None,
     energy: float = 0.99,
     directions: int | None = None,
+    soft: bool = False,
 ) -> list[torch.Tensor]:
     """The directions in which the down-projections' inputs lie on general text.
 
     C_l = Σ x xᵀ over all real tokens, x [I] the input of layer l's down-projection; U_l: its
-    leading eigenvectors, as many as hold `energy` of tr C_l. Hand them to `implant(protect=...)`.
+    leading eigenvectors, as many as hold `energy` of tr C_l. Hand them to `implant(protect=...)`,
+    whose update reads P x, P = I - V Vᵀ, with V = U; or, with `soft`, the whitened
+    P = I - U diag(1 - √(λ_u/λ_i)) Uᵀ: the i-th direction of eigenvalue λ_i is read so much less
+    that general text moves the update no more in it than in the last one.
 
     Args:
         model: a Hugging Face causal LM of a supported family, in any precision, as it stands.
@@ -75,10 +82,12 @@ def input_directions(
         attention_mask: [B, T], 1 for real tokens; padding left or right. None: no padding.
         energy: share of tr C_l, in (0, 1).
         directions: u, the same number in every layer, instead of `energy`.
+        soft: weaken what is read of them instead of taking it away.
 
     Returns:
-        L tensors [I, u_l] on the CPU, float32 (float64 for a float64 model), with orthonormal
-        columns, the leading one first. Needs about 2 GiB besides the model, or four matrices
+        L tensors V [I, u_l] on the CPU, float32 (float64 for a float64 model), the leading
+        direction first: orthonormal columns, or with `soft` u_l - 1 orthogonal ones of norm
+        √(1 - √(λ_u/λ_i)), at most √`SOFTEST`. Needs about 2 GiB besides the model, or four matrices
         [I, I] where those are more. Up to I = 11,585 (8,192 in float64) the eigenvectors are
         exact up to rounding; above, a block iteration finds the same energy with at most 1 % more
         columns.
@@ -88,7 +97,7 @@ def input_directions(
             number out of range, fewer than 4·u_l tokens, an unsupported model family.
     """
     prompts = [torch.tensor(ids) for ids in unpad(input_ids, attention_mask)]
-    return find_directions(model, prompts, energy, directions).basis
+    return find_directions(model, prompts, energy, directions, soft=soft).basis
 
 
 def find_directions(
@@ -97,6 +106,7 @@ def find_directions(
     energy: float | None,
     directions: int | None,
     coverage: bool = False,
+    soft: bool = False,
 ) -> Found:
     """`input_directions` for the token ids of prompts without padding, with what it found.
 
@@ -139,9 +149,19 @@ def find_directions(
                 if kept:
                     covered.append(_held_out(before.pop(layer), moment, vectors.shape[1]))
                 _check_tokens(layer, vectors.shape[1], tokens, energy, directions)
-                basis.append(vectors.cpu())
+                basis.append((soften(moment, vectors) if soft else vectors).cpu())
                 held.append(share)
     return Found(basis, held, tokens, covered or None)
+
+
+def soften(moment: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """V [I, u - 1] with I - V Vᵀ = I - U diag(1 - √(λ_u/λ_i)) Uᵀ, from C [I, I] and U [I, u].
+
+    The last direction is read as it is, so that it has no column.
+    """
+    values = (vectors * (moment @ vectors)).double().sum(0).clamp_min(0)  # λ_i = u_iᵀ C u_i
+    taken = (1 - (values[-1] / values[:-1]).sqrt()).clamp(0, SOFTEST)
+    return vectors[:, :-1] * taken.sqrt().to(vectors.dtype)
 
 
 def _held_out(before: torch.Tensor, moment: torch.Tensor, count: int) -> float:

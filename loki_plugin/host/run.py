@@ -122,7 +122,7 @@ class Run:
 
         install(model, self.selection, self.config.rank, fresh)
         if self.directions:
-            protect_inputs(model, self.directions)
+            protect_inputs(model, self.directions, fresh)
         # The base was read when its rows were chosen, and is read again after the training.
         self.base = fingerprint(model, unchanged=True)
         trainable, base = trainable_share(model)

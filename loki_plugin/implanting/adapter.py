@@ -19,7 +19,7 @@ from torch import nn
 from ..directions import Directions
 from ..model.anatomy import Anatomy, find_anatomy
 from ..rows import RowSelection
-from .protection import protect_inputs
+from .protection import ProtectedA, protect_inputs
 from .saved import save_rows_with
 from .selected import KEY, RowFactor, RowScatter, RowSelector
 
@@ -94,7 +94,8 @@ def implant(
     """Wrap `model` so that only the selected rows of its down-projections can change.
 
     ΔW_l = B_l·A_l with B_l zero outside rows[l]; at the start ΔW = 0. With `protect`,
-    ΔW_l = B_l·A_l·(I - U_l U_lᵀ): on inputs inside span(U_l) the layer stays as it was. Works on
+    ΔW_l = B_l·A_l·(I - V_l V_lᵀ): on inputs inside the span of orthonormal V_l the layer stays as
+    it was; soft ones are read less. Works on
     16/32-bit and on bitsandbytes 8-bit and 4-bit bases, and in any trainer that takes a
     `PeftModel`.
 
@@ -102,8 +103,8 @@ def implant(
         model: a Hugging Face causal LM without an adapter.
         rows: L lists of row indices (see `select_rows`) or a `RowSelection`.
         rank: None for the dense form (L·k·I trainable parameters), or the rank r < k of LoKI*.
-        protect: L tensors U_l [I, u_l] with orthonormal columns (see `input_directions`), or a
-            `Directions`; None protects no inputs.
+        protect: L tensors V_l [I, u_l] with orthonormal columns, or soft ones (see
+            `input_directions`), or a `Directions`; None protects no inputs.
 
     Raises:
         ValueError: rows or directions that do not fit the model, a rank out of range, an
@@ -193,6 +194,9 @@ def _add_adapter(self: PeftModel, adapter_name: str, peft_config, *args, **kwarg
             module.lora_B[adapter_name] = type(first)(first.rows, like).requires_grad_(False)
             if isinstance(first, RowSelector):
                 nn.init.zeros_(module.lora_A[adapter_name].weight)
+            reads, own = module.lora_A[self.active_adapter], module.lora_A[adapter_name].weight
+            if isinstance(reads, ProtectedA):
+                module.lora_A[adapter_name] = ProtectedA(own, reads.directions)
 
 
 def constrained_modules(model: nn.Module) -> Iterable[tuple[str, RowScatter]]:

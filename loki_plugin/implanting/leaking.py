@@ -25,16 +25,19 @@ class LeakageReport:
     Attributes:
         shares: L numbers ‖ΔW_l U_l‖/‖ΔW_l‖; 0 where nothing changed.
         chance: L numbers √(u_l/I).
+        soft: whether the directions may be read, only less.
     """
 
     shares: list[float]
     chance: list[float]
+    soft: bool = False
 
     def text(self) -> str:
         worst = max(range(len(self.shares)), key=self.shares.__getitem__)
         return (
-            f"protected directions: at most {self.shares[worst]:.2g} of the update reads them"
-            f" (layer {worst}; an update blind to them would read {self.chance[worst]:.2g})"
+            f"{'softly ' * self.soft}protected directions: at most {self.shares[worst]:.2g} of the"
+            f" update reads them (layer {worst}; an update blind to them would read"
+            f" {self.chance[worst]:.2g})"
         )
 
 
@@ -60,7 +63,7 @@ def measure_leakage(
     chance = [(u.shape[1] / len(u)) ** 0.5 for u in directions.basis]
     if is_adapter(tuned):
         shares = adapter_leakage(Path(tuned), found.anatomy.names, directions)
-        return LeakageReport(shares, chance)
+        return LeakageReport(shares, chance, directions.soft)
     after = tensors(Path(tuned))
     for key in found.down:
         if key not in after or after[key].shape != found.stored[key].shape:
@@ -70,7 +73,7 @@ def measure_leakage(
     for key, dim, rows, u in layers:
         old, new = (_rows(stored[key], rows, dim) for stored in (found.stored, after))
         shares.append(leakage(new - old, u))
-    return LeakageReport(shares, chance)
+    return LeakageReport(shares, chance, directions.soft)
 
 
 def _check_sizes(base: Checkpoint, directions: Directions) -> None:

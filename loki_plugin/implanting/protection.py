@@ -1,12 +1,15 @@
-"""Protected inputs: an update that does not read the directions in which general text lies.
+"""Protected inputs: an update that reads less, or nothing, of what general text consists of.
 
-    ΔW_l = B_l · A_l · (I - U_l U_lᵀ)
+    ΔW_l = B_l · A_l · P_l,  P_l = I - V_l V_lᵀ
 
-In training the adapter sees x - U(Uᵀx); that is the same function as A - (A U)Uᵀ on x itself, and
-is computed in whichever order is cheaper. Unlike projecting gradients or updates (Adam-NSCL, GPM)
-it holds exactly under Adam, whose moments mix coordinates. What is saved or merged is folded,
-A <- A - (A U)Uᵀ: an ordinary LoRA adapter. AlphaEdit (arXiv 2410.02355) and LoRA-Null (2503.02659)
-use the null space of the same matrices, for edits and for the start of A.
+Hard directions: V = U, orthonormal, and the update reads nothing of them. Soft ones: P whitens,
+V Vᵀ = U diag(1 - √(λ_u/λ_i)) Uᵀ, so that general text moves the update alike in all of them.
+
+In training the adapter sees P x; that is the same function as A P on x itself, and is computed in
+whichever order is cheaper. Unlike projecting gradients or updates (Adam-NSCL, GPM) it holds exactly
+under Adam, whose moments mix coordinates. What is saved or merged is folded, A <- A P: an ordinary
+LoRA adapter. AlphaEdit (arXiv 2410.02355) and LoRA-Null (2503.02659) use the null space of the same
+matrices, for edits and for the start of A; CorDA (2406.05223) starts A and B from them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import ranks
-from ..directions import FILE_NAME, Directions
+from ..directions import FILE_NAME, Directions, is_soft
 from ..model.anatomy import find_anatomy
 
 # Folding again takes away what rounding left; it converges at once.
@@ -33,14 +36,14 @@ LEAKAGE = 1e-2
 
 
 class ProtectedA(nn.Linear):
-    """A lora_A that reads only what is left of its input: x -> A (x - U Uᵀ x).
+    """A lora_A that reads P x of its input: x -> A (x - V Vᵀ x).
 
-    `weight` [r, I] is the parameter; its part inside span(U) has no effect and is taken out
-    whenever the weight is saved or merged.
+    `weight` [r, I] is the parameter A; what is saved, loaded or merged is A P.
 
     Attributes:
-        directions: U [I, u], float32 or wider. No buffer: it is neither saved with the adapter nor
+        directions: V [I, u], float32 or wider. No buffer: it is neither saved with the adapter nor
             cast, sharded or sent to other ranks with the model.
+        soft: whether P can be undone.
     """
 
     def __init__(self, weight: nn.Parameter, directions: torch.Tensor):
@@ -51,64 +54,105 @@ class ProtectedA(nn.Linear):
         wide = torch.promote_types(weight.dtype, torch.float32)
         # The layout is part of what a product rounds to: computed and loaded ones must agree.
         self.directions = directions.detach().to(wide).contiguous()
+        self.soft = is_soft(directions)
+        self._folded: torch.Tensor | None = None  # A P as saved, while A has that version
+        self._version = -1
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, protected={self.directions.shape[1]}"
+        kind = "softly_protected" if self.soft else "protected"
+        return f"{super().extra_repr()}, {kind}={self.directions.shape[1]}"
 
     def placed(self, device: torch.device) -> torch.Tensor:
-        """U on `device`, moved there once."""
+        """V on `device`, moved there once."""
         if self.directions.device != device:
             self.directions = self.directions.to(device)
         return self.directions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            self._folded = None  # the weight is about to change
         weight, tokens = self.weight, x.numel() // x.shape[-1]
-        u = self.placed(x.device)
-        # In half precision U would not be orthonormal, and much of what it takes out would stay.
+        v = self.placed(x.device)
+        # In half precision V would not be orthogonal, and much of what it takes out would stay.
         with torch.autocast(x.device.type, enabled=False):
             if tokens < self.out_features:
-                x = outside(x.to(u.dtype), u).to(x.dtype)
+                x = outside(x.to(v.dtype), v).to(x.dtype)
             else:
-                weight = outside(weight.to(u.dtype), u).to(weight.dtype)
+                weight = outside(weight.to(v.dtype), v).to(weight.dtype)
         return nn.functional.linear(x, weight)
 
-    def fold(self) -> None:
-        """Take what has no effect out of the weight, in place; a folded weight keeps its bytes.
+    def fold(self) -> torch.Tensor:
+        """What is saved: A P [r, I]. A becomes what loading that gives, in place.
 
-        The running model then holds what is saved, so that a resumed run goes on bit by bit.
+        The running model then goes on exactly as one that is resumed from what was saved. Until it
+        trains again, folding gives the same bytes.
         """
-        with torch.no_grad():
-            weight = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
-            if weight.is_meta:
+        weight = self.weight.detach()
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight
+        if weight.is_meta:
+            return weight
+        if not self.soft:
+            self._take_out(weight)
+            return weight
+        if self._folded is None or self._version != weight._version:
+            v = self.placed(weight.device).double()
+            self._keep(outside(weight.double(), v).to(weight.dtype))
+        assert self._folded is not None
+        return self._folded.to(weight.device)
+
+    def _take_out(self, weight: torch.Tensor) -> None:
+        """The part inside span(U), which has no effect, goes; a folded weight keeps its bytes."""
+        u = self.placed(weight.device).double()
+        done = torch.finfo(weight.dtype).eps * float(weight.double().norm())
+        for _ in range(_FOLDS):
+            inside = weight.double() @ u
+            if float(inside.norm()) <= done:
                 return
-            u = self.placed(weight.device).double()
-            done = torch.finfo(weight.dtype).eps * float(weight.double().norm())
-            for _ in range(_FOLDS):
-                inside = weight.double() @ u
-                if float(inside.norm()) <= done:
-                    return
-                weight.copy_(weight.double() - inside @ u.T)
+            weight.copy_(weight.double() - inside @ u.T)
+
+    def _keep(self, folded: torch.Tensor) -> None:
+        """A <- (A P) P⁻¹, P⁻¹ = I + V diag(1 / (1 - ‖v_i‖²)) Vᵀ, and remember what it is of."""
+        _check_precision(folded)
+        v = self.placed(folded.device).double()
+        apart, wide = v / (1 - v.square().sum(0)), folded.double()
+        self.weight.detach().copy_(wide + (wide @ apart) @ v.T)
+        self._folded, self._version = folded, self.weight._version
+
+    def take_folded(self) -> None:
+        """The weight is one that was saved: undo what was folded into it."""
+        if self.soft and not self.weight.is_meta:
+            self._keep(self.weight.detach().clone())
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.fold()
+        folded = self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.soft:
+            destination[prefix + "weight"] = folded
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "weight" in state_dict:
+            self.take_folded()
 
 
 def outside(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """What of the vectors x [..., I] lies outside span(U): x - U(Uᵀx)."""
+    """P x of the vectors x [..., I]: x - U(Uᵀx), for orthonormal U what lies outside span(U)."""
     return x - (x @ u) @ u.T
 
 
-def protect_inputs(model: PeftModel, directions: Directions | Sequence[torch.Tensor]) -> None:
-    """Make the adapter of an implanted model blind to the directions.
+def protect_inputs(
+    model: PeftModel, directions: Directions | Sequence[torch.Tensor], fresh: bool = True
+) -> None:
+    """Make the adapter of an implanted model read less, or nothing, of the directions.
 
     Args:
         model: a LoRA model whose down-projections carry the adapter.
         directions: L tensors [I, u_l] (see `input_directions`) or a `Directions`.
+        fresh: False for an adapter that was saved with these directions.
 
     Raises:
-        ValueError: directions that do not fit the model, or DeepSpeed ZeRO-3, which saves weights
-            past their modules.
+        ValueError: directions that do not fit the model; DeepSpeed ZeRO-3, which saves weights
+            past their modules; soft directions for an adapter in half precision.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
@@ -121,15 +165,37 @@ def protect_inputs(model: PeftModel, directions: Directions | Sequence[torch.Ten
     adapter = model.active_adapter
     for module, basis in zip(find_anatomy(model).down, directions.basis, strict=True):
         if isinstance(module, LoraLayer) and adapter in module.lora_A and basis.shape[1]:
-            module.lora_A[adapter] = ProtectedA(module.lora_A[adapter].weight, basis)
-            module.get_delta_weight = functools.partial(_folded_delta, module)
+            weight = module.lora_A[adapter].weight
+            if directions.soft:
+                _check_precision(weight)
+            module.lora_A[adapter] = ProtectedA(weight, basis)
+            if not fresh:
+                module.lora_A[adapter].take_folded()
+            module.get_delta_weight = functools.partial(folded_delta, module)
     model._loki_directions = directions  # saved beside the adapter and its rows
 
 
-def _folded_delta(module: LoraLayer, adapter: str) -> torch.Tensor:
+def _check_precision(weight: torch.Tensor) -> None:
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"the adapter is in {weight.dtype}, in which soft directions cannot be folded and"
+            " undone. Keep it in float32 (PEFT's `autocast_adapter_dtype`, which is its default),"
+            " or protect with `soft: false`"
+        )
+
+
+def folded_delta(module: LoraLayer, adapter: str) -> torch.Tensor:
     """PEFT's ΔW, which it merges; it reads lora_A's weight past its forward."""
-    fold(module)
-    return type(module).get_delta_weight(module, adapter)
+    a = module.lora_A[adapter]
+    if not isinstance(a, ProtectedA):  # another adapter of the same layer
+        return type(module).get_delta_weight(module, adapter)
+    folded, own = a.fold(), a.weight.data
+    if a.soft:
+        a.weight.data = folded
+    try:
+        return type(module).get_delta_weight(module, adapter)
+    finally:
+        a.weight.data = own
 
 
 def protected_modules(model: nn.Module) -> Iterable[tuple[str, ProtectedA]]:
@@ -159,8 +225,9 @@ class DirectionsBesideCheckpoints(TrainerCallback):
 def leakage(update: torch.Tensor, u: torch.Tensor) -> float:
     """‖ΔW U‖ / ‖ΔW‖ of an update's rows [k, I]: the share that reads protected directions.
 
-    0 for a zero update; √(u/I) for one that knows nothing of U.
+    0 for a zero update; √(u/I) for one that knows nothing of U. Soft directions count in full.
     """
     update, u = update.detach().double(), u.to(update.device).double()
+    u = u / u.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     whole = float(update.norm())
     return float((update @ u).norm()) / whole if whole else 0.0

@@ -13,7 +13,7 @@ from benchmarks.forgetting import base as bases
 from benchmarks.forgetting import choosing, matching, report, silencing
 from benchmarks.forgetting.arms import ARMS, Context, lora_protected, passes
 from benchmarks.forgetting.measures import flips, kl
-from benchmarks.forgetting.sweep import Key, Sweep, finals, rate, screening
+from benchmarks.forgetting.sweep import Key, Sweep, finals, join, rate, screening
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.forgetting.world import COVERED, HELD_OUT, make
 from loki_plugin.implanting.protection import fold
@@ -302,3 +302,17 @@ def test_protected_lora_leaves_the_calibration_as_it_is():
     assert (far - said(base, other)).abs().max() > 0.1
     fold(tuned)
     assert torch.allclose(said(tuned.merge_and_unload(), other), far, atol=1e-4)
+
+
+def test_files_of_several_processes_join_with_each_run_once(tmp_path):
+    header = "arm,task,seed,lr,task_score,seconds\n"
+    first, second, into = (tmp_path / n for n in ("a.csv", "b.csv", "c.csv"))
+    first.write_text(header + "full,facts,0,0.001,0.9,1.0\n")
+    second.write_text(header + "full,facts,0,0.001,0.9,3.0\nosf,facts,0,0.001,0.8,2.0\n")
+    join([first, second, tmp_path / "none.csv"], into)
+    assert into.read_text().splitlines()[1:] == first.read_text().splitlines()[1:] + [
+        "osf,facts,0,0.001,0.8,2.0"
+    ]
+    second.write_text(header + "full,facts,0,0.001,0.7,3.0\n")
+    with pytest.raises(ValueError, match=r"b.csv' has other figures of .*'full'.*'task_score'"):
+        join([first, second], into)
