@@ -16,7 +16,6 @@ from benchmarks.forgetting.measures import flips, kl
 from benchmarks.forgetting.sweep import Key, Sweep, finals, join, rate, screening
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.forgetting.world import COVERED, HELD_OUT, make
-from loki_plugin.implanting.protection import fold
 
 
 def test_the_world_and_its_tasks_are_the_same_every_time_and_follow_the_seed():
@@ -300,7 +299,6 @@ def test_protected_lora_leaves_the_calibration_as_it_is():
         assert torch.allclose(said(tuned, ids), said(base, ids), atol=1e-3)
     far = said(tuned, other)
     assert (far - said(base, other)).abs().max() > 0.1
-    fold(tuned)
     assert torch.allclose(said(tuned.merge_and_unload(), other), far, atol=1e-4)
 
 
