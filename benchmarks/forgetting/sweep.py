@@ -23,7 +23,7 @@ AMOUNT = {
     "ci": (12, 60, 120),
     "brief": (40, 50, 300),
     "small": (60, 150, 450),
-    "reported": (60, 100, 300),
+    "reported": (40, 50, 200),
 }
 FILES = {s: f"forgetting_{s}.csv" for s in ("screen", "final", "reported")}
 ROWS, WIDTH = 8, 96
