@@ -112,7 +112,6 @@ class ProtectedA(nn.Linear):
 
     def _keep(self, folded: torch.Tensor) -> None:
         """A <- (A P) P⁻¹, P⁻¹ = I + V diag(1 / (1 - ‖v_i‖²)) Vᵀ, and remember what it is of."""
-        _check_precision(folded)
         v = self.placed(folded.device).double()
         apart, wide = v / (1 - v.square().sum(0)), folded.double()
         self.weight.detach().copy_(wide + (wide @ apart) @ v.T)
@@ -151,8 +150,8 @@ def protect_inputs(
         fresh: False for an adapter that was saved with these directions.
 
     Raises:
-        ValueError: directions that do not fit the model; DeepSpeed ZeRO-3, which saves weights
-            past their modules; soft directions for an adapter in half precision.
+        ValueError: directions that do not fit the model, or DeepSpeed ZeRO-3, which saves weights
+            past their modules.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
@@ -166,22 +165,11 @@ def protect_inputs(
     for module, basis in zip(find_anatomy(model).down, directions.basis, strict=True):
         if isinstance(module, LoraLayer) and adapter in module.lora_A and basis.shape[1]:
             weight = module.lora_A[adapter].weight
-            if directions.soft:
-                _check_precision(weight)
             module.lora_A[adapter] = ProtectedA(weight, basis)
             if not fresh:
                 module.lora_A[adapter].take_folded()
             module.get_delta_weight = functools.partial(folded_delta, module)
     model._loki_directions = directions  # saved beside the adapter and its rows
-
-
-def _check_precision(weight: torch.Tensor) -> None:
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"the adapter is in {weight.dtype}, in which soft directions cannot be folded and"
-            " undone. Keep it in float32 (PEFT's `autocast_adapter_dtype`, which is its default),"
-            " or protect with `soft: false`"
-        )
 
 
 def folded_delta(module: LoraLayer, adapter: str) -> torch.Tensor:
