@@ -87,6 +87,16 @@ def run_json(*arguments):
     return done.exit_code, json.loads(done.stdout)
 
 
+def _directions(folder):
+    import torch
+
+    from loki_plugin.directions import Directions
+
+    basis = [torch.linalg.qr(torch.randn(20, 2))[0] for _ in range(3)]
+    made = {"energy": [0.9] * 3, "held_out": [0.8, 0.7, 0.9], "tokens": 50}
+    return Directions(basis, made=made).save(folder / "directions.safetensors")
+
+
 def test_json_of_the_commands_that_read_an_analysis(analysed, tmp_path):
     cache, rows = ("--dir", analysed / "cache"), tmp_path / "rows.json"
     code, listed = run_json("cache", "list", *cache)
@@ -98,6 +108,10 @@ def test_json_of_the_commands_that_read_an_analysis(analysed, tmp_path):
     _, stable = run_json("stability", *cache, "--quota", "20", "--rounds", "2")
     assert 0 < stable["overlap"] <= 1 and len(stable["overlap_per_layer"]) == 3
     assert stable["overlap_by_prompts"]["4"] == pytest.approx(stable["overlap"])
+    files = ("--directions", _directions(tmp_path))
+    _, covered = run_json("stability", *cache, "--quota", "20", "--rounds", "2", *files)
+    assert covered["protection"]["directions_per_layer"] == [2, 2, 2]
+    assert covered["protection"]["energy_of_held_out_prompts_per_layer"] == [0.8, 0.7, 0.9]
     options = ("--quotas", "10", "--prompts", analysed / "prompts.jsonl", "--device", "cpu")
     _, silenced = run_json("suppress", analysed / "base", *cache, *options)
     assert silenced["prompts"] == 4 and len(silenced["suppressed"]) == 5

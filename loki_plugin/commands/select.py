@@ -10,12 +10,18 @@ from .shared import Answer, Command, Source, load_rows, scores_options
 
 @click.command(
     cls=Command,
-    example="loki stability --quota 10\nloki stability scores.h5 --quota 20 --plot stability.png",
+    example="loki stability --quota 10\nloki stability scores.h5 --quota 20 --plot stability.png\n"
+    "loki stability --directions outputs/loki/loki_directions.safetensors",
 )
 @scores_options
 @click.option("--rounds", default=10, show_default=True, help="resamples")
 @click.option("--plot", type=click.Path(dir_okay=False), help="draw the figure into this file")
-def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot):
+@click.option(
+    "--directions",
+    type=click.Path(exists=True, dir_okay=False),
+    help="a loki_directions.safetensors: also say what it covers of prompts that were kept back",
+)
+def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot, directions):
     """Say whether the calibration was enough: would other prompts choose the same rows?
 
     SCORES is an analysis of `loki cache list` (default: the newest) or the authors' HDF5 file.
@@ -42,6 +48,13 @@ def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot)
         "overlap_of_halves": float(found.halves.mean()),
         "overlap_by_chance": found.chance,
     }
+    if directions:
+        from ..directions import Directions
+        from ..protecting import describe, report
+
+        protected = Directions.load(directions)
+        told += f"\n{describe(protected)}"
+        facts["protection"] = report(protected)
     return Answer(told, facts)
 
 

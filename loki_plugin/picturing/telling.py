@@ -167,8 +167,27 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
         ("Form", form),
         ("Calibration", prompts),
         ("Attribution", analysis),
-        ("Protected inputs", "yes" if protection else None),
+        ("Protected inputs", _protected(protection) if protection else None),
     ]
+
+
+def _protected(found: dict[str, Any]) -> str:
+    """What the directions cover: how many, energy, tokens, prompts kept back, leakage."""
+    counts = found["directions_per_layer"]
+    told = f"{min(counts)} to {max(counts)} directions per layer"
+    told += ", read in inverse proportion to their use" if found.get("soft") else ", not read"
+    if found.get("energy_per_layer"):
+        told += f"; at least {_percent(min(found['energy_per_layer']))} of the energy of"
+        told += f" {found['tokens']:,} tokens"
+    kept_back = found.get("energy_of_held_out_prompts_per_layer")
+    if kept_back:
+        told += f", {_percent(min(kept_back))} of that of prompts kept back"
+    leakage = found.get("leakage_per_layer")
+    return told + (f"; at most {max(leakage):.2g} of the update reads them" if leakage else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _forgot(report: Report) -> list[tuple[str, Any]]:

@@ -116,7 +116,10 @@ def test_the_page_fetches_nothing_and_forbids_it(run):
 
 def test_the_page_says_what_the_report_says(run):
     folder, selection = run
-    put(folder, report_of(selection))
+    protection = {"directions_per_layer": [4, 5, 4], "soft": True, "tokens": 1234}
+    protection |= {"energy_per_layer": [0.991, 0.99, 0.99], "leakage_per_layer": [0.1, 0.025, 0]}
+    protection["energy_of_held_out_prompts_per_layer"] = [0.97, 0.981, 0.96]
+    put(folder, report_of(selection, protection=protection))
     found = numbers.gather(selection, folder.parent / "cache", HISTORY)
     text = " ".join(Reader(write_page(folder, found)[0].read_text(encoding="utf-8")).text)
     for said in (
@@ -133,6 +136,8 @@ def test_the_page_says_what_the_report_says(run):
         "every byte",
         "calibration.source",
         "loki_plugin 0.2.0",
+        "4 to 5 directions per layer, read in inverse proportion to their use; at least 99.0 % of"
+        " the energy of 1,234 tokens, 96.0 % of that of prompts kept back; at most 0.1 of the",
     ):
         assert said in text
     assert "axolotl loki merge" not in text  # no adapter is there to merge
