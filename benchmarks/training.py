@@ -37,6 +37,7 @@ from loki_plugin.selecting.select import quota_to_count
 AUTHORS = "a63aec3:src/loki/core/loki_linear.py"
 MLP = ["gate_proj", "up_proj", "down_proj"]
 DENSE, LOW_RANK = "LoKI dense", "LoKI* r = 16"
+PROTECTED = "LoKI dense, an eighth of the input directions protected"
 ALL, EQUAL = "(a) LoRA r = 16, all linears", "(b) LoRA, MLP, equal trainable parameters"
 SPLIT, FULL = "(c) the authors' split linear", "(d) full down-projections"
 
@@ -51,6 +52,13 @@ def methods(options) -> dict[str, Callable[[nn.Module], nn.Module]]:
     ]
     # r (2 (H + I) + (I + H)) = k I
     equal = round(k * options.intermediate / (3 * (options.hidden + options.intermediate)))
+
+    # Hard and soft directions cost the same; which ones they are does not matter here.
+    inputs = options.intermediate
+    directions = [
+        torch.linalg.qr(torch.randn(inputs, inputs // 8, generator=draw))[0]
+        for _ in range(options.layers)
+    ]
 
     def lora(r, targets):
         return lambda m: get_peft_model(m, LoraConfig(r=r, lora_alpha=r, target_modules=targets))
@@ -69,6 +77,7 @@ def methods(options) -> dict[str, Callable[[nn.Module], nn.Module]]:
 
     found = {
         DENSE: lambda m: implant(m, rows),
+        PROTECTED: lambda m: implant(m, rows, protect=directions),
         LOW_RANK: lambda m: implant(m, rows, rank=16),
         ALL: lora(16, "all-linear"),
         EQUAL: lora(equal, MLP),
