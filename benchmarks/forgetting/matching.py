@@ -69,6 +69,7 @@ TRIED = {
         "random_soft99_q90": "soft inputs, 0.99, 90 % of the rows, random",
         "loki_soft99_anchor_q30": "soft inputs, 0.99, anchor",
         "loki_soft99_anchor_q90": "soft inputs, 0.99, 90 % of the rows, anchor",
+        "loki_soft99_text_q30": "soft inputs, 0.99, with plain text",
         "loki_soft99_lowrank": "soft inputs, 0.99, rank 16",
         "lora_soft99": "soft inputs, 0.99, of LoRA r16 on all linears",
         "loki_anchor_q30": "anchor, weight 1",
