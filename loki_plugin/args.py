@@ -44,6 +44,7 @@ def _not_bool(value):
 
 
 Count = Annotated[int, BeforeValidator(_not_bool)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
 
 
 class CalibrationArgs(_Block):
@@ -92,7 +93,7 @@ class AttributionArgs(_Block):
 class ProtectArgs(_Block):
     """What keeps the update away from what the model does on general text."""
 
-    inputs: float | None = Field(
+    inputs: Number | None = Field(
         None,
         gt=0,
         lt=1,
@@ -107,8 +108,11 @@ class ProtectArgs(_Block):
         description="the update reads those directions in inverse proportion to what general text"
         " uses of them, instead of not at all",
     )
-    anchor: float = Field(
-        0.0, ge=0, description="weight of KL(base || tuned) on calibration prompts in every step"
+    anchor: Number = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of KL(base || tuned) on calibration prompts in every step",
     )
     anchor_batch: Count = Field(4, ge=1, description="prompts per step and rank for the anchor")
     text: str | None = Field(
@@ -167,13 +171,15 @@ class LokiConfig(_Block):
     cache_dir: str | None = Field(
         None, description="where score logs are kept; null = the platform's user cache folder"
     )
-    cache_limit: float | None = Field(
+    cache_limit: Number | None = Field(
         20.0,
         gt=0,
-        description="gigabytes of scores that are kept; the analyses used longest ago are dropped"
-        " first; null = no limit",
+        description="gigabytes of scores and protected directions that are kept; those used longest"
+        " ago are dropped first; null = no limit",
     )
-    lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the rows")
+    lr_scale: Number = Field(
+        1.0, gt=0, allow_inf_nan=False, description="factor on the learning rate of the rows"
+    )
     report: bool = Field(True, description="write loki_report.json into output_dir")
     form: Literal["dense", "low-rank"] | None = Field(
         None,

@@ -20,6 +20,7 @@ from .analysing.pace import Pace, duration, why_elsewhere
 from .analysing.scores.cache import cache_folder, open_log, prune
 from .analysing.scores.log import ScoreLog, fill
 from .args import AttributionArgs, LokiConfig
+from .implanting.adapter import check_rank
 from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
@@ -69,7 +70,9 @@ def _choose(
 ) -> RowSelection | None:
     with _together(workers):
         anatomy = find_anatomy(model)
-        quota_to_count(config.quota, anatomy.hidden_size)
+        count = quota_to_count(config.quota, anatomy.hidden_size)
+        if not config.strategy.startswith("global"):  # there the fullest layer is still to be found
+            check_rank(config.rank, count)
         excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records

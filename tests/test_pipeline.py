@@ -157,6 +157,8 @@ def test_the_hand_over_says_how_it_was_made(tokenizer, source, tmp_path):
 def test_faults_are_found_before_the_first_prompt(tokenizer, source, tmp_path, analysed):
     with pytest.raises(ValueError, match="quota 0.5 % of 48 rows is no row at all"):
         choose_rows(model(), tokenizer, configure(source, tmp_path, quota=0.5))
+    with pytest.raises(ValueError, match="rank = 9, but 9 rows train per layer"):
+        choose_rows(model(), tokenizer, configure(source, tmp_path, rank=9))
     wrong = str(RowSelection([[1], [2]], 48).save(tmp_path / "wrong.json"))
     with pytest.raises(ValueError, match="2 layers x 48 rows, this model has 3 x 48"):
         choose_rows(model(), tokenizer, configure(source, tmp_path, exclude=[wrong]))

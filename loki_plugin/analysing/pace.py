@@ -61,7 +61,9 @@ def gpu_is_there() -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 0.8 s, 95 s, 12 min, 3.5 h."""
+    """Seconds as a reader says them: 4 ms, 0.8 s, 95 s, 12 min, 3.5 h."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms" if seconds >= 5e-4 else "under 1 ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -58,19 +58,24 @@ def estimate_command(config: Path, card: int):
 
 def _counts(given: dict[str, Any], block, model, anatomy, assumed: list[str]) -> list[int]:
     """Rows of every layer that train."""
+    from ..implanting.adapter import check_rank
     from ..rows import FILE_NAME, RowSelection
     from ..selecting.select import quota_to_count
 
     earlier = given.get("lora_model_dir")
     file = block.rows or (Path(earlier) / FILE_NAME if earlier else None)
     if file:
-        return RowSelection.load(file).check(model).counts
+        counts = RowSelection.load(file).check(model).counts
+        check_rank(block.rank, max(counts))
+        return counts
     layers, hidden = anatomy.num_layers, anatomy.hidden_size
     if block.strategy.startswith("global"):
         total = quota_to_count(block.quota, layers * hidden)
         assumed.append(f"strategy {block.strategy}: its rows are taken as spread evenly")
         return [total * (i + 1) // layers - total * i // layers for i in range(layers)]
-    return [quota_to_count(block.quota, hidden)] * layers
+    count = quota_to_count(block.quota, hidden)
+    check_rank(block.rank, count)
+    return [count] * layers
 
 
 def _lengths(given: dict[str, Any], block, where: dict[str, Any], assumed: list[str]) -> list[int]:

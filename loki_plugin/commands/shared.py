@@ -77,10 +77,13 @@ def read_run(config: Path) -> dict[str, Any]:
 
     try:
         run = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"'{config}' is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{config}' is not YAML in UTF-8: {error}") from error
     if not isinstance(run, dict) or not run.get("base_model"):
         raise ValueError(f"'{config}' is no Axolotl configuration: it has no base_model")
+    for key in ("base_model", "output_dir"):
+        if not isinstance(run.get(key) or "", str):
+            raise ValueError(f"'{config}': {key} must be a text, got {run[key]!r}")
     return run
 
 

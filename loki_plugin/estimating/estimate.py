@@ -149,7 +149,7 @@ class Estimator:
         if run.stored.bits:
             sizes = map(linear_sizes, quantised_linears(self.model))
             whole = passes * sum(s[0] * s[1] for s in sizes if s)
-        return {card.name: round(card.seconds(flops, whole), 3) for card in CARDS}
+        return {card.name: round(card.seconds(flops, whole), 6) for card in CARDS}
 
     def facts(self, run: Planned, card: int) -> dict[str, Any]:
         """All figures, for `--json`."""

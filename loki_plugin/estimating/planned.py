@@ -18,7 +18,6 @@ class Planned:
         stored: how the base is loaded.
         sequences, length: of one micro batch.
         micro_batches: of one optimizer step.
-        steps: optimizer steps, or None where the data decide.
         adapter_dtype: of the trained weights.
         logits: whether the loss makes them; fused losses do not.
     """
@@ -27,7 +26,6 @@ class Planned:
     sequences: int
     length: int
     micro_batches: int
-    steps: int | None
     checkpointing: bool
     optimizer: str
     adapter_dtype: torch.dtype

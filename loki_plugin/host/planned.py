@@ -18,7 +18,7 @@ def planned(run: Mapping[str, Any]) -> Planned:
     """Read the YAML's keys; what is not given is as Axolotl has it.
 
     Raises:
-        ValueError: a size that is no positive whole number.
+        ValueError: a size that is no positive whole number, or a block that is none.
     """
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
@@ -32,11 +32,17 @@ def planned(run: Mapping[str, Any]) -> Planned:
             raise ValueError(f"{key} = {number!r}, expected a whole number of at least 1")
         return number
 
-    half = torch.bfloat16 if run.get("bf16") or run.get("bfloat16") else None
+    # "auto" is Axolotl's default: bf16 on every card that we name, unless fp16 is asked for.
+    bf16 = run.get("bf16", AxolotlInputConfig.model_fields["bf16"].default)
+    bf16 = not run.get("fp16") if bf16 == "auto" else bf16
+    half = torch.bfloat16 if bf16 or run.get("bfloat16") else None
     if half is None and any(run.get(key) for key in ("fp16", "float16", "load_in_8bit")):
         half = torch.float16
     dtype = half or torch.float32
-    nested = (run.get("bnb_config_kwargs") or {}).get("bnb_4bit_use_double_quant", True)
+    more = run.get("bnb_config_kwargs") or {}
+    if not isinstance(more, dict):
+        raise ValueError(f"`bnb_config_kwargs:` must be a block of settings, got {more!r}")
+    nested = more.get("bnb_4bit_use_double_quant", True)
     bits = 4 if run.get("load_in_4bit") else 8 if run.get("load_in_8bit") else 0
     kept = run.get("peft_autocast_adapter_dtype") is False
     optimizer = value("optimizer")
@@ -45,7 +51,6 @@ def planned(run: Mapping[str, Any]) -> Planned:
         sequences=size("micro_batch_size"),
         length=size("sequence_len"),
         micro_batches=size("gradient_accumulation_steps"),
-        steps=run.get("max_steps"),
         checkpointing=bool(value("gradient_checkpointing")),
         optimizer=getattr(optimizer, "value", optimizer),
         adapter_dtype=dtype if kept else torch.float32,

@@ -160,9 +160,9 @@ def _refuse(cfg, config: LokiConfig) -> None:
     modules = cfg.get("lora_modules_to_save")
     if modules and not (_adds_tokens(cfg) and set(modules) <= set(EMBEDDINGS)):
         faults.append("  lora_modules_to_save: it trains whole modules")
-    if (cfg.get("peft") or {}).get("loftq_config"):
+    if _block(cfg, "peft").get("loftq_config"):
         faults.append("  peft.loftq_config: LoKI's update starts at zero")
-    if (cfg.get("tensor_parallel_size") or 1) > 1:
+    if str(cfg.get("tensor_parallel_size") or 1) != "1":
         faults.append("  tensor_parallel_size: it spreads the rows of a layer over the GPUs")
     if cfg.get("optimizer") == "polora":
         faults.append("  optimizer: polora works on pairs of A and B, and LoKI has no such pairs")
@@ -181,6 +181,13 @@ def _refuse(cfg, config: LokiConfig) -> None:
         )
 
 
+def _block(cfg, key: str) -> dict[str, Any]:
+    found = cfg.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"`{key}:` must be a block of settings, got {found!r}")
+    return found
+
+
 def _adds_tokens(cfg) -> bool:
     return bool(cfg.get("tokens") or cfg.get("special_tokens"))
 
@@ -195,6 +202,8 @@ def _deepspeed_faults(deepspeed, config: LokiConfig) -> list[str]:
         except ValueError as error:
             return [f"  deepspeed: '{deepspeed}' is not JSON: {error}"]
     deepspeed = deepspeed or {}
+    if not isinstance(deepspeed, dict):
+        return [f"  deepspeed: {deepspeed!r} is no configuration; give one, or the file of one"]
     faults = zero_faults(deepspeed)
     if deepspeed.get("optimizer"):
         faults.append(
@@ -217,10 +226,10 @@ def _adapter(cfg, config: LokiConfig) -> tuple[str, int | None]:
             " `lora`/`qlora` with `lora_r` for the low-rank form"
         )
     if given in ("lora", "qlora") and config.form is None:
-        r = cfg.get("lora_r")
+        r = _rank(cfg.get("lora_r"))
         if rank is not None and r is not None and r != rank:
             raise ValueError(f"lora_r = {r} and loki.rank = {rank} disagree; give one of them")
-        rank = rank if r is None else int(r)
+        rank = rank if r is None else r
         if rank is None:
             raise ValueError(
                 f"adapter: {given} with plugins: [loki] is the low-rank form and needs `lora_r`;"
@@ -229,3 +238,11 @@ def _adapter(cfg, config: LokiConfig) -> tuple[str, int | None]:
     if given == "qlora":
         return given, rank
     return ("qlora" if cfg.get("load_in_4bit") else "lora"), rank
+
+
+def _rank(given) -> int | None:
+    if given is None:
+        return None
+    if not str(given).isdecimal() or int(str(given)) < 1:  # "8" is 8, as for Axolotl
+        raise ValueError(f"lora_r = {given!r}, expected a whole number of at least 1")
+    return int(str(given))

@@ -24,20 +24,28 @@ from .saved import save_rows_with
 from .selected import KEY, RowFactor, RowScatter, RowSelector
 
 
+def check_rank(rank: int | None, fullest: int) -> None:
+    """Check a rank against the rows of the fullest layer.
+
+    Raises:
+        ValueError: rank < 1 or rank >= the rows.
+    """
+    if rank is not None and not 1 <= rank < fullest:
+        raise ValueError(
+            f"rank = {rank}, but {fullest} rows train per layer; a low-rank update needs"
+            f" 1 <= rank < {fullest}. Leave `rank` out for the dense form"
+        )
+
+
 def lora_settings(anatomy: Anatomy, model: nn.Module, counts: list[int], rank: int | None) -> dict:
     """The `LoraConfig` fields that carry a selection with `counts` rows per layer.
 
     Scaling is 1 in every layer (alpha = r). Layers without rows are not targeted.
 
     Raises:
-        ValueError: rank < 1 or rank >= the rows of the fullest layer.
+        ValueError: as `check_rank`.
     """
-    fullest = max(counts)
-    if rank is not None and not 1 <= rank < fullest:
-        raise ValueError(
-            f"rank = {rank}, but {fullest} rows train per layer; a low-rank update needs"
-            f" 1 <= rank < {fullest}. Leave `rank` out for the dense form"
-        )
+    check_rank(rank, max(counts))
     used = [name for name, count in zip(anatomy.names, counts, strict=True) if count]
     ranks = {n: rank or c for n, c in zip(anatomy.names, counts, strict=True) if c}
     common = Counter(ranks.values()).most_common(1)[0][0]

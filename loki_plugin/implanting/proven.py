@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ..rows import RowSelection, union
 from .adapters import Adapter
 from .checkpoint import Base
 from .dequantised import write_dequantised
-from .merge import MergeReport, merge_adapters
+from .merge import MergeReport, check_output, merge_adapters, removing
 from .verify import VerifyReport, verify
 
 LOG = logging.getLogger("loki_plugin")
@@ -41,17 +42,20 @@ def merge_run(
             written to `output`-base and stands for the base in the proof.
 
     Raises:
-        ValueError: what cannot be merged; nothing stands at `output` then.
+        ValueError: what cannot be merged; nothing stands at `output` or beside it then.
         NotProven: the merged model is not to be used.
     """
     base, parts = Base.of_run(run), [Adapter.load(folder) for folder in adapters]
-    if onto == DEQUANTISED:
-        base = _dequantised(base, [p.selection for p in parts], output)
-    LOG.info(
-        "loki: merging %s shard by shard; frozen rows keep their bytes",
-        " and ".join(str(p.folder) for p in parts),
-    )
-    merged = merge_adapters(base, parts, output, sum_overlaps)
+    with ExitStack() as unless_merged:
+        if onto == DEQUANTISED:
+            check_output(output, base)  # before the long way to what would be merged into it
+            base = _dequantised(base, [p.selection for p in parts], output)
+            unless_merged.enter_context(removing(Path(base.name)))
+        LOG.info(
+            "loki: merging %s shard by shard; frozen rows keep their bytes",
+            " and ".join(str(p.folder) for p in parts),
+        )
+        merged = merge_adapters(base, parts, output, sum_overlaps)
     for line in merged.text().splitlines():
         LOG.info("loki: %s", line)
     proof = verify(base, output, union([p.selection for p in parts]))

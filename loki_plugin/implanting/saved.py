@@ -59,7 +59,7 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
 def _withdraw_report(folder: Path) -> None:
     """The report of an adapter that is overwritten now must not vouch for the new one."""
     report = folder / REPORT_NAME
-    if report.is_file() and '"verified": true' in report.read_text(encoding="utf-8"):
+    if report.is_file() and b'"verified": true' in report.read_bytes():
         report.unlink()
 
 

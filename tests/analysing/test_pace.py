@@ -49,8 +49,9 @@ def test_why_another_place_is_better(monkeypatch, device, sharded, gpu, why):
 
 
 def test_durations_are_read_at_a_glance():
-    said = [duration(s) for s in (0.84, 9.9, 59.6, 119, 130, 7100, 9000)]
-    assert said == ["0.8 s", "9.9 s", "60 s", "119 s", "2 min", "118 min", "2.5 h"]
+    said = [duration(s) for s in (0.0, 4e-4, 6e-4, 0.04, 0.84, 9.9, 59.6, 119, 130, 7100, 9000)]
+    assert said[:4] == ["under 1 ms", "under 1 ms", "1 ms", "40 ms"]
+    assert said[4:] == ["0.8 s", "9.9 s", "60 s", "119 s", "2 min", "118 min", "2.5 h"]
 
 
 def test_every_batch_is_told_as_it_is_done():

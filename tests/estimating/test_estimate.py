@@ -194,6 +194,46 @@ def test_a_fused_loss_makes_no_logits_and_what_is_left_out_is_said(big, tmp_path
     ]  # fmt: skip
 
 
+def test_without_bf16_in_the_yaml_axolotl_takes_it_on_a_card_that_has_it(big, tmp_path):
+    said = asked(big, tmp_path, "--json")["training"]
+    unsaid = {k: v for k, v in big.items() if k != "bf16"}
+    for same in (unsaid, unsaid | {"bf16": "auto"}, unsaid | {"fp16": True}):
+        assert asked(same, tmp_path, "--json")["training"]["weights_bytes"] == said["weights_bytes"]
+    for wide in (big | {"bf16": False}, big | {"bf16": None}):
+        found = asked(wide, tmp_path, "--json", "--card", "80")["training"]
+        assert found["weights_bytes"] > 1.9 * said["weights_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft": "x"}, "`peft:` must be a block of settings, got 'x'"),
+        ({"bnb_config_kwargs": "x"}, "`bnb_config_kwargs:` must be a block of settings, got 'x'"),
+        ({"deepspeed": [1]}, "deepspeed: [1] is no configuration"),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size: it spreads the rows"),
+        ({"base_model": 7}, "base_model must be a text, got 7"),
+        ({"output_dir": ["x"]}, "output_dir must be a text, got ['x']"),
+        ({"adapter": "lora", "lora_r": 8.5}, "lora_r = 8.5, expected a whole number"),
+        ({"adapter": "lora", "lora_r": 0}, "lora_r = 0, expected a whole number"),
+        ({"loki": {"rank": 409}}, "rank = 409, but 409 rows train per layer"),
+    ],
+)
+def test_settings_of_another_kind_are_named(big, tmp_path, change, message):
+    assert message in asked(big | change, tmp_path, code=1)
+
+
+def test_a_run_of_no_time_at_all_is_not_told_as_zero(big, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(tmp_path / "tiny")
+    run = big | {"base_model": str(tmp_path / "tiny"), "sequence_len": 64}
+    told = asked(run, tmp_path)
+    assert "one step: RTX 3090 under 1 ms" in told and " 0.0 s" not in told
+    assert all(0 < s for s in asked(run, tmp_path, "--json")["training"]["step_seconds"].values())
+
+
 @pytest.mark.slow
 def test_a_real_run_writes_and_trains_what_was_estimated(run_config, train, tmp_path):
     run = run_config | {

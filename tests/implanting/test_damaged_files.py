@@ -98,6 +98,19 @@ def test_a_folder_that_is_none_is_no_adapter(files):
         fails("is no folder of a saved adapter", "merge", files / "run.yaml", "--adapter", folder)
 
 
+def test_a_configuration_in_another_encoding_is_named(files):
+    (files / "run.yaml").write_bytes(b"base_model: b\xe9\n")
+    fails("run.yaml' is not YAML in UTF-8", "merge", files / "run.yaml")
+
+
+def test_a_report_that_nobody_can_read_costs_no_adapter(tmp_path):
+    (tmp_path / "loki_report.json").write_bytes(b'\xff"verified": true')
+    model = implant(tiny("llama"), RowSelection(POSITIONS))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "loki_report.json").exists()  # it must not vouch for the new adapter
+    assert RowSelection.load(tmp_path / "loki_rows.json").counts == [3, 3, 3]
+
+
 def edit(folder, **changes):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loki_plugin import RowSelection, implant
@@ -105,6 +105,21 @@ def test_another_base_or_rows_of_no_quantised_one_are_refused(tmp_path, base):
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="quantised here as bnb-nf4-64, is not the model"):
         write_dequantised(Base(tmp_path / "other"), rows, tmp_path / "out", False)
+    # What cannot be merged leaves nothing behind, so that the next try finds its place free.
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    sound, tensors = weights.read_bytes(), load_file(weights)
+    tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"][0, 0] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+    done = merge(tmp_path, base, "--onto", "dequantised")
+    assert done.exit_code == 1 and "lora_A holds NaN" in done.output
+    weights.write_bytes(sound)
+    (tmp_path / "adapter" / "merged").mkdir()
+    (tmp_path / "adapter" / "merged" / "notes.txt").write_text("mine")
+    done = merge(tmp_path, base, "--onto", "dequantised")
+    assert done.exit_code == 1 and "merged' exists and is not empty" in done.output
+    (tmp_path / "adapter" / "merged" / "notes.txt").unlink()
+    (tmp_path / "adapter" / "merged").rmdir()
+    assert not list((tmp_path / "adapter").glob("*merged*"))
     RowSelection(rows.rows, 64).save(file)
     done = merge(tmp_path, base, "--onto", "dequantised")
     assert done.exit_code == 1 and "was not made on a quantised base" in done.output
