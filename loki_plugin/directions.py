@@ -69,8 +69,10 @@ class Directions:
         """Whether they weaken what is read instead of taking it away."""
         return any(is_soft(basis) for basis in self.basis)
 
-    def check(self, model: torch.nn.Module) -> Directions:
+    def check(self, model: torch.nn.Module, unchanged: bool = False) -> Directions:
         """Check that the directions belong to `model`, which may carry an adapter.
+
+        `unchanged` as in `fingerprint`.
 
         Raises:
             ValueError: another layer count, another intermediate size, or another model by
@@ -84,7 +86,7 @@ class Directions:
                 f" has {len(sizes)} of {_few(sizes)}; find them on this model"
             )
         if self.fingerprint is not None:
-            difference = same_model(self.fingerprint, fingerprint(model))
+            difference = same_model(self.fingerprint, fingerprint(model, unchanged=unchanged))
             if difference:
                 raise ValueError(
                     f"the directions were found on another model: {difference}. Find them on this"

@@ -16,7 +16,7 @@ from torch import nn
 from . import ranks
 from .analysing.calibration.prompts import load_prompts, load_texts
 from .analysing.directions import find_directions
-from .analysing.scores.cache import DIRECTIONS, cache_folder
+from .analysing.scores.cache import DIRECTIONS, cache_folder, prune, use_directions
 from .args import LokiConfig
 from .directions import FILE_NAME, Directions
 from .inputs import Inputs
@@ -95,7 +95,8 @@ def _settings(config: LokiConfig) -> dict[str, Any]:
 
 def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
     settings = _settings(config)
-    mark = fingerprint(model)
+    # In a run the model was read when its rows were chosen; what was written to is read again.
+    mark = fingerprint(model, unchanged=True)
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     identity = {
         "loki_plugin": version("loki_plugin"),
@@ -104,10 +105,17 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         **settings,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    path = cache_folder(config.cache_dir) / DIRECTIONS / f"{key}.safetensors"
+    folder = cache_folder(config.cache_dir)
+    path = folder / DIRECTIONS / f"{key}.safetensors"
     if path.exists():
-        LOG.info("loki: protected directions found in the cache (%s)", path)
-        return Directions.load(path)
+        try:
+            kept = Directions.load(path)
+        except ValueError as error:
+            LOG.warning("loki: %s; they will be found again", error)
+        else:
+            LOG.info("loki: protected directions found in the cache (%s)", path)
+            use_directions(path)
+            return kept
     started = time.perf_counter()
     found = find_directions(
         model, prompts, settings["inputs"], settings["directions"], True, settings["soft"]
@@ -124,6 +132,7 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
     }
     directions = Directions(found.basis, mark, made)
     directions.save(path)
+    prune(folder, config.cache_limit, keep=key)
     return directions
 
 

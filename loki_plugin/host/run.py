@@ -92,7 +92,7 @@ class Run:
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:
-            self.directions = found.check(model)
+            self.directions = found.check(model, unchanged=True)
             self.facts["protection"] = report(found)
             self.told.append(("protected", describe(found)))
         if settings.anchor:
@@ -122,7 +122,7 @@ class Run:
 
         install(model, self.selection, self.config.rank, fresh)
         if self.directions:
-            protect_inputs(model, self.directions, fresh)
+            protect_inputs(model, self.directions, fresh, unchanged=True)
         # The base was read when its rows were chosen, and is read again after the training.
         self.base = fingerprint(model, unchanged=True)
         trainable, base = trainable_share(model)

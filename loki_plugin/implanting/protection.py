@@ -140,7 +140,10 @@ def outside(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def protect_inputs(
-    model: PeftModel, directions: Directions | Sequence[torch.Tensor], fresh: bool = True
+    model: PeftModel,
+    directions: Directions | Sequence[torch.Tensor],
+    fresh: bool = True,
+    unchanged: bool = False,
 ) -> None:
     """Make the adapter of an implanted model read less, or nothing, of the directions.
 
@@ -148,6 +151,7 @@ def protect_inputs(
         model: a LoRA model whose down-projections carry the adapter.
         directions: L tensors [I, u_l] (see `input_directions`) or a `Directions`.
         fresh: False for an adapter that was saved with these directions.
+        unchanged: as in `fingerprint`.
 
     Raises:
         ValueError: directions that do not fit the model, or DeepSpeed ZeRO-3, which saves weights
@@ -160,7 +164,7 @@ def protect_inputs(
         )
     if not isinstance(directions, Directions):
         directions = Directions(list(directions))
-    directions.check(model)
+    directions.check(model, unchanged)
     adapter = model.active_adapter
     for module, basis in zip(find_anatomy(model).down, directions.basis, strict=True):
         if isinstance(module, LoraLayer) and adapter in module.lora_A and basis.shape[1]:

@@ -33,6 +33,7 @@ def test_a_run_reads_the_weights_once_before_training_and_once_after(
     monkeypatch.setattr(module, "_checksum", counted)
     telling("prepare_trainer")
     telling("_look_at")
+    run_config["loki"]["protect"] = {"directions": 5}  # which reads the model too
     train(run_config | {"max_steps": 2})
     once = ["read"] * LAYERS
     assert told == [*once, "prepare_trainer", "_look_at", *once]

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ class Entry:
     bytes: int
     age_seconds: float
     used: float  # when an analysis last asked for it, in seconds since the epoch
+
+
+@dataclass(frozen=True)
+class KeptDirections:
+    """One file of protected directions in the cache; attributes as those of `Entry`."""
+
+    key: str
+    bytes: int
+    age_seconds: float
+    used: float
 
 
 def cache_folder(given: str | None = None) -> Path:
@@ -115,61 +126,95 @@ def entries(folder: Path) -> list[Entry]:
     return sorted(found, key=lambda e: e.age_seconds)
 
 
+def directions(folder: Path) -> list[KeptDirections]:
+    """Every file of protected directions in a cache folder, the newest first."""
+    files = [
+        (p.stem, p.stat())
+        for p in (folder / DIRECTIONS).glob("*.safetensors")
+        if _DIRECTIONS_FILE.fullmatch(p.name)
+    ]
+    found = [
+        KeptDirections(key, s.st_size, time.time() - s.st_mtime, max(s.st_mtime, s.st_atime))
+        for key, s in files
+    ]
+    return sorted(found, key=lambda d: d.age_seconds)
+
+
+def use_directions(file: Path) -> None:
+    """Note that a file of protected directions was used; its age stays."""
+    with suppress(PermissionError):  # another user's
+        os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
+
+
 def strangers(folder: Path) -> list[str]:
     """Names of the folders that hold a manifest which is not ours; they are never touched."""
     return [p.parent.name for p in sorted(folder.glob(f"*/{MANIFEST}")) if _read(p) is None]
 
 
 def clear(folder: Path, key: str | None = None) -> tuple[list[str], list[str]]:
-    """Delete one analysis, or all with the protected directions; only files that we wrote.
+    """Delete one analysis or file of protected directions, or all; only files that we wrote.
 
     Returns:
         The keys of the analyses that were removed, and of those that are in use and stay.
 
     Raises:
-        ValueError: no analysis of that key, or one that is in use.
+        ValueError: nothing of that key, or an analysis that is in use.
     """
     keys = [e.key for e in entries(folder)]
-    if key is not None and key not in keys:
-        raise ValueError(f"'{folder}' has no analysis '{key}'; it has {keys or 'none'}")
-    chosen = keys if key is None else [key]
+    found = [d.key for d in directions(folder)]
+    if key is not None and key not in [*keys, *found]:
+        raise ValueError(f"'{folder}' has no analysis '{key}'; it has {[*keys, *found] or 'none'}")
+    chosen = [k for k in keys if key in (None, k)]
     removed = [each for each in chosen if remove_log(folder / each)]
-    if key is not None and not removed:
+    if key in chosen and not removed:
         raise ValueError(f"analysis '{key}' is in use by a running analysis; try again after it")
-    directions = folder / DIRECTIONS
-    if key is None and directions.is_dir():
-        for path in directions.iterdir():
-            if _DIRECTIONS_FILE.fullmatch(path.name):
-                path.unlink()
-        if not any(directions.iterdir()):
-            directions.rmdir()
+    for each in found:
+        if key in (None, each):
+            _remove_directions(folder, each)
     return removed, [each for each in chosen if each not in removed]
 
 
-def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
-    """Drop the analyses that were used longest ago until the others fit into `limit` gigabytes.
+def _remove_directions(folder: Path, key: str) -> None:
+    (folder / DIRECTIONS / f"{key}.safetensors").unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        (folder / DIRECTIONS).rmdir()
 
-    The analysis `keep`, and those in use, stay whatever they take. Returns the dropped keys.
+
+def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
+    """Drop what was used longest ago until the rest fits into `limit` gigabytes.
+
+    The analysis or directions `keep`, and analyses in use, stay whatever they take. Returns the
+    dropped keys.
     """
     if limit is None:
         return []
-    found = entries(folder)
+    found: list[Entry | KeptDirections] = [*entries(folder), *directions(folder)]
     size, dropped = sum(e.bytes for e in found), []
-    for entry in sorted(found, key=lambda e: e.used):
+    for each in sorted(found, key=lambda e: e.used):
         if size <= limit * 1e9:
             break
-        if entry.key != keep and remove_log(folder / entry.key):
-            size -= entry.bytes
-            dropped.append(entry.key)
+        if each.key != keep and _remove(folder, each):
+            of = f" of {each.model}" if isinstance(each, Entry) else ""
+            size -= each.bytes
+            dropped.append(each.key)
             LOG.info(
-                "loki: dropped analysis %s of %s (%.2f GB) from the cache, the one used longest"
-                " ago; loki.cache_limit is %g GB",
-                entry.key,
-                entry.model,
-                entry.bytes / 1e9,
+                "loki: dropped %s %s%s (%.2f GB) from the cache, the one used longest ago;"
+                " loki.cache_limit is %g GB",
+                "analysis" if of else "protected directions",
+                each.key,
+                of,
+                each.bytes / 1e9,
                 limit,
             )
     return dropped
+
+
+def _remove(folder: Path, what: Entry | KeptDirections) -> bool:
+    """Delete it; False if it is in use."""
+    if isinstance(what, Entry):
+        return remove_log(folder / what.key)
+    _remove_directions(folder, what.key)
+    return True
 
 
 def find_log(folder: Path, key: str | None = None) -> ScoreLog:

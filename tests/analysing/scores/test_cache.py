@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from loki_plugin.analysing.calibration.prompts import Calibration, Prompt
-from loki_plugin.analysing.scores.cache import clear, entries, find_log, open_log, prune, strangers
+from loki_plugin.analysing.scores.cache import (
+    clear,
+    directions,
+    entries,
+    find_log,
+    open_log,
+    prune,
+    strangers,
+    use_directions,
+)
 from loki_plugin.analysing.scores.log import ScoreLog, fill
 from loki_plugin.cli import loki
 
@@ -31,8 +41,8 @@ def analysis(folder, weights="w", used=None) -> ScoreLog:
     fill(log, make, log.missing())
     if used is not None:
         for path in log.folder.iterdir():
-            time = path.stat().st_mtime - used
-            os.utime(path, (time, time))
+            then = path.stat().st_mtime - used
+            os.utime(path, (then, then))
     return log
 
 
@@ -107,6 +117,43 @@ def test_files_of_others_in_our_folders_stay(tmp_path):
     left = [f"{log.folder.name}/{n}" for n in ("notes.txt", "scores.safetensors")]
     left += [f"{log.folder.name}/sub/manifest.json", "directions/notes.txt"]
     assert files(tmp_path) == sorted(left)
+
+
+def protected(folder, key, used, size=10_000):
+    """A file of protected directions; `used` is as in `analysis`."""
+    (folder / "directions").mkdir(exist_ok=True)
+    file = folder / "directions" / f"{key * 20}.safetensors"
+    file.write_bytes(bytes(size))
+    then = int(time.time()) - used
+    os.utime(file, (then, then - 50))
+    return file
+
+
+def test_protected_directions_count_and_go_by_their_last_use_as_analyses_do(tmp_path):
+    log = analysis(tmp_path, used=500)
+    size = entries(tmp_path)[0].bytes
+    old, new = protected(tmp_path, "a", 1000), protected(tmp_path, "b", 100)
+    made = old.stat().st_mtime_ns
+    limit = (size + 20_000) / 1e9
+    assert prune(tmp_path, limit, keep="") == []
+    use_directions(old)
+    assert old.stat().st_mtime_ns == made  # its age stays
+    assert prune(tmp_path, limit - 1e-9, keep="") == [log.folder.name]
+    assert prune(tmp_path, 15_000 / 1e9, keep="b" * 20) == ["a" * 20]
+    assert new.exists() and not log.folder.exists()
+    assert prune(tmp_path, 1e-9, keep="b" * 20) == []  # the one just written stays
+    assert prune(tmp_path, 1e-9, keep="") == ["b" * 20] and list(tmp_path.iterdir()) == []
+
+
+def test_protected_directions_are_listed_and_cleared_by_their_key(tmp_path):
+    log = analysis(tmp_path)
+    protected(tmp_path, "a", 100), protected(tmp_path, "b", 1000)
+    told = run("list", "--dir", tmp_path).output
+    assert f"{'a' * 20}  protected directions, 0.0 MiB" in told and log.folder.name in told
+    result = run("clear", "a" * 20, "--dir", tmp_path)
+    assert result.exit_code == 0 and "removed 0 analyses" in result.output
+    assert "removed 1 files of protected directions" in result.output
+    assert [d.key for d in directions(tmp_path)] == ["b" * 20] and log.folder.exists()
 
 
 def test_an_analysis_that_runs_keeps_its_log(tmp_path):

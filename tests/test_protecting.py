@@ -1,0 +1,64 @@
+"""Protected directions of a model: found once, kept in the cache, and found again if damaged."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers.runs import configure, model
+
+from loki_plugin.model import fingerprint as module
+from loki_plugin.protecting import choose_directions
+
+PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return configure("unused.jsonl", tmp_path / "cache", protect={"directions": 3})
+
+
+def kept(tmp_path):
+    return sorted((tmp_path / "cache" / "directions").iterdir())
+
+
+def test_what_is_kept_is_taken_again_and_what_is_damaged_is_found_again(tmp_path, config, caplog):
+    llama = model()
+    first = choose_directions(llama, PROMPTS, config)
+    (file,) = kept(tmp_path)
+    whole = file.read_bytes()
+    assert choose_directions(llama, PROMPTS, config).made["seconds"] == first.made["seconds"]
+    file.write_bytes(whole[:-9])
+    log = logging.getLogger("loki_plugin")
+    log.addHandler(caplog.handler)
+    again = choose_directions(llama, PROMPTS, config)
+    log.removeHandler(caplog.handler)
+    assert "is damaged" in caplog.text and "found again" in caplog.text
+    assert again == first and len(file.read_bytes()) == len(whole)
+
+
+def test_the_cache_keeps_to_its_limit(tmp_path):
+    config = configure("x.jsonl", tmp_path / "cache", protect={"directions": 3}, cache_limit=1e-9)
+    choose_directions(model(), PROMPTS, config)
+    (first,) = kept(tmp_path)
+    choose_directions(model(), PROMPTS[:3], config)
+    assert len(kept(tmp_path)) == 1 and kept(tmp_path) != [first]
+
+
+def test_a_model_that_was_read_is_not_read_again_unless_it_was_written_to(config, monkeypatch):
+    llama = model()
+    mark = module.fingerprint(llama)
+    read, checksum = [], module._checksum
+    monkeypatch.setattr(module, "_checksum", lambda *a: read.append(1) or checksum(*a))
+    found = choose_directions(llama, PROMPTS, config)
+    assert found.fingerprint == mark and not read
+    found.check(llama, unchanged=True)
+    assert not read
+    found.check(llama)  # by itself it takes nobody's word
+    assert read
+    read.clear()
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert choose_directions(llama, PROMPTS, config).fingerprint != mark
+    assert len(read) == 1
