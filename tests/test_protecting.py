@@ -35,7 +35,9 @@ def test_what_is_kept_is_taken_again_and_what_is_damaged_is_found_again(tmp_path
     again = choose_directions(llama, PROMPTS, config)
     log.removeHandler(caplog.handler)
     assert "is damaged" in caplog.text and "found again" in caplog.text
-    assert again == first and len(file.read_bytes()) == len(whole)
+    assert len(file.read_bytes()) == len(whole)
+    for u, v in zip(again.basis, first.basis, strict=True):  # the same span
+        torch.testing.assert_close(u @ u.T, v @ v.T, atol=1e-4, rtol=0)
 
 
 def test_the_cache_keeps_to_its_limit(tmp_path):
