@@ -203,14 +203,25 @@ def _on_prompts(
 
 
 def load_model(model: str, adapter: str | None, device: str | None, dtype: str, **loading: Any):
-    """A model, with a saved adapter if one is given, on a device (None: the GPU, if any)."""
+    """A model, with a saved adapter if one is given, on a device (None: the GPU, if any).
+
+    Raises:
+        ValueError: a device or a dtype that there is not, before anything is loaded.
+    """
     from transformers import AutoModelForCausalLM
 
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype '{dtype}' is unknown; give auto, float32, bfloat16 or float16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device '{device}' cannot be used: {reason}") from error
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **loading)
     if adapter is not None:
         from peft import PeftModel
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import InvalidOperation
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -257,9 +258,9 @@ def _checked(layer: Any, i: int, hidden_size: int | None) -> torch.Tensor:
         raise ValueError(f"layer {i}: expected a list of row indices, got {_short(layer)}")
     values = list(layer)
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are among these
             raise ValueError(f"layer {i}: row index {value!r} is not an integer")
-        if value < 0 or (hidden_size is not None and value >= hidden_size):
+        if int(value) < 0 or (hidden_size is not None and int(value) >= hidden_size):
             limit = "the hidden size" if hidden_size is None else hidden_size
             raise ValueError(f"layer {i}: row index {value} is outside [0, {limit})")
     ordered = sorted(values)

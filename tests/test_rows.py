@@ -106,3 +106,12 @@ def test_rows_of_a_fine_tune_of_the_same_shape_are_refused():
         model.model.norm.weight[0] += 1
     with pytest.raises(ValueError, match="embeddings or norms have other values"):
         rows.check(model)
+
+
+def test_numpys_integers_are_row_indices_and_its_other_numbers_are_not():
+    numpy = pytest.importorskip("numpy")
+    rows = RowSelection([numpy.array([4, 1]), [numpy.int32(2)], []])
+    assert [r.tolist() for r in rows.rows] == [[1, 4], [2], []]
+    for wrong in (numpy.array([1.0]), numpy.array([True])):
+        with pytest.raises(ValueError, match="layer 0: row index .* is not an integer"):
+            RowSelection([wrong])

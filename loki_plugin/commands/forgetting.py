@@ -20,7 +20,7 @@ from .shared import Answer, Command, read_run, write_json
 @click.option("--tuned", help="merged model or adapter; default: what CONFIG's run has left")
 @click.option("--tasks", default="", help="lm-eval tasks, separated by commas")
 @click.option("--include", help="a folder with lm-eval task files of your own")
-@click.option("--limit", type=int, help="items per task")
+@click.option("--limit", type=click.IntRange(min=1), help="items per task")
 @click.option("--batch-size", default="auto", show_default=True)
 @click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
 @click.option("--noise-floor", is_flag=True, help="evaluate the base a second time")

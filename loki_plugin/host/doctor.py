@@ -225,7 +225,7 @@ def cache(given: str | None) -> list[Finding]:
         do = "set LOKI_CACHE_DIR, or `loki.cache_dir` in the YAML, to a folder of yours"
         return [Finding("cache", BROKEN, f"{folder} cannot be written: {_short(error)}", do)]
     kept = entries(folder)
-    size = sum(each.bytes for each in [*kept, *directions(folder)])
+    size = sum(e.bytes for e in kept) + sum(d.bytes for d in directions(folder))
     limit = LokiConfig().cache_limit
     said = f"{folder}: {len(kept)} analyses, {size / 1e9:.2f} GB of {limit:g} GB (loki.cache_limit)"
     free = shutil.disk_usage(folder).free

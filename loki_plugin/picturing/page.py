@@ -141,10 +141,18 @@ def rebuild(
 
 
 def last_history(folder: Path) -> list[dict[str, Any]]:
-    """What the trainer had logged by its last checkpoint; empty where there is none."""
+    """What the trainer had logged by its last checkpoint; empty where there is none.
+
+    Raises:
+        ValueError: its state is damaged.
+    """
     states = folder.glob("checkpoint-*/trainer_state.json")
     latest = max(states, key=lambda p: p.stat().st_mtime, default=None)
     if latest is None:
         return []
-    state = json.loads(latest.read_text(encoding="utf-8"))
-    return list(state.get("log_history") or ())
+    try:
+        return list(json.loads(latest.read_text(encoding="utf-8")).get("log_history") or ())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"'{latest}' is damaged ({error}); remove that checkpoint and try again"
+        ) from error

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from loki_plugin.cli import loki
 from loki_plugin.evaluating.harness import changes, evaluate_tasks
+from loki_plugin.forgetting import load_model
 
 TASK = """
 task: colours
@@ -118,3 +119,18 @@ def test_a_run_without_anything_to_compare_says_what_is_missing(folder, tmp_path
     assert "neither an adapter nor a merged model" in result.output
     result = CliRunner().invoke(loki, ["forgetting"])
     assert result.exit_code == 1 and "give a CONFIG, or --base and --tuned" in result.output
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("foo", "auto", "device 'foo' cannot be used: "),
+        ("cpu", "foo", "dtype 'foo' is unknown; give auto"),
+        ("cpu", "nn", "dtype 'nn' is unknown; give auto"),
+    ],
+)
+def test_a_device_or_dtype_that_there_is_not_is_named_before_the_model_loads(
+    device, dtype, message
+):
+    with pytest.raises(ValueError, match=message):
+        load_model("nowhere", None, device, dtype)

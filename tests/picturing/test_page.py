@@ -13,7 +13,7 @@ from helpers.analyses import analysed
 
 from loki_plugin.cli import loki
 from loki_plugin.picturing import numbers
-from loki_plugin.picturing.page import rebuild, write_page
+from loki_plugin.picturing.page import last_history, rebuild, write_page
 from loki_plugin.rows import RowSelection
 
 EVIL = "</title></style><script src=//x.y>alert('1')</script>"
@@ -246,3 +246,11 @@ def test_damaged_files_are_one_line(run, name, content, message):
     result = CliRunner().invoke(loki, ["report", str(folder)])
     assert result.exit_code == 1 and message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_the_state_of_a_checkpoint_that_was_cut_off_is_named(tmp_path, content):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match="checkpoint-3/trainer_state.json' is damaged"):
+        last_history(tmp_path)

@@ -89,6 +89,10 @@ def load_prompts(
     dropped = 0
     for record in drawn:
         ids, gold = _encode(tokenizer, record, shots.get(id(record), []), seed)
+        if not ids:
+            raise ValueError(
+                f"{record.where}: the tokenizer makes no token of it; is the tokenizer the model's?"
+            )
         if target == "gold" and gold is None:
             raise ValueError(
                 f"{record.where}: calibration.target is 'gold', but the record has no `target`;"

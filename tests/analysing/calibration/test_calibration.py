@@ -271,3 +271,15 @@ def test_faulty_sources_are_named(tokenizer, tmp_path):
         load_prompts(tokenizer, write(tmp_path, [QUESTION]), columns={"colour": "x"})
     with pytest.raises(ValueError, match=r"columns \['q'\] are missing or empty"):
         load_prompts(tokenizer, write(tmp_path, [QUESTION]), columns={"question": "q"})
+
+
+def test_a_tokenizer_that_makes_no_token_of_a_prompt_is_named(tmp_path):
+    class Empty:  # as transformers makes one of a folder without a tokenizer's files
+        chat_template = None
+
+        def __call__(self, text, **_):
+            return {"input_ids": []}
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "say a number"}\n')
+    with pytest.raises(ValueError, match="p.jsonl:1: the tokenizer makes no token of it"):
+        load_prompts(Empty(), str(tmp_path / "p.jsonl"))
