@@ -33,17 +33,19 @@ from benchmarks.writer import command, write
 from loki_plugin import implant
 from loki_plugin.implanting.merge import merge_adapter
 from loki_plugin.implanting.selected import rows_outside
+from loki_plugin.implanting.verify import verify
 from loki_plugin.rows import FILE_NAME, RowSelection
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 128, 352, 3, 512
 ABOUT = "low-rank: r = 4; protected: 16 random directions; uneven: 12, 0 and 20 rows"
 PROMPT = torch.randint(3, VOCABULARY, (48,), generator=torch.Generator().manual_seed(1)).tolist()
 # name -> (rows per layer, rank, protected directions per layer)
+# Names without commas: LLaMA-Factory would split them.
 ADAPTERS: dict[str, tuple[list[int], int | None, int]] = {
     "dense": ([12, 12, 12], None, 0),
     "low-rank": ([12, 12, 12], 4, 0),
-    "dense, protected": ([12, 12, 12], None, 16),
-    "dense, uneven": ([12, 0, 20], None, 0),
+    "protected": ([12, 12, 12], None, 16),
+    "uneven": ([12, 0, 20], None, 0),
 }
 
 
@@ -153,7 +155,7 @@ def in_llama_cpp(work: Path, checkout: Path) -> dict[str, tuple[str, torch.Tenso
         found[f"{name} as a GGUF LoRA"] = (name, run(base, lora(name)))
     found["base as GGUF, f16"] = ("base", run(whole("base", "f16")))
     found["merged dense, f16"] = ("dense", run(whole("merged dense", "f16")))
-    uneven = "dense, uneven"
+    uneven = "uneven"
     alpha_zero(work / uneven, work / f"{uneven}, alpha 0")
     adapter = lora(f"{uneven}, alpha 0")
     found[f"{uneven} as a GGUF LoRA, `lora_alpha` set to 0"] = (uneven, run(base, adapter))
@@ -169,6 +171,11 @@ def alpha_zero(adapter: Path, target: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 0}))
 
 
+ENVIRONMENTS = (
+    "The environments of vLLM and LLaMA-Factory hold a CPU build of torch, beside which the"
+    " package index's torchvision, torchaudio and torchcodec do not load; they were removed, and"
+    " LLaMA-Factory, which imports torchaudio for text too, was given an empty module of that name."
+)
 # Run by the interpreter of the tool's own environment.
 VLLM = """
 import json, sys, torch
@@ -200,7 +207,8 @@ def run_there(work: Path, python: str, script: str, job: Any, **environment: str
     (work / "there.py").write_text(script)
     (work / "job.json").write_text(json.dumps(job))
     lines = [python, str(work / "there.py"), str(work / "job.json")]
-    subprocess.run(lines, check=True, env=os.environ | environment)
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(lines, check=True, env=clean | environment)
 
 
 def in_vllm(work: Path, python: str) -> dict[str, tuple[str, torch.Tensor]]:
@@ -251,6 +259,16 @@ def in_llama_factory(work: Path, python: str) -> dict[str, tuple[str, torch.Tens
         f"{name}, exported": (name, log_probabilities(load(folder)))
         for name, folder in exports.items()
     }
+
+
+def verified(work: Path) -> str:
+    """That what LLaMA-Factory exported is the base outside the rows, byte by byte."""
+    for name in ADAPTERS:
+        rows = RowSelection.load(work / name / FILE_NAME)
+        report = verify(work / "base", work / f"exported {name}", rows, progress=False)
+        if not report.ok:
+            raise RuntimeError(f"{name}: {report.text()}")
+    return "`loki verify` accepts every model that LLaMA-Factory exported."
 
 
 def continued(work: Path) -> str:
@@ -304,7 +322,10 @@ def main():
     if options.llamafactory:
         tools["LLaMA-Factory"] = in_llama_factory(options.work, options.llamafactory)
         packages = ("llamafactory", "torch", "transformers", "peft", "trl")
-        more += [f"{versions(options.llamafactory, *packages)}.", continued(options.work)]
+        more += [f"{versions(options.llamafactory, *packages)}.", verified(options.work)]
+        more += [continued(options.work)]
+    if options.vllm or options.llamafactory:
+        more.append(ENVIRONMENTS)
     rows = []
     for tool, found in tools.items():
         for what, (name, there) in found.items():
