@@ -19,24 +19,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..directions import SOFTEST
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.hooks import removing
+from . import eigen
 from .attribute import unpad
 from .attribution.quiet import quiet
+from .eigen import leading, soften
 from .precision import exact_products
 
-# Bytes for the matrices C of the layers of one pass and for the work on one of them.
-BUDGET = 2 << 30
 # Tokens that run at once.
 _TOKENS = 2048
 # An eigenvector that stands on fewer tokens than this says more about them than about the language.
 TOKENS_PER_DIRECTION = 4
-# eigh copies C and works in two more of its size.
-EXACT_COPIES = 4
-# The subspace iteration holds about this many matrices of the size of its answer besides C.
-_BLOCK_COPIES = 5
-_FIRST_BLOCK, _ROUNDS = 256, 6
 # One prompt in so many is kept back to see what the others' directions hold of it.
 HELD_OUT = 8
 
@@ -154,16 +148,6 @@ def find_directions(
     return Found(basis, held, tokens, covered or None)
 
 
-def soften(moment: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """V [I, u - 1] with I - V Vᵀ = I - U diag(1 - √(λ_u/λ_i)) Uᵀ, from C [I, I] and U [I, u].
-
-    The last direction is read as it is, so that it has no column.
-    """
-    values = (vectors * (moment @ vectors)).double().sum(0).clamp_min(0)  # λ_i = u_iᵀ C u_i
-    taken = (1 - (values[-1] / values[:-1]).sqrt()).clamp(0, SOFTEST)
-    return vectors[:, :-1] * taken.sqrt().to(vectors.dtype)
-
-
 def _held_out(before: torch.Tensor, moment: torch.Tensor, count: int) -> float:
     """The share of what came after `before` that `before`'s leading directions hold."""
     vectors = leading(before, None, count)[0]
@@ -216,7 +200,7 @@ def _groups(sizes: list[int], itemsize: int) -> list[list[int]]:
     taken = 0
     for layer, size in enumerate(sizes):
         one = size * size * itemsize
-        room = BUDGET - (EXACT_COPIES - 1) * max(sizes) ** 2 * itemsize
+        room = eigen.BUDGET - (eigen.EXACT_COPIES - 1) * max(sizes) ** 2 * itemsize
         if not groups or taken + one > room:
             groups.append([])
             taken = 0
@@ -265,78 +249,3 @@ def _adding(moments: dict[int, torch.Tensor], layer: int, real: torch.Tensor, la
             raise _Enough
 
     return enter
-
-
-def leading(
-    moment: torch.Tensor, energy: float | None, count: int | None = None
-) -> tuple[torch.Tensor, float]:
-    """The leading eigenvectors of a second moment C [I, I], and the share of tr C they hold.
-
-    As many as hold `energy` (one fewer would not), or `count`. The result is [I, u].
-
-    Raises:
-        ValueError: C is zero or not finite, or nothing would be left besides the result.
-    """
-    total = float(moment.diagonal().double().sum())
-    if not 0 < total < float("inf"):
-        raise ValueError(
-            f"the down-projection's inputs have a second moment of trace {total}; the model"
-            " computes zeros, infinities or NaN on the calibration prompts"
-        )
-    size = len(moment)
-    if EXACT_COPIES * size * size * moment.itemsize <= BUDGET:
-        values, vectors = torch.linalg.eigh(moment)
-        values, vectors = values.flip(0), vectors.flip(1)
-    else:
-        values, vectors = _iterate(moment, total, energy, count)
-    shares = values.double().clamp_min(0).cumsum(0) / total
-    found = count or _enough(shares, energy)
-    if found >= size:
-        raise ValueError(
-            f"all {size} directions of the down-projection's inputs are needed to hold"
-            f" {100 * (energy or 1):g} % of their energy, which leaves the update nothing to read;"
-            " lower the share"
-        )
-    return vectors[:, :found].clone(memory_format=torch.contiguous_format), float(shares[found - 1])
-
-
-def _enough(shares: torch.Tensor, energy: float | None) -> int:
-    """How many of the cumulated shares reach `energy`, up to what summing in float64 loses."""
-    assert energy is not None  # where no count is given; `_check_arguments` has seen to it
-    return 1 + int((shares < energy * (1 - 1e-12)).sum())
-
-
-def _iterate(
-    moment: torch.Tensor, total: float, energy: float | None, count: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leading eigenpairs of a matrix too large for `eigh`, by block subspace iteration.
-
-    The block doubles until it holds `energy` of the trace, with a tenth of it to spare: the last
-    columns of a block converge last.
-
-    Raises:
-        ValueError: more columns are needed than there is memory for.
-    """
-    size = len(moment)
-    room = max(BUDGET - moment.nbytes, moment.nbytes)
-    largest = min(size, room // (_BLOCK_COPIES * size * moment.itemsize))
-    generator = torch.Generator().manual_seed(0)
-    block = moment.new_empty(size, 0)
-    width = min(largest, _FIRST_BLOCK if count is None else 2 * count + 8)
-    while True:
-        fresh = torch.randn(size, width - block.shape[1], generator=generator)
-        block = torch.cat([block, fresh.to(moment)], 1)
-        for _ in range(_ROUNDS):
-            block = torch.linalg.qr(moment @ block)[0]
-        values, inner = torch.linalg.eigh(block.T @ (moment @ block))
-        values, inner = values.flip(0), inner.flip(1)
-        needed = count or _enough(values.double().cumsum(0) / total, energy)
-        if needed <= 0.9 * width:
-            return values, block @ inner
-        if width == largest:
-            raise ValueError(
-                f"more than {int(0.9 * largest)} of the {size} directions of the down-projection's"
-                " inputs are needed; the update would have little left to read, and the training"
-                " would hold them in memory. Lower the share of energy (`protect.inputs`)"
-            )
-        width = min(largest, 2 * width)

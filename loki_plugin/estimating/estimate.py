@@ -10,7 +10,7 @@ from torch import nn
 
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
-from ..analysing.directions import BUDGET, EXACT_COPIES
+from ..analysing.eigen import BUDGET, EXACT_COPIES
 from ..args import LokiConfig
 from ..model.anatomy import Anatomy, linear_sizes
 from .base import quantised_linears, weight_bytes

@@ -9,8 +9,9 @@ from helpers.prompts import pad, prompts
 from helpers.reference import Exact
 
 from loki_plugin import input_directions
-from loki_plugin.analysing import directions as module
-from loki_plugin.analysing.directions import find_directions, leading
+from loki_plugin.analysing import directions, eigen
+from loki_plugin.analysing.directions import find_directions
+from loki_plugin.analysing.eigen import leading
 from loki_plugin.model.anatomy import find_anatomy
 
 LENGTHS = (40, 64, 23, 57, 64, 31)  # 279 tokens for at most 69 directions
@@ -103,7 +104,7 @@ def test_what_is_held_of_prompts_that_were_kept_back():
 def test_padding_and_batches_do_not_count(monkeypatch, tokens):
     ids = prompts(lengths=LENGTHS)
     wanted = find_directions(tiny("llama", dtype=torch.float64), ids, 0.9, None).basis
-    monkeypatch.setattr(module, "_TOKENS", tokens)
+    monkeypatch.setattr(directions, "_TOKENS", tokens)
     for side in ("left", "right"):
         model = tiny("llama", dtype=torch.float64)
         found = input_directions(model, *pad(ids, side), energy=0.9)
@@ -118,7 +119,7 @@ def test_layers_in_several_passes_are_the_same_and_upper_layers_do_not_run(monke
     ran = []
     for i, layer in enumerate(find_anatomy(model).layers):
         layer.register_forward_pre_hook(lambda m, a, i=i: ran.append(i))
-    monkeypatch.setattr(module, "BUDGET", 4 * 80 * 80 * 4)  # one layer at a time, solved exactly
+    monkeypatch.setattr(eigen, "BUDGET", 4 * 80 * 80 * 4)  # one layer at a time, solved exactly
     apart = find_directions(model, ids, 0.9, None)
     assert ran == [0, 0, 1, 0, 1, 2]
     for a, b in zip(together.basis, apart.basis, strict=True):
@@ -131,8 +132,8 @@ def test_the_block_iteration_holds_the_same_energy(monkeypatch):
     values = torch.arange(1, 601) ** -1.5
     moment = (basis * values) @ basis.T
     exact, held = leading(moment, 0.95)
-    monkeypatch.setattr(module, "BUDGET", moment.nbytes * 3)
-    monkeypatch.setattr(module, "_FIRST_BLOCK", 16)
+    monkeypatch.setattr(eigen, "BUDGET", moment.nbytes * 3)
+    monkeypatch.setattr(eigen, "_FIRST_BLOCK", 16)
     found, share_found = leading(moment, 0.95)
     count = exact.shape[1]
     assert 30 < count <= found.shape[1] <= 1.01 * count + 1
