@@ -136,6 +136,11 @@ class ProtectArgs(_Block):
             raise ValueError(
                 "`soft` says how directions are read; set `inputs` or `directions` too"
             )
+        if self.soft and self.directions == 1:
+            raise ValueError(
+                "of `soft` directions the last one is read as it is, so that one alone protects"
+                " nothing; give at least 2"
+            )
         if self.text is not None and not self.on:
             raise ValueError(
                 "`text` needs something to protect: set `inputs`, `directions` or `anchor`"

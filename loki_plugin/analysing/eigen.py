@@ -96,5 +96,8 @@ def soften(moment: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     The last direction is read as it is, so that it has no column.
     """
     values = (vectors * (moment @ vectors)).double().sum(0).clamp_min(0)  # λ_i = u_iᵀ C u_i
-    taken = (1 - (values[-1] / values[:-1]).sqrt()).clamp(0, SOFTEST)
+    used = values[:-1].clamp_min(
+        torch.finfo(values.dtype).tiny
+    )  # text may use none of the last ones
+    taken = (1 - (values[-1] / used).sqrt()).clamp(0, SOFTEST)
     return vectors[:, :-1] * taken.sqrt().to(vectors.dtype)

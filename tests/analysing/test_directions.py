@@ -11,7 +11,7 @@ from helpers.reference import Exact
 from loki_plugin import input_directions
 from loki_plugin.analysing import directions, eigen
 from loki_plugin.analysing.directions import find_directions
-from loki_plugin.analysing.eigen import leading
+from loki_plugin.analysing.eigen import leading, soften
 from loki_plugin.model.anatomy import find_anatomy
 
 LENGTHS = (40, 64, 23, 57, 64, 31)  # 279 tokens for at most 69 directions
@@ -183,3 +183,10 @@ def test_a_model_that_computes_nothing_is_named():
         model.model.layers[0].mlp.up_proj.weight.zero_()
     with pytest.raises(ValueError, match="second moment of trace 0.0"):
         input_directions(model, *pad(prompts(lengths=LENGTHS), "right"))
+
+
+def test_soft_directions_that_text_does_not_use_are_numbers():
+    moment = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0, 0.0]))  # fewer inputs than directions
+    found = soften(moment, torch.eye(5)[:, :4])
+    assert found.shape == (5, 3) and torch.isfinite(found).all()
+    assert found.square().sum(0).max() <= 0.999 + 1e-6
