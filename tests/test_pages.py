@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
-from pathlib import Path
 
 import click
 import pytest
 import torch
 import yaml
 from axolotl.cli.main import cli as axolotl
+from helpers import pages
+from helpers.pages import ROOT, TEXTS
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -30,24 +31,10 @@ from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
 from loki_plugin.host import settings
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
-TEXTS = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in PAGES}
-FENCE = re.compile(
-    r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```", re.M | re.S
-)
-# The authors' console script has the same name; one page sets both side by side.
-THEIRS = {"select-nodes", "create-model", "restore-model"}
 
-
-def blocks(*kinds: str) -> list:
-    """(page, why it is not run, text) of every fenced block of these kinds, as test parameters."""
-    return [
-        pytest.param(page, found["why"], found["body"], id=f"{page}:{i}")
-        for page, text in TEXTS.items()
-        for i, found in enumerate(FENCE.finditer(text))
-        if found["kind"] in kinds
-    ]
+def each(*kinds: str) -> list:
+    """Every fenced block of these kinds, as test parameters."""
+    return [pytest.param(b, id=f"{b.page}:{b.number}") for b in pages.blocks(*kinds)]
 
 
 # --- pages that are written by docs/generate.py ---
@@ -74,35 +61,18 @@ def test_every_field_has_a_description():
 # --- commands ---
 
 
-def lines_of(block: str) -> list[str]:
-    joined = block.replace("\\\n", " ")
-    return [line.partition("  #")[0].strip() for line in joined.splitlines() if line.strip()]
+COMMANDS = [*pages.shown(), *pages.examples(), *pages.named()]
 
 
-SHOWN = [
-    pytest.param(line, True, id=f"{param.values[0]}: {line}")
-    for param in blocks("", "bash")
-    for line in lines_of(param.values[2])
-    if param.values[0] != "docs/map.md" and "|" not in line
-]
-IN_TEXT = re.compile(r"`((?:axolotl |loki |make |python -m )[^`\n]+)`")
-# In running text a command may stand without its arguments.
-NAMED = [
-    pytest.param(code, False, id=f"{page}: {code}")
-    for page, text in TEXTS.items()
-    for code in sorted(
-        set(re.findall(r"`((?:axolotl |loki |make |python -m )[^`\n]+)`", FENCE.sub("", text)))
-    )
-    if "..." not in code
-]
-PLAIN = re.compile(r"make|loki|axolotl|python|pip")
-
-
-@pytest.mark.parametrize(("line", "whole"), [*SHOWN, *NAMED])
-def test_the_command_is_one_that_runs(line, whole):
-    words = shlex.split(line)
-    if not PLAIN.fullmatch(words[0]):
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.page}: {c.text}")
+def test_the_command_is_one_that_runs(command):
+    """Their words are known; tests/test_pages_run.py runs them."""
+    line, whole = command.text, command.whole
+    words = [w for w in shlex.split(line) if not w.startswith("CUDA_VISIBLE_DEVICES=")]
+    if not pages.STARTS.fullmatch(words[0]):
         assert page_output(line), f"'{line}' is neither a command that is known here nor an output"
+        return
+    if command.why == "theirs":
         return
     if words[0] == "axolotl" and words[1:2] != ["loki"]:
         assert words[1] in axolotl.commands
@@ -129,8 +99,6 @@ def check_ours(words: list[str], whole: bool) -> None:
     """Parse with click's own parser, without touching the files that are named."""
     command: click.Command = loki
     while isinstance(command, click.Group) and words:
-        if words[0] in THEIRS:
-            return
         command, words = command.commands[words[0]], words[1:]
     context = click.Context(command)
     given, left, _ = command.make_parser(context).parse_args(list(words))
@@ -172,15 +140,14 @@ def test_the_reader_of_commands_can_fail():
         check_ours(["verify", "BASE", "TUNED"], True)
     with pytest.raises(AssertionError):
         check_module("benchmarks.quadrature", ["--no-such-option"])
-    assert len(SHOWN) > 15 and len(NAMED) > 15
 
 
 # --- YAML ---
 
 
-@pytest.mark.parametrize(("page", "why", "text"), blocks("yaml"))
-def test_the_yaml_is_accepted(page, why, text):
-    config = yaml.safe_load(text)
+@pytest.mark.parametrize("block", each("yaml"))
+def test_the_yaml_is_accepted(block):
+    config = yaml.safe_load(block.text)
     if "plugins" in config:
         settings.prepare(config)
         assert config["adapter"] in ("lora", "qlora")
@@ -188,9 +155,9 @@ def test_the_yaml_is_accepted(page, why, text):
         LokiConfig(**config["loki"])
 
 
-@pytest.mark.parametrize(("page", "why", "text"), blocks("diff"))
-def test_the_diff_makes_a_lora_yaml_a_loki_yaml(page, why, text):
-    lines = text.splitlines()
+@pytest.mark.parametrize("block", each("diff"))
+def test_the_diff_makes_a_lora_yaml_a_loki_yaml(block):
+    lines = block.text.splitlines()
     assert {line[0] for line in lines} <= {" ", "+", "-"}
     before, after = (
         yaml.safe_load("\n".join(line[1:] for line in lines if line[0] in kept))
@@ -206,17 +173,16 @@ def test_the_diff_makes_a_lora_yaml_a_loki_yaml(page, why, text):
 
 
 def test_there_are_diffs_and_yaml_blocks():
-    assert len(blocks("diff")) >= 2 and len(blocks("yaml")) >= 8
+    assert len(pages.blocks("diff")) >= 2 and len(pages.blocks("yaml")) >= 8
 
 
 # --- Python ---
 
 
-@pytest.mark.parametrize(("page", "why", "text"), blocks("python"))
-def test_the_python_runs_on_a_small_model(page, why, text):
-    if why:
-        compile(text, page, "exec")
-        return
+# Those that load a base and adapters from the disk run among the commands that write them.
+@pytest.mark.parametrize("block", [p for p in each("python") if "BASE" not in p.values[0].text])
+def test_the_python_runs_on_a_small_model(block):
+    assert block.why is None
     # 10 % of its rows are more than 32, the rank that a page asks for.
     config = LlamaConfig(
         hidden_size=352,
@@ -228,7 +194,7 @@ def test_the_python_runs_on_a_small_model(page, why, text):
     model = LlamaForCausalLM(config)
     ids = torch.randint(1, 97, (32, 48), generator=torch.Generator().manual_seed(0))
     names = {"model": model, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    exec(compile(text, page, "exec"), names)
+    exec(compile(block.text, block.page, "exec"), names)
 
 
 # --- messages ---

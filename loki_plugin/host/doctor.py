@@ -83,7 +83,7 @@ def versions() -> list[Finding]:
         about = metadata.metadata("loki_plugin")
         needed = [Requirement(r) for r in metadata.requires("loki_plugin") or []]
     except metadata.PackageNotFoundError:
-        do = "pip install loki_plugin, or `pip install -e .` in its checkout"
+        do = "`pip install .` in a clone of its repository"
         return [Finding("loki_plugin", BROKEN, "is not installed in this Python", do)]
     python = sys.version.split()[0]
     allowed = about["Requires-Python"]
@@ -118,7 +118,7 @@ def plugin() -> list[Finding]:
 
         load_plugin("loki_plugin.LokiPlugin")
     except _FAULTS as error:
-        do = "mend the installation: pip install --force-reinstall loki_plugin axolotl"
+        do = "mend the installation: `pip install --force-reinstall .` in a clone of its repository"
         return [Finding("plugin", BROKEN, f"Axolotl cannot load it: {_short(error)}", do)]
     found = [Finding("plugin", OK, "`plugins: [loki_plugin.LokiPlugin]` loads")]
     try:
@@ -158,7 +158,7 @@ def flash_attention() -> Finding:
     """The optional kernels that training may use; analysing has its own attention."""
     name = "flash-attn"
     if find_spec("flash_attn") is None:
-        do = "nothing, unless the YAML asks for it: pip install 'loki_plugin[flash-attn]'"
+        do = "nothing, unless the YAML asks for it: pip install flash-attn"
         return Finding(name, OK, "is not installed; attention runs through SDPA", do)
     try:
         import flash_attn

@@ -95,10 +95,12 @@ def parse(cfg) -> LokiConfig:
         lines = []
         for fault in error.errors():
             where = ".".join(["loki", *(str(part) for part in fault["loc"])])
-            hint = ""
+            said, hint = fault["msg"], ""
             if fault["type"] == "extra_forbidden":
                 hint = f"; known fields: {', '.join(_fields_at(fault['loc'][:-1]))}"
-            lines.append(f"  {where}: {fault['msg']} (got {fault['input']!r}){hint}")
+            elif fault["type"] == "model_type":  # pydantic would name the class
+                said = f"expected a block of {', '.join(_fields_at(fault['loc']))}"
+            lines.append(f"  {where}: {said} (got {fault['input']!r}){hint}")
         raise ValueError("the `loki:` block is not valid:\n" + "\n".join(lines)) from error
 
 

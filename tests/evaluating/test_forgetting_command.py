@@ -7,22 +7,11 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.prompts import LM_EVAL_TASK
 
 from loki_plugin.cli import loki
 from loki_plugin.evaluating.harness import changes, evaluate_tasks
 from loki_plugin.forgetting import load_model
-
-TASK = """
-task: colours
-dataset_path: json
-dataset_kwargs: {data_files: %s}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +46,7 @@ def folder(tmp_path_factory):
         )
     )
     (folder / "tasks").mkdir()
-    (folder / "tasks" / "colours.yaml").write_text(TASK % data)
+    (folder / "tasks" / "colours.yaml").write_text(LM_EVAL_TASK % data)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(5)))
     return folder

@@ -38,3 +38,17 @@ def error(scores, truth):
 def rms(scores, truth):
     scale = truth.abs().amax(-1, keepdim=True)
     return float(((scores - truth) / scale).square().mean().sqrt())
+
+
+# A task of one's own for lm-eval: multiple choice from a .jsonl file, which `%` fills in.
+LM_EVAL_TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: %s}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""

@@ -52,6 +52,20 @@ def test_training_takes_rows_and_directions_from_the_cache(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
+def test_the_rows_of_a_trained_adapter_are_not_overwritten(run_config, train, tmp_path):
+    train(run_config | {"max_steps": 1})
+    file = Path(run_config["output_dir"]) / "loki_rows.json"
+    assert invoke(run_config, tmp_path).exit_code == 0  # the same rows: nothing is lost
+    run_config["loki"]["quota"] = 20
+    done = invoke(run_config, tmp_path)
+    assert done.exit_code == 1 and f"'{file}' belongs to the adapter beside it" in done.output
+    assert RowSelection.load(file).counts == [6, 6, 6]
+    other = tmp_path / "other.json"
+    assert invoke(run_config, tmp_path, "--output", str(other)).exit_code == 0
+    assert RowSelection.load(other).counts == [12, 12, 12]
+
+
 def test_a_run_with_rows_of_its_own_has_nothing_to_analyse(run_config, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text("[[1], [2], [3]]")

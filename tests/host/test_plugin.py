@@ -68,6 +68,10 @@ def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_con
     [
         ({"qouta": 10}, r"loki.qouta: .*known fields: .*quota"),
         ({"calibration": {"sauce": 1}}, "loki.calibration.sauce: .*known fields: .*source"),
+        (
+            {"calibration": "my.jsonl"},
+            "loki.calibration: expected a block of .*source.*my.json",
+        ),
         ({"quota": 0}, "loki.quota: .*greater than 0"),
         ({"quota": 101}, "loki.quota: .*less than or equal to 100"),
         ({"quota": "ten"}, "loki.quota"),

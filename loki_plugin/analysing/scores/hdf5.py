@@ -64,8 +64,7 @@ class Hdf5Scores:
             import h5py
         except ImportError as error:
             raise ImportError(
-                f"reading the HDF5 score file '{self.path}' needs h5py:"
-                " `pip install 'loki_plugin[hdf5]'`"
+                f"reading the HDF5 score file '{self.path}' needs h5py: `pip install h5py`"
             ) from error
         try:
             return h5py.File(self.path, "r")
