@@ -102,6 +102,7 @@ def measure(
     adapter = tuned if (Path(tuned) / ADAPTER).is_file() else None
     of_base = {"revision": revision, "trust_remote_code": trust_remote_code}
     of_tuned = of_base if adapter else {"trust_remote_code": trust_remote_code}
+    device = device or _usual_device()  # lm-eval's own default is a GPU, where there is none too
     settings: dict[str, Any] = {"device": device, "dtype": dtype, **options}
     idle = [k for k in ("include", "limit") if options.get(k)] + ["noise_floor"] * noise_floor
     if idle and not tasks:
@@ -210,8 +211,7 @@ def load_model(model: str, adapter: str | None, device: str | None, dtype: str, 
     """
     from transformers import AutoModelForCausalLM
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or _usual_device()
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype '{dtype}' is unknown; give auto, float32, bfloat16 or float16")
     try:
@@ -225,3 +225,7 @@ def load_model(model: str, adapter: str | None, device: str | None, dtype: str, 
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded.to(device)
+
+
+def _usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -124,12 +124,3 @@ def test_another_base_or_rows_of_no_quantised_one_are_refused(tmp_path, base):
     done = merge(tmp_path, base, "--onto", "dequantised")
     assert done.exit_code == 1 and "was not made on a quantised base" in done.output
     assert not (tmp_path / "out").exists() and not (tmp_path / "adapter" / "merged").exists()
-
-
-def test_an_output_that_is_there_is_refused_before_a_base_is_written(tmp_path, base):
-    quantised_run(tmp_path, base, "nf4-bfloat16")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    done = merge(tmp_path, base, "--onto", "dequantised", "--output", str(tmp_path / "full"))
-    assert done.exit_code == 1 and "full' exists and is not empty" in done.output
-    assert not (tmp_path / "full-base").exists()
