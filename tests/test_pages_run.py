@@ -58,6 +58,7 @@ WORDS = {
     "T": "out/merged",
     "Qwen/Qwen2.5-0.5B": "base",
     "FILE.h5": "kva_mmlu.h5",
+    "outputs/loki/loki_directions.safetensors": "out/loki_directions.safetensors",
     "scores.h5": "kva_mmlu.h5",
     "first/loki_rows.json": "outputs/loki_rows.json",
     "9e4a4b2b1e4a6fe95856": "KEY",  # of the newest analysis
