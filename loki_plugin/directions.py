@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from .model.anatomy import find_anatomy
 from .model.fingerprint import fingerprint, same_model
+from .model.loading import is_loaded
 from .model.writing import replacing
 
 FILE_NAME = "loki_directions.safetensors"
@@ -72,7 +73,7 @@ class Directions:
     def check(self, model: torch.nn.Module, unchanged: bool = False) -> Directions:
         """Check that the directions belong to `model`, which may carry an adapter.
 
-        `unchanged` as in `fingerprint`.
+        On a rank without its weights only sizes can be compared. `unchanged` as in `fingerprint`.
 
         Raises:
             ValueError: another layer count, another intermediate size, or another model by
@@ -85,7 +86,7 @@ class Directions:
                 f"the directions are for {len(given)} layers of {_few(given)} inputs, this model"
                 f" has {len(sizes)} of {_few(sizes)}; find them on this model"
             )
-        if self.fingerprint is not None:
+        if self.fingerprint is not None and is_loaded(model):
             difference = same_model(self.fingerprint, fingerprint(model, unchanged=unchanged))
             if difference:
                 raise ValueError(

@@ -117,7 +117,7 @@ class LokiPlugin(BasePlugin):
             return
         cfg.lora_modules_to_save = self._embeddings  # the tokenizer may be loaded again
         if self.run is not None and not cfg.rl:  # with `rl:` the trainer is still to wrap it
-            self.run.install(model, fresh=not cfg.lora_model_dir)
+            self.run.install(cfg, model)
 
     def post_trainer_create(self, cfg, trainer):
         """The optimizer phase."""

@@ -11,6 +11,7 @@ from ..inputs import Inputs
 from ..rows import FILE_NAME, RowSelection, common_rows
 from .base import check_base
 from .settings import parse
+from .sharding import check_starts_afresh
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Files:
             ValueError: a file that cannot be read or contradicts another one; a quantised base.
         """
         config = parse(cfg)
+        check_starts_afresh(cfg)
         check_base(cfg)
         source, rows = "analysis", None
         if cfg.lora_model_dir:

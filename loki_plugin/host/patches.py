@@ -1,6 +1,7 @@
 """What is changed in Axolotl itself.
 
-Our log is shown, merging a LoKI run is ours, and evaluating one says that it evaluates.
+Our log is shown, merging a LoKI run and saving a sharded one is ours, and evaluating one says that
+it evaluates.
 """
 
 from __future__ import annotations
@@ -67,6 +68,32 @@ def give_back_merge() -> None:
     from axolotl.cli import merge_lora
 
     merge_lora.do_merge_lora = merge_lora.do_merge_lora.original
+
+
+def take_over_sharded_saving() -> None:
+    """An FSDP2 adapter with confined rows is saved by us.
+
+    Axolotl writes its parameters, and lora_B has none in the dense form, and only those of its
+    rows in the low-rank form.
+    """
+    from axolotl.integrations.expert_parallel import shard
+
+    from ..implanting.adapter import constrained_modules
+    from ..implanting.saved import save_sharded
+
+    original = shard.save_fsdp2_lora_adapter
+    if getattr(original, "saves_loki", False):
+        return
+
+    @functools.wraps(original)
+    def save_fsdp2_lora_adapter(model, output_dir):
+        if not any(True for _ in constrained_modules(model)):
+            return original(model, output_dir)
+        save_sharded(model, lambda state: model.save_pretrained(output_dir, state_dict=state))
+        return True
+
+    save_fsdp2_lora_adapter.saves_loki = True  # type: ignore[attr-defined]
+    shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
 
 
 _EVALUATING = ContextVar("evaluating", default=False)

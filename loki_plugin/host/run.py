@@ -18,7 +18,8 @@ from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .base import check_base
 from .files import Files, config_file
-from .sharding import check_loaded
+from .patches import take_over_sharded_saving
+from .sharding import check_loaded, is_fsdp2
 from .telling import Line, about_end, about_rows, about_training, block
 from .tokens import calibration_tokenizer
 
@@ -49,9 +50,12 @@ class Run:
         from ..forgetting import load_questions
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
+        from ..model.loading import is_loaded
         from ..pipeline import choose_rows
 
-        check_loaded(model)
+        check_loaded(model, sharded=is_fsdp2(cfg))
+        if is_fsdp2(cfg):
+            take_over_sharded_saving()
         if not Path(cfg.base_model).is_dir():
             check_base(cfg, downloaded=True)
         check_adaptable(find_anatomy(model), model)
@@ -61,7 +65,8 @@ class Run:
             selection = choose_rows(model, tokenizer, files.config, files.inputs)
         else:
             with ranks.together():
-                selection = files.rows.check(model)
+                checked = files.rows.check(model) if is_loaded(model) else None
+            selection = ranks.broadcast(checked)
         seconds = time.perf_counter() - started
         run = cls(files.config, selection)
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
@@ -92,7 +97,8 @@ class Run:
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:
-            self.directions = found.check(model, unchanged=True)
+            with ranks.together():
+                self.directions = found.check(model, unchanged=True)
             self.facts["protection"] = report(found)
             self.told.append(("protected", describe(found)))
         if settings.anchor:
@@ -115,16 +121,20 @@ class Run:
         cfg.lora_target_modules = settings["target_modules"]
         cfg.lora_fan_in_fan_out = settings["fan_in_fan_out"]
 
-    def install(self, model, fresh: bool) -> None:
+    def install(self, cfg, model) -> None:
         from ..implanting.adapter import install, trainable_share
         from ..implanting.protection import protect_inputs
         from ..model.fingerprint import fingerprint
+        from ..model.loading import is_loaded
 
+        fresh = not cfg.lora_model_dir
         install(model, self.selection, self.config.rank, fresh)
         if self.directions:
             protect_inputs(model, self.directions, fresh, unchanged=True)
         # The base was read when its rows were chosen, and is read again after the training.
-        self.base = fingerprint(model, unchanged=True)
+        with ranks.together():
+            mine = fingerprint(model, unchanged=True) if is_loaded(model) else {}
+        self.base = ranks.broadcast(mine) if is_fsdp2(cfg) else mine
         trainable, base = trainable_share(model)
         self.facts.update(trainable_parameters=trainable, base_parameters=base)
         told = about_training(self.selection, self.config.rank, trainable, base)
@@ -133,12 +143,14 @@ class Run:
     def prepare_trainer(self, cfg, trainer) -> None:
         from ..implanting.protection import DirectionsBesideCheckpoints
         from ..implanting.recording import record
-        from ..implanting.training import prepare_trainer
+        from ..implanting.training import prepare_trainer, save_whole_checkpoints
         from .preference import model_of
 
         if cfg.rl:
-            self.install(model_of(trainer), fresh=not cfg.lora_model_dir)
+            self.install(cfg, model_of(trainer))
         prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
+        if is_fsdp2(cfg):
+            save_whole_checkpoints(trainer)
         if self.directions:
             trainer.add_callback(DirectionsBesideCheckpoints(self.directions))
         if self.anchor:
@@ -201,7 +213,7 @@ class Run:
     def _faults_in_memory(self, model) -> list[str]:
         from ..implanting.adapter import check
         from ..model.fingerprint import fingerprint
-        from ..model.loading import is_sharded
+        from ..model.loading import can_be_gathered
 
         what, faults = self.verdict.what, []
         try:
@@ -212,7 +224,7 @@ class Run:
             faults.append(str(error))
         if self.anchor and self.anchor.last is not None:
             self.facts["anchor_kl_last_step"] = float(self.anchor.last)
-        if is_sharded(model):
+        if not can_be_gathered(model):
             what["base"] = "not checksummed: sharded"
             self.verdict.left_out.add("base")
             return faults

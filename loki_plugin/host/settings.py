@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ..args import LokiConfig
 from .preference import preference_faults
-from .sharding import fsdp_faults, zero_faults
+from .sharding import fsdp_faults, is_fsdp2, zero_faults
 from .telling import Line
 
 LOG = logging.getLogger("loki_plugin")
@@ -130,6 +130,8 @@ def prepare(cfg) -> list[Line]:
     if config.form is None:
         given = cfg.get("adapter") or "not set"
         lines.append(("adapter", f"'{given}' runs as '{adapter}', in the {form} form"))
+    if is_fsdp2(cfg):
+        lines.append(("sharding", "FSDP2: has run on CPU ranks only, see docs/ways.md"))
     wanted = {**OVERRIDDEN, "adapter": adapter, "lora_r": rank or 1, "lora_alpha": rank or 1}
     if _adds_tokens(cfg):
         wanted["lora_modules_to_save"] = EMBEDDINGS

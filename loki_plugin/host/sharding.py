@@ -26,17 +26,105 @@ SPREADING = (
 )
 
 
-def fsdp_faults(cfg) -> list[str]:
-    """One line for each setting that asks for FSDP.
+# What was proved under FSDP2, on CPU ranks, stands in docs/ways.md; all else is refused.
+_NOT_WITH_FSDP2 = {
+    "fsdp": "the settings of FSDP2 stand in `fsdp_config`",
+    "load_in_4bit": "only 16/32-bit bases were proved under FSDP2",
+    "load_in_8bit": "only 16/32-bit bases were proved under FSDP2",
+    "rl": "preferences were not proved under FSDP2",
+    "context_parallel_size": "it was not proved under FSDP2",
+    "dp_replicate_size": "it was not proved under FSDP2",
+    "expert_parallel_size": "it was not proved under FSDP2",
+    "fp32_norms": "it was not proved under FSDP2",
+    "torch_compile": "it was not proved under FSDP2",
+    "load_best_model_at_end": "loading a checkpoint was not proved under FSDP2",
+    "early_stopping_patience": "loading the best checkpoint was not proved under FSDP2",
+}
+_NOT_IN_FSDP_CONFIG = {
+    "activation_checkpointing": "use `gradient_checkpointing: true`",
+    "offload_params": "it was not proved",
+    "mixed_precision_policy": "it was not proved; `bf16: true` sets one",
+}
+_IN_FSDP_CONFIG = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "cpu_ram_efficient_loading": True,
+    "reshard_after_forward": True,
+}
 
-    Axolotl saves an FSDP2 adapter from its parameters, not from the state dict, so lora_B would be
-    missing; FSDP1 hides the parameters from the check of what trains.
+
+def is_fsdp2(cfg) -> bool:
+    """Whether a configuration, validated or not, asks for FSDP2."""
+    given = _fsdp_config(cfg)
+    version = cfg.get("fsdp_version") or given.get("fsdp_version") or given.get("version")
+    return bool(given) and str(version) == "2"
+
+
+def fsdp_faults(cfg) -> list[str]:
+    """One line for each setting that asks for FSDP1, or under FSDP2 for what was not proved.
+
+    FSDP1 hides the parameters from the check of what trains.
     """
-    return [
-        f"  {key}: FSDP shards the adapter, and it would be saved without lora_B; use {_INSTEAD}"
-        for key in ("fsdp", "fsdp_config")
-        if cfg.get(key)
+    if not is_fsdp2(cfg):
+        return [
+            f"  {key}: FSDP1 hides what trains; use `fsdp_version: 2` with a 16/32-bit base, or"
+            f" {_INSTEAD}"
+            for key in ("fsdp", "fsdp_config")
+            if cfg.get(key)
+        ]
+    given = _fsdp_config(cfg)
+    sizes = ("context_parallel_size", "dp_replicate_size", "expert_parallel_size")
+    faults = [
+        f"  {key}: {why}"
+        for key, why in _NOT_WITH_FSDP2.items()
+        if cfg.get(key) and not (key in sizes and cfg[key] == 1)
     ]
+    faults += [
+        f"  fsdp_config.{k}: {why}" for k, why in _NOT_IN_FSDP_CONFIG.items() if given.get(k)
+    ]
+    faults += [
+        f"  fsdp_config.{key}: FSDP2 was proved with {value} only, got {given.get(key)}"
+        for key, value in _IN_FSDP_CONFIG.items()
+        if given.get(key) != value
+    ]
+    saves = cfg.get("save_steps") or cfg.get("saves_per_epoch") or cfg.get("save_strategy") != "no"
+    if saves and not cfg.get("save_only_model"):
+        faults.append(
+            "  save_strategy: resuming was not proved under FSDP2; set `save_only_model: true`, and"
+            " checkpoints hold the adapter alone, or `save_strategy: 'no'`"
+        )
+    if not _saver_is_known():
+        faults.append("  fsdp_version: this version of Axolotl saves FSDP2 adapters in another way")
+    return faults
+
+
+def check_starts_afresh(cfg) -> None:
+    """Check, before a training, that an FSDP2 run goes on from nothing.
+
+    Raises:
+        ValueError: it would load an adapter or a checkpoint into a sharded model.
+    """
+    keys = ("lora_model_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints")
+    given = [key for key in keys if cfg.get(key)]
+    if is_fsdp2(cfg) and given:
+        raise ValueError(
+            f"{', '.join(given)}: going on from an adapter or a checkpoint was not proved under"
+            f" FSDP2; start afresh, merge the adapter and train on the merged model, or use"
+            f" {_INSTEAD}"
+        )
+
+
+def _saver_is_known() -> bool:
+    try:
+        from axolotl.integrations.expert_parallel import shard
+    except ImportError:
+        return False
+    return hasattr(shard, "save_fsdp2_lora_adapter")
+
+
+def _fsdp_config(cfg) -> dict:
+    given = cfg.get("fsdp_config") or {}
+    # Axolotl still takes keys with the prefix.
+    return {k if k == "fsdp_version" else k.removeprefix("fsdp_"): v for k, v in given.items()}
 
 
 def zero_faults(deepspeed: dict) -> list[str]:
@@ -46,14 +134,18 @@ def zero_faults(deepspeed: dict) -> list[str]:
     return [f"  deepspeed: ZeRO-3 shards the base; use ZeRO-1 or 2, or {_INSTEAD}"]
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_loaded(model: nn.Module, sharded: bool = False) -> None:
     """Check, on every rank together, that each holds the whole base.
+
+    Args:
+        sharded: by FSDP2, whose first rank alone holds it; the others get their parts of it later.
 
     Raises:
         ValueError: on a rank without weights; RuntimeError on all others.
     """
     with ranks.together():
-        if ranks.count() > 1 and not is_loaded(model):
+        must_hold = ranks.is_first() or not sharded
+        if ranks.count() > 1 and must_hold and not is_loaded(model):
             raise ValueError(
                 f"rank {ranks.current()} holds none of the base's weights: something shards the"
                 " model (ACCELERATE_USE_FSDP, FSDP_CPU_RAM_EFFICIENT_LOADING, ZeRO-3). Use"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from .files import Files
+from .sharding import is_fsdp2
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -14,6 +15,9 @@ def calibration_tokenizer(cfg, model, files: Files):
 
     It is the run's, unless a prompt would hold a new token (by its chat template, say): then it is
     the base's own, with its own template, for that is how the base shows what it knows.
+
+    Raises:
+        ValueError: prompts hold tokens that the base does not know, or new tokens under FSDP2.
     """
     from axolotl.loaders import load_tokenizer
     from axolotl.utils.dict import DictDefault
@@ -23,6 +27,11 @@ def calibration_tokenizer(cfg, model, files: Files):
     new = [token for token, i in tokenizer.get_vocab().items() if i >= known]
     if not new:
         return tokenizer
+    if is_fsdp2(cfg):
+        raise ValueError(
+            f"{len(new)} tokens are new to the base ({', '.join(sorted(new)[:8])}), and new"
+            " embeddings were not proved under FSDP2. Save a base that has them, or train under DDP"
+        )
     LOG.warning(
         "loki: %d tokens are new to the base (%s%s): their embeddings are made now, saved with the"
         " adapter, and do not train%s",

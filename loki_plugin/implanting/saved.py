@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
+from .. import ranks
 from ..directions import FILE_NAME as DIRECTIONS_NAME
 from ..directions import Directions
+from ..model.loading import whole
 from ..rows import FILE_NAME, RowSelection
 from .checkpoint import open_tensors
 from .protection import LEAKAGE, leakage
@@ -35,8 +39,40 @@ def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
     model.save_pretrained = types.MethodType(_save_pretrained, model)
 
 
+def save_sharded(model: PeftModel, write: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Bring together an adapter that FSDP2 has spread over the ranks; the first one writes it.
+
+    Every rank must call this.
+
+    Args:
+        write: gets the adapter's part of an ordinary state dict, on the CPU.
+
+    Raises:
+        RuntimeError: on the other ranks, if the first cannot write it.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            complete = whole(tensor)
+            if ranks.is_first():
+                state[name] = complete.cpu()
+    with ranks.together():
+        if ranks.is_first():
+            write(state)
+
+
+def _is_spread(model: PeftModel) -> bool:
+    """Whether FSDP2 has spread the adapter over the ranks."""
+    return any(isinstance(p, DTensor) for n, p in model.named_parameters() if ".lora_" in n)
+
+
 def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
     folder = Path(save_directory)
+    if kwargs.get("state_dict") is None and _is_spread(self):
+        raise RuntimeError(
+            f"the adapter was not saved to '{folder}': each rank holds a part of it only, and"
+            " one of them cannot save it alone. Use the last checkpoint, or `save_sharded` on all"
+        )
     first = kwargs.get("is_main_process", True)
     if first:
         _withdraw_report(folder)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..model.loading import whole
 
 KEY = "weight"  # what an ordinary lora_B calls its matrix on disk
 
@@ -81,17 +84,30 @@ class RowScatter(nn.Module):
             missing.append(prefix + KEY)
             return
         try:
-            stored = self.compact(state_dict[prefix + KEY])
+            stored = self.compact(whole(state_dict[prefix + KEY]))
         except ValueError as error:
             where = f"{prefix}{KEY}: " if prefix else ""
             raise ValueError(
                 f"{where}{error}. The adapter was trained on other rows: use the"
                 " loki_rows.json that stands beside it"
             ) from error
-        own = {f"{prefix}{name}": stored for name in self._parameters if name != "bias"}
+        own = {
+            f"{prefix}{name}": _spread(stored, like)
+            for name, like in self._parameters.items()
+            if name != "bias"
+        }
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing, unexpected, errors
         )
+
+
+def _spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that every rank holds, spread as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    there = whole.detach().to(mesh.device_type)
+    return distribute_tensor(there, mesh, like.placements, src_data_rank=None)
 
 
 class RowSelector(RowScatter):
@@ -102,8 +118,11 @@ class RowSelector(RowScatter):
 
     def __init__(self, rows: torch.Tensor, like: torch.Tensor):
         super().__init__(rows, *like.shape)
-        # Carries the dtype and the device of the matrix that is not there.
-        self.register_buffer("like", like.detach().new_empty(0), persistent=False)
+        # Carries the dtype and the device of the matrix that is not there. It is there itself, even
+        # where a rank's matrices are on the meta device: what is there can be moved.
+        device = "cpu" if like.is_meta else like.device
+        nothing = torch.empty(0, dtype=like.dtype, device=device)
+        self.register_buffer("like", nothing, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.scatter(x)
@@ -145,8 +164,9 @@ class RowFactor(RowScatter):
         return self.scatter(nn.functional.linear(x, self.values))
 
     def expanded(self) -> torch.Tensor:
-        b = self.values.new_zeros(self.out_features, self.in_features)
-        return b.index_copy(0, self.placed(b.device), self.values)
+        values = whole(self.values)
+        b = values.new_zeros(self.out_features, self.in_features)
+        return b.index_copy(0, self.placed(b.device), values)
 
     def compact(self, b: torch.Tensor) -> torch.Tensor:
         self._check_shape(b)

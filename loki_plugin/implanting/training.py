@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from .. import ranks
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
+from .saved import save_sharded
 from .selected import RowFactor
 
 LOG = logging.getLogger("loki_plugin")
@@ -68,14 +69,15 @@ def accept_whole_states(optimizer: torch.optim.Optimizer, model: nn.Module) -> N
     Raises (when such a state is loaded):
         ValueError: its moments are 8-bit blocks that run across rows.
     """
-    factors = {
-        id(m.values): (name, m)
-        for name, m in adapter.constrained_modules(model)
-        if isinstance(m, RowFactor)
-    }
     load = optimizer.load_state_dict
 
     def load_state_dict(saved: dict) -> None:
+        # Only now: FSDP2 puts other parameters into model and optimizer.
+        factors = {
+            id(m.values): (name, m)
+            for name, m in adapter.constrained_modules(model)
+            if isinstance(m, RowFactor)
+        }
         states = dict(saved["state"])
         for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=False):
             for parameter, key in zip(group["params"], stored["params"], strict=False):
@@ -107,6 +109,16 @@ def _of_rows(state: dict, name: str, module: RowFactor) -> dict:
         elif value.shape == whole or (key == _ADAFACTOR_ROWS and len(value) == whole[0]):
             fitting[key] = value[module.rows.to(value.device)]
     return {**state, **fitting}
+
+
+def save_whole_checkpoints(trainer: Trainer) -> None:
+    """Let a trainer whose model FSDP2 shards save checkpoints that hold ordinary adapters."""
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or trainer.args.output_dir
+        save_sharded(trainer.model, lambda state: trainer._save(folder, state_dict=state))
+
+    trainer.save_model = save_model
 
 
 class StopAtNaN(TrainerCallback):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .loading import whole
 from .quantised import row_scales, unpack
 
 # What loading, tokenizers and trainers change without changing the function of the model.
@@ -30,6 +31,8 @@ _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so no single change of a word can 
 
 def fingerprint(model: nn.Module, block: int = _BLOCK, unchanged: bool = False) -> dict[str, str]:
     """What identifies `model`, the same before and after an adapter is wrapped around it.
+
+    Of a model that FSDP2 has sharded every rank must ask.
 
     Args:
         unchanged: take the last fingerprint's word for every tensor that lies where it lay and was
@@ -57,7 +60,10 @@ def fingerprint(model: nn.Module, block: int = _BLOCK, unchanged: bool = False) 
                 " on the other ranks of a sharded load, so nothing can be said about its values."
                 " Ask on the rank that holds them, or load the whole model on every rank"
             )
-        _update(weights, name, stored, (), block, unchanged)
+        here = whole(stored)  # one tensor at a time
+        if tensor is stored:
+            tensor = here
+        _update(weights, name, here, (), block, unchanged)
         if tensor is not None:
             _update(identity, name, tensor, _BF16, block, unchanged)
             _update(half, name, tensor, _HALF, block, unchanged)

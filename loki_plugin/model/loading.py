@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -23,3 +24,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(
         p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()
     )
+
+
+def can_be_gathered(model: nn.Module) -> bool:
+    """Whether `whole` finds every weight: none is on the meta device or in ZeRO-3's hands."""
+    return not any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, which FSDP2 may have spread over the ranks.
+
+    Every rank must ask for the same tensors in the same order: the parts are sent around.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.is_meta:  # being sharded: there are no values yet
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return tensor.full_tensor()

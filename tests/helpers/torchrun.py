@@ -22,7 +22,7 @@ def two_ranks(script: Path, *arguments, check: bool = True, **environment) -> st
     done = subprocess.run(
         command,
         text=True,
-        timeout=300,
+        timeout=600,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},

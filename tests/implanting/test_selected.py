@@ -233,3 +233,17 @@ def test_an_eight_bit_state_of_all_rows_is_refused():
     accept_whole_states(optimizer, model)
     with pytest.raises(ValueError, match="lora_B.default: .*8-bit.*all 48 rows.*lora_model_dir"):
         optimizer.load_state_dict(whole_state("adamw8bit"))
+
+
+@FORMS
+def test_a_rank_without_weights_gets_them_from_the_one_that_has_them(rank):
+    """As FSDP2 fills the other ranks: implanted on the meta device, then loaded."""
+    whole = trained(rank)
+    with torch.device("meta"):
+        empty = implant(tiny("llama"), ROWS, rank)
+    assert all(p.is_meta for p in empty.parameters())
+    for module in factors(empty):  # buffers are moved, and nothing can be moved off meta
+        assert not any(buffer.is_meta for buffer in module.buffers())
+    empty.load_state_dict(whole.state_dict(), assign=True)
+    for own, other in zip(factors(empty), factors(whole), strict=True):
+        assert torch.equal(own.weight, other.weight)

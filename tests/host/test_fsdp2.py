@@ -1,0 +1,227 @@
+"""FSDP2 through Axolotl on two CPU ranks: as under DDP, and the base is whole and unchanged.
+
+Only the device is another one than on GPUs, see helpers/fsdp2_on_cpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.axolotl import load
+from helpers.laws import adapter_of, assert_confined
+from helpers.torchrun import two_ranks
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loki_plugin.directions import FILE_NAME, Directions
+from loki_plugin.host.files import Files
+from loki_plugin.implanting.protection import leakage
+
+EXAMPLE = Path(__file__).parents[2] / "example_configs" / "multi-gpu-fsdp2.yaml"
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+import helpers.fsdp2_on_cpu
+from torch.distributed.tensor import DTensor
+from loki_plugin.picturing import after
+from loki_plugin.plugin import LokiPlugin
+
+finish, seen = LokiPlugin.post_train, {}
+
+def post_train(self, cfg, model):
+    parameters = dict(model.named_parameters())
+    whole = sum(p.numel() for p in parameters.values())
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values())
+    seen["part"] = here / whole
+    try:
+        model.save_pretrained(str(Path(cfg.output_dir) / "alone"))
+    except RuntimeError as error:
+        seen["alone"] = str(error)
+    finish(self, cfg, model)
+
+LokiPlugin.post_train = post_train
+
+if __name__ == "__main__":  # data sets are tokenised in processes that import this file
+    from accelerate.state import AcceleratorState, GradientState
+    import axolotl.train
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+
+    after.show = lambda *run: {"not_drawn": "the test is not about pictures"}
+    axolotl.train.cleanup_distributed = lambda: None  # the next run needs the ranks still
+    for path in sys.argv[1:]:
+        do_train(load_cfg(path), TrainerCliArgs())
+        Path(f"{path}.seen-{os.environ['RANK']}").write_text(json.dumps(seen))
+        seen.clear()
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+"""
+
+
+def sharding() -> dict:
+    """The keys that shard the example, for the tests' Llama."""
+    keys = ("fsdp_version", "fsdp_config", "save_only_model")
+    example = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    found = {key: example[key] for key in keys}
+    found["fsdp_config"]["transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
+    return found
+
+
+@pytest.fixture
+def sharded(run_config):
+    """The YAML of a sharded run; what Axolotl's loading of it puts into the environment goes."""
+    before = dict(os.environ)
+    yield run_config | sharding()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"load_in_4bit": True}, "load_in_4bit: only 16/32-bit bases"),
+        ({"load_in_8bit": True}, "load_in_8bit: only 16/32-bit bases"),
+        ({"rl": "dpo"}, "rl: preferences were not proved under FSDP2"),
+        ({"save_only_model": False, "save_strategy": "epoch"}, "save_strategy: resuming was not"),
+        ({"save_only_model": False, "save_steps": 2}, "save_strategy: resuming was not"),
+        ({"dp_replicate_size": 2}, "dp_replicate_size: it was not proved"),
+        ({"fsdp": ["full_shard"]}, "fsdp: the settings of FSDP2 stand in `fsdp_config`"),
+        ({"fsdp_version": 1}, "fsdp_config: FSDP1 hides what trains; use `fsdp_version: 2`"),
+    ],
+)
+def test_what_was_not_proved_under_fsdp2_is_refused(sharded, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(sharded | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offload_params": True}, "fsdp_config.offload_params: it was not proved"),
+        ({"fsdp_offload_params": True}, "fsdp_config.offload_params: it was not proved"),
+        ({"activation_checkpointing": True}, "activation_checkpointing: use `gradient_check"),
+        ({"cpu_ram_efficient_loading": False}, "proved with True only, got False"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "proved with TRANSFORMER_BASED_WRAP only"),
+    ],
+)
+def test_other_ways_of_sharding_are_refused(sharded, change, message):
+    sharded["fsdp_config"] |= change
+    with pytest.raises(ValueError, match=message):
+        load(sharded)
+
+
+def test_another_way_of_saving_is_refused(sharded, monkeypatch):
+    from axolotl.integrations.expert_parallel import shard
+
+    monkeypatch.delattr(shard, "save_fsdp2_lora_adapter")
+    with pytest.raises(ValueError, match="this version of Axolotl saves FSDP2 adapters in another"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("key", ["lora_model_dir", "resume_from_checkpoint"])
+def test_a_sharded_training_starts_afresh(sharded, key):
+    cfg = load(sharded | {key: "somewhere"})  # `inference` and `merge-lora` may name an adapter
+    with pytest.raises(ValueError, match=f"{key}: going on from an adapter or a checkpoint"):
+        Files.read(cfg)
+
+
+@pytest.fixture(scope="module")
+def tied(base, tmp_path_factory):
+    """The base with its output embeddings tied to the others."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tied")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(base, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(base, tied, dataset, questions, tmp_path_factory):
+    """Name -> the output folder of a run on two ranks; all in one launch."""
+    from helpers.axolotl import short_run
+
+    folder = tmp_path_factory.mktemp("fsdp2")
+    plain = short_run(base, dataset, questions, folder) | {
+        "optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.1, "max_grad_norm": 0.1,
+        "max_steps": 3, "gradient_checkpointing": True,
+    }  # fmt: skip
+    low = {"rank": 2, "protect": {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}}
+    low_rank = plain | {"loki": plain["loki"] | low}
+    low_rank |= {"bf16": True, "plugins": ["loki", "helpers.on_cpu.OnCpu"], "base_model": str(tied)}
+    saving = sharding() | {"save_strategy": "steps", "save_steps": 2}
+    configs = {
+        "dense-fsdp2": plain | saving,  # its first rank analyses
+        "dense-ddp": plain,
+        "rank2-ddp": low_rank,
+        "rank2-fsdp2": low_rank | saving,  # finds the analysis of both ranks in the cache
+    }
+    files = []
+    for name, config in configs.items():
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(json.dumps(config | {"output_dir": str(folder / name)}))
+    (folder / "ranks.py").write_text(SCRIPT)
+    two_ranks(folder / "ranks.py", *files)
+    return folder
+
+
+def seen(runs: Path, name: str) -> list[dict]:
+    return [json.loads((runs / f"{name}.yaml.seen-{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "rank"), [("dense", None), ("rank2", 2)])
+def test_it_trains_the_model_that_ddp_trains(runs, base, tied, form, rank):
+    for found in seen(runs, f"{form}-fsdp2"):
+        assert 0.4 < found["part"] < 0.6  # each rank holds a half
+        assert "each rank holds a part of it only" in found["alone"]
+    assert [found["part"] for found in seen(runs, f"{form}-ddp")] == [1, 1]
+    out = runs / f"{form}-fsdp2"
+    assert not (out / "alone").exists()
+    assert_confined(out, rank)
+    report = json.loads((out / "loki_report.json").read_text())
+    assert report["verified"] is True and not report["faults"]
+    assert report["verified_what"]["base"] == "every byte"
+    # Mixed precision rounds other sums to bf16 than autocast does.
+    bound = 0 if rank is None else 0.05
+    ddp = adapter_of(runs / f"{form}-ddp")
+    for layer, (a, b) in adapter_of(out).items():
+        update, wanted = b @ a, ddp[layer][1] @ ddp[layer][0]
+        assert (update - wanted).norm() <= bound * wanted.norm(), layer
+        assert wanted.norm() > 1e-3
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tied if rank else base), out
+    )
+    stored = load_file(out / "adapter_model.safetensors")
+    loaded = {k: v for k, v in tuned.state_dict().items() if ".lora_" in k}
+    assert len(loaded) == len(stored) == 6
+    for key, tensor in stored.items():
+        assert torch.equal(loaded[key.replace(".weight", ".default.weight")], tensor), key
+
+
+@pytest.mark.slow
+def test_it_does_not_read_protected_directions(runs):
+    out = runs / "rank2-fsdp2"
+    report = json.loads((out / "loki_report.json").read_text())
+    assert report["anchor_kl_last_step"] is not None
+    for layer, u in enumerate(Directions.load(out / FILE_NAME).basis):
+        a, b = adapter_of(out)[layer]
+        assert leakage(b @ a, u) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "rank"), [("dense", None), ("rank2", 2)])
+def test_its_checkpoints_hold_the_whole_adapter(runs, form, rank):
+    folder = runs / f"{form}-fsdp2" / "checkpoint-2"
+    assert_confined(folder, rank)
+    assert not list(folder.glob("*optimizer*")) and not list(folder.glob("*fsdp*"))
