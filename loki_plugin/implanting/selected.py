@@ -101,12 +101,12 @@ class RowScatter(nn.Module):
         )
 
 
-def _spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _spread(complete: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that every rank holds, spread as `like` is."""
     if not isinstance(like, DTensor):
-        return whole
+        return complete
     mesh = like.device_mesh
-    there = whole.detach().to(mesh.device_type)
+    there = complete.detach().to(mesh.device_type)
     return distribute_tensor(there, mesh, like.placements, src_data_rank=None)
 
 
