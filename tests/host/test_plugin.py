@@ -113,7 +113,7 @@ def test_all_faults_are_shown_at_once(run_config):
         ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters"),
         (
             {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
-            "fsdp_config: .*use DDP .several",
+            "fsdp_config: FSDP1 hides what trains; .*or DDP .several",
         ),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3 .*use ZeRO-1 or 2"),
         ({"adapter": "llama-adapter"}, "adapter: llama-adapter cannot be combined"),

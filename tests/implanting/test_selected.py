@@ -239,8 +239,7 @@ def test_an_eight_bit_state_of_all_rows_is_refused():
 def test_a_rank_without_weights_gets_them_from_the_one_that_has_them(rank):
     """As FSDP2 fills the other ranks: implanted on the meta device, then loaded."""
     whole = trained(rank)
-    with torch.device("meta"):
-        empty = implant(tiny("llama"), ROWS, rank)
+    empty = implant(tiny("llama").to("meta"), ROWS, rank)
     assert all(p.is_meta for p in empty.parameters())
     for module in factors(empty):  # buffers are moved, and nothing can be moved off meta
         assert not any(buffer.is_meta for buffer in module.buffers())
