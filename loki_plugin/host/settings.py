@@ -173,7 +173,7 @@ def _refuse(cfg, config: LokiConfig) -> None:
     if cfg.get("lr_groups") and config.lr_scale != 1:
         faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
     faults += preference_faults(cfg)
-    faults += fsdp_faults(cfg, anchored=config.protect.anchor > 0)
+    faults += fsdp_faults(cfg, config.protect)
     faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .. import ranks
+from ..args import ProtectArgs
 from ..model.loading import is_loaded
 
 _INSTEAD = (
@@ -59,13 +60,13 @@ def is_fsdp2(cfg) -> bool:
     return bool(given) and str(version) == "2"
 
 
-def fsdp_faults(cfg, anchored: bool) -> list[str]:
+def fsdp_faults(cfg, protect: ProtectArgs) -> list[str]:
     """One line for each setting that asks for FSDP1, or under FSDP2 for what was not proved.
 
     FSDP1 hides the parameters from the check of what trains.
 
     Args:
-        anchored: whether every step adds a second pass through the model, for the anchor.
+        protect: of the `loki:` block.
     """
     if not is_fsdp2(cfg):
         return [
@@ -93,13 +94,15 @@ def fsdp_faults(cfg, anchored: bool) -> list[str]:
     if checkpointing and checkpointing is not True:
         faults.append(f"  gradient_checkpointing: {checkpointing} was not proved under FSDP2")
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
-    if anchored and checkpointing and kwargs.get("use_reentrant") is not False:
+    if protect.anchor and checkpointing and kwargs.get("use_reentrant") is not False:
         # Measured: with reentrant checkpoints the gradient of the first pass is lost.
         faults.append(
             "  loki.protect.anchor: under FSDP2 gradient checkpointing must not be reentrant, for"
             " the anchor is a second pass; set"
             " `gradient_checkpointing_kwargs: {use_reentrant: false}`"
         )
+    if protect.soft:
+        faults.append("  loki.protect.soft: soft directions were not proved under FSDP2")
     saves = cfg.get("save_steps") or cfg.get("saves_per_epoch") or cfg.get("save_strategy") != "no"
     if saves and not cfg.get("save_only_model"):
         faults.append(

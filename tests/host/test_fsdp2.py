@@ -103,6 +103,10 @@ def sharded(run_config):
             {"gradient_checkpointing": True, "loki": {"protect": {"anchor": 1.0}}},
             "loki.protect.anchor: .*`gradient_checkpointing_kwargs: {use_reentrant: false}`",
         ),
+        (
+            {"loki": {"protect": {"inputs": 0.9, "soft": True}}},
+            "loki.protect.soft: soft directions",
+        ),
         ({"fsdp": ["full_shard"]}, "fsdp: the settings of FSDP2 stand in `fsdp_config`"),
         ({"fsdp_version": 1}, "fsdp_config: FSDP1 hides what trains; use `fsdp_version: 2`"),
     ],
