@@ -72,7 +72,7 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE, larger: Base | No
             shown = [_shown(x) for x in matched(runs, scores)]
             parts += [f"## {title}", _about(runs, scores), table(shown)]
     if larger is not None:
-        parts += [_larger(read(folder / FILES["reported"]), larger, floor)]
+        parts += [_larger(read(folder / FILES["reported"]), larger)]
     for title, runs, scores in stages:
         aims = targets(matched(runs, scores), floor)
         parts += [f"## What was aimed at: {title.lower()}", table(aims)] if aims else []
@@ -110,7 +110,7 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE, larger: Base | No
     print(f"written: {evidence}")
 
 
-def _larger(runs: Runs, base: Base, floor: float) -> str:
+def _larger(runs: Runs, base: Base) -> str:
     r, lines = base.report, matched(runs, MATCHED)
     return "\n\n".join(
         [
@@ -120,8 +120,10 @@ def _larger(runs: Runs, base: Base, floor: float) -> str:
             f" learned {r['loss_on_seen_items']:.3f}, English text held out"
             f" {r['loss_on_held_out_text']:.2f}).",
             _about(runs, MATCHED),
-            table([_shown(x) for x in lines]),
-            table(targets(lines, floor)),
+            table([_shown(x, 4) for x in lines]),
+            "What was aimed at; noise is the spread of seeds here, and not known where there is"
+            " one.",
+            table(targets(lines)),
         ]
     )
 
@@ -173,9 +175,9 @@ def _targets(runs: Runs, scores: dict[str, float]) -> str:
     return ", ".join(f"{scores[task]} ({task})" for task in tasks)
 
 
-def _shown(line: dict) -> dict:
+def _shown(line: dict, digits: int = 3) -> dict:
     return {
-        k: "-" if v is None else (f"{v:.3f}" if isinstance(v, float) else v)
+        k: "-" if v is None else (f"{v:.{digits}f}" if isinstance(v, float) else v)
         for k, v in line.items()
     }
 
@@ -214,10 +216,11 @@ def _predictors(runs: Runs) -> str:
 
 def _limits() -> str:
     return (
-        "## What this does not show\n\nThe model is small, its world is made up, and what is asked"
-        " is short. Orders between arms that are far apart can be expected elsewhere; sizes of"
+        "## What this does not show\n\nThe models are small, their world is made up, and what is"
+        " asked is short. Orders between arms that are far apart can be expected elsewhere; sizes of"
         " effects cannot: a model of billions of parameters has far more rows and input directions"
-        " than a task needs, this one has not. Most arms have one seed. The screening has three"
+        " than a task needs, this one has not. Most arms have one seed, and the"
+        " larger base has few arms and one task. The screening has three"
         " rates per arm and few steps; a constrained update needs steps, and where there are few it"
         " needs a high rate and forgets more, so that only its orders among like arms count."
         " Forgetting grows faster than the task score, so that a line between two distant rates"
