@@ -102,7 +102,8 @@ def estimate_of(name: str, folder: Path) -> tuple[str, int]:
     return "".join([f"# Estimate (`loki estimate`): {text}.\n", *left_out]), result.exit_code
 
 
-@pytest.mark.parametrize("name", [n for n in TRAIN if n != SMOKE])
+# A shard of a model is not what `loki estimate` estimates.
+@pytest.mark.parametrize("name", [n for n in TRAIN if n not in (SMOKE, "multi-gpu-fsdp2")])
 def test_the_estimate_in_its_comment_fits_the_card(name, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 

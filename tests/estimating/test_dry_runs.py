@@ -145,5 +145,5 @@ def test_an_8b_model_trains_on_the_card_that_its_form_asks_for(rank, bits, gigab
     counts, config = [409] * 32, LokiConfig(quota=10, rank=rank)
     estimator = Estimator(model, find_anatomy(model), config, counts, [200], analysed=False)
     stored, optimizer = Stored(torch.bfloat16, bits), "adamw_bnb_8bit"
-    run = Planned(stored, 1, 2048, 1, None, True, optimizer, torch.bfloat16)
+    run = Planned(stored, 1, 2048, 1, True, optimizer, torch.bfloat16)
     assert estimator.training(run)["bytes"] + CONTEXT < 1e9 * gigabytes

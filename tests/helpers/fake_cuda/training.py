@@ -137,7 +137,7 @@ def train_step(
 
     base, bits = _bytes(resident), 4 if "4bit" in _first_linear(model) else 0
     run = Planned(
-        Stored(torch.bfloat16, bits), batch, length, 1, None, checkpointing, optimizer,
+        Stored(torch.bfloat16, bits), batch, length, 1, checkpointing, optimizer,
         getattr(torch, dtype),
     )  # fmt: skip
     predicted = estimated(empty, run, quota, rank, directions)
