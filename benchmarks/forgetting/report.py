@@ -217,8 +217,8 @@ def _predictors(runs: Runs) -> str:
 def _limits() -> str:
     return (
         "## What this does not show\n\nThe models are small, their world is made up, and what is"
-        " asked is short. Orders between arms that are far apart can be expected elsewhere; sizes of"
-        " effects cannot: a model of billions of parameters has far more rows and input directions"
+        " asked is short. Orders between arms that are far apart can be expected elsewhere; sizes"
+        " of effects cannot: a model of billions of parameters has far more rows and input directions"
         " than a task needs, this one has not. Most arms have one seed, and the"
         " larger base has few arms and one task. The screening has three"
         " rates per arm and few steps; a constrained update needs steps, and where there are few it"
