@@ -218,9 +218,9 @@ def _limits() -> str:
     return (
         "## What this does not show\n\nThe models are small, their world is made up, and what is"
         " asked is short. Orders between arms that are far apart can be expected elsewhere; sizes"
-        " of effects cannot: a model of billions of parameters has far more rows and input directions"
-        " than a task needs, this one has not. Most arms have one seed, and the"
-        " larger base has few arms and one task. The screening has three"
+        " of effects cannot: a model of billions of parameters has far more rows and input"
+        " directions than a task needs, this one has not. Most arms have one seed, and the larger"
+        " base has few arms and one task. The screening has three"
         " rates per arm and few steps; a constrained update needs steps, and where there are few it"
         " needs a high rate and forgets more, so that only its orders among like arms count."
         " Forgetting grows faster than the task score, so that a line between two distant rates"
