@@ -69,8 +69,8 @@ class ProtectedA(nn.Linear):
         return self.directions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and torch.is_grad_enabled():
-            self._folded = None  # the weight is about to change
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            self._folded = None  # the weight may change next, also unseen by its version
         weight, tokens = self.weight, x.numel() // x.shape[-1]
         v = self.placed(x.device)
         # In half precision V would not be orthogonal, and much of what it takes out would stay.
