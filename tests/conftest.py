@@ -40,6 +40,18 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def own_plugins():
+    """Axolotl keeps plugins for later configurations of the process; these take theirs along."""
+    from axolotl.integrations.base import PluginManager
+
+    manager = PluginManager.get_instance()
+    before = manager.plugins.copy()
+    yield
+    manager.plugins.clear()
+    manager.plugins.update(before)
+
+
 @pytest.fixture(scope="session")
 def moe_base(tmp_path_factory):
     """A Qwen2-MoE of 2 layers x 64 rows: 4 routed experts and a shared one in each."""

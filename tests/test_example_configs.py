@@ -24,6 +24,7 @@ from loki_plugin.host.estimated import size
 from loki_plugin.host.sharding import SPREADING
 from loki_plugin.implanting.merge import merge_adapter
 
+pytestmark = pytest.mark.usefixtures("own_plugins")
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "example_configs"
 CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -272,18 +273,6 @@ def miniature(folder, base_of, data, questions, tmp_path):
         }
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def plugins():
-    """Axolotl keeps plugins for later configurations of the process; these take theirs along."""
-    from axolotl.integrations.base import PluginManager
-
-    manager = PluginManager.get_instance()
-    before = manager.plugins.copy()
-    yield
-    manager.plugins.clear()
-    manager.plugins.update(before)
 
 
 def assert_trained(config: dict) -> Path:

@@ -32,7 +32,7 @@ from helpers.tokenizers import make_tokenizer
 from loki_plugin.analysing.calibration import sources
 from loki_plugin.cli import loki
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_plugins")]
 
 # A reason not to run a command, and which commands may have it. The first three can be seen from
 # the command itself; the others stand beside it on the page.
@@ -125,18 +125,6 @@ def few_questions():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_jsonl", some)
         yield
-
-
-@pytest.fixture(autouse=True)
-def plugins():
-    """Axolotl keeps plugins for later configurations of the process; these take theirs along."""
-    from axolotl.integrations.base import PluginManager
-
-    manager = PluginManager.get_instance()
-    before = manager.plugins.copy()
-    yield
-    manager.plugins.clear()
-    manager.plugins.update(before)
 
 
 def save_base(folder: Path) -> None:

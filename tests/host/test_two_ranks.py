@@ -44,14 +44,20 @@ if __name__ == "__main__":  # data sets are tokenised in processes that import t
 """
 
 
-@pytest.mark.parametrize("rank", [None, 2], ids=["dense", "rank2"])
+@pytest.mark.parametrize(
+    ("rank", "protect"),
+    [
+        (None, {}),
+        (2, {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}),
+        (None, {"inputs": 0.9, "soft": True}),
+    ],
+    ids=["dense", "rank2-protected", "dense-soft"],
+)
 def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
-    run_config, train, tmp_path, rank
+    run_config, train, tmp_path, rank, protect
 ):
     """SGD, so that the update is linear in the gradient that the ranks average."""
-    run_config["loki"]["rank"] = rank
-    if rank is not None:
-        run_config["loki"]["protect"] = {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}
+    run_config["loki"] |= {"rank": rank, "protect": protect}
     run_config |= {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 4, "weight_decay": 0.1}
     (tmp_path / "rank.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(json.dumps(run_config))
@@ -60,7 +66,7 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
         assert (tmp_path / f"world-{r}").read_text() == "2 DistributedType.MULTI_CPU"
     one, two = (load_file(tmp_path / f"rank-{r}.safetensors") for r in range(2))
     assert one.keys() == two.keys() and len(one) == (3 if rank is None else 6)
-    if rank is not None:  # rank 0 has saved, and so taken out of A what has no effect
+    if protect:  # rank 0 has saved, and so folded what it reads into A
         for layer, u in enumerate(
             Directions.load(Path(run_config["output_dir"]) / FILE_NAME).basis
         ):

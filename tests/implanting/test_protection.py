@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
-from helpers.prompts import pad, prompts
+from helpers.protected import CALIBRATION, IDS, ROWS, train, trainable
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -21,26 +21,9 @@ from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.fingerprint import fingerprint
 
-ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
-IDS = torch.arange(1, 13).view(2, 6)
-CALIBRATION = pad(prompts(lengths=(40, 64, 23, 57, 64, 31)), "right")
-
 
 def directions(family="llama", dtype=torch.float32, count=20):
     return input_directions(tiny(family, dtype=dtype), *CALIBRATION, directions=count)
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def train(model, times=4, optimizer=None, ids=IDS):
-    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=0.05, weight_decay=0.1)
-    for _ in range(times):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    return optimizer
 
 
 def updates(tuned, family="llama", dtype=torch.float32):
@@ -161,9 +144,11 @@ def test_folding_twice_keeps_the_bytes_and_the_function():
         assert share <= torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("rank", [None, 2])
-def test_stock_peft_loads_what_is_saved_as_the_running_model(tmp_path, rank):
-    model = implant(tiny("llama"), ROWS, rank, protect=directions())
+def test_stock_peft_loads_what_is_saved_as_the_running_model(tmp_path, rank, soft):
+    basis = input_directions(tiny("llama"), *CALIBRATION, directions=20, soft=soft)
+    model = implant(tiny("llama"), ROWS, rank, protect=basis)
     train(model)
     model.save_pretrained(tmp_path)
     names = {n.split(".", 7)[-1] for n in load_file(tmp_path / "adapter_model.safetensors")}
@@ -173,6 +158,11 @@ def test_stock_peft_loads_what_is_saved_as_the_running_model(tmp_path, rank):
     with torch.no_grad():
         ours, theirs = model.eval()(input_ids=IDS).logits, stock(input_ids=IDS).logits
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=IDS).logits, theirs, atol=1e-4, rtol=1e-4)
+    for delta, rows in zip(updates(merged), ROWS, strict=True):
+        assert (delta != 0).any(1).nonzero()[:, 0].tolist() == sorted(rows)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers.families import tiny
-from helpers.prompts import pad, prompts
+from helpers.protected import CALIBRATION, IDS, ROWS, train, trainable
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -18,27 +18,9 @@ from loki_plugin.implanting.leaking import measure_leakage
 from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
 
-ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
-IDS = torch.arange(1, 13).view(2, 6)
-CALIBRATION = pad(prompts(lengths=(40, 64, 23, 57, 64, 31)), "right")
-
 
 def soft(family="llama", dtype=torch.float32, **more):
     return input_directions(tiny(family, dtype=dtype), *CALIBRATION, soft=True, **more)
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def train(model, times=4, optimizer=None):
-    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=0.02, weight_decay=0.1)
-    model.train()
-    for _ in range(times):
-        optimizer.zero_grad()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-    return optimizer
 
 
 def protected(rank=None, basis=None):
@@ -106,31 +88,13 @@ def test_plain_gradient_descent_takes_the_whitened_gradient_step():
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_stock_peft_loads_what_is_saved_as_the_running_model(tmp_path, rank):
-    model = protected(rank)
-    train(model)
-    model.save_pretrained(tmp_path)
-    names = {n.split(".", 7)[-1] for n in load_file(tmp_path / "adapter_model.safetensors")}
-    assert names == {"lora_A.weight", "lora_B.weight"}
-    stock = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
-    assert not list(protection.protected_modules(stock))
-    with torch.no_grad():
-        ours, theirs = model.eval()(input_ids=IDS).logits, stock(input_ids=IDS).logits
-        assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
-        merged = model.merge_and_unload()
-        assert torch.allclose(merged(input_ids=IDS).logits, theirs, atol=1e-5, rtol=1e-5)
-    for layer, rows in enumerate(ROWS):
-        old, new = (find_anatomy(m).down[layer].weight for m in (tiny("llama"), merged))
-        assert (old != new).any(1).nonzero()[:, 0].tolist() == sorted(rows)
-
-
-@pytest.mark.parametrize("rank", [None, 2])
 def test_saving_in_the_middle_and_resuming_goes_on_bit_by_bit(tmp_path, rank):
     basis = soft(energy=0.95)
     model = protected(rank, basis)
     optimizer = train(model, 3)
     model.save_pretrained(tmp_path / "first")
-    model.eval()(input_ids=IDS)
+    with torch.no_grad():
+        model(input_ids=IDS)  # an evaluation
     model.save_pretrained(tmp_path / "second")  # nothing has trained in between
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -141,7 +105,7 @@ def test_saving_in_the_middle_and_resuming_goes_on_bit_by_bit(tmp_path, rank):
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs), name  # A itself, not only what is saved of it
     train(model, 3, optimizer)
-    fresh = torch.optim.AdamW(trainable(again), lr=0.02, weight_decay=0.1)
+    fresh = torch.optim.AdamW(trainable(again), lr=0.05, weight_decay=0.1)
     fresh.load_state_dict(states)
     train(again, 3, fresh)
     resumed = again.state_dict()
