@@ -76,12 +76,12 @@ def choose_directions(
     Raises:
         ValueError: as `input_directions`.
     """
+    if ranks.count() == 1:
+        return _choose(model, prompts, config)
     loaded = ranks.gather(is_loaded(model))
     first = loaded.index(True)  # sharded training loads the weights of one rank only
     with ranks.together():
         found: Any = _choose(model, prompts, config) if ranks.current() == first else None
-    if ranks.count() == 1:
-        return found
     layers = ranks.broadcast(found and len(found.basis), first)
     # Layer by layer: all at once would stand in memory twice.
     basis = [ranks.broadcast(found and found.basis[i], first) for i in range(layers)]

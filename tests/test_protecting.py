@@ -64,3 +64,9 @@ def test_a_model_that_was_read_is_not_read_again_unless_it_was_written_to(config
         llama.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     assert choose_directions(llama, PROMPTS, config).fingerprint != mark
     assert len(read) == 1
+
+
+def test_a_launched_rank_that_cannot_talk_to_the_others_is_protected_too(config, monkeypatch):
+    alone = choose_directions(model(), PROMPTS, config)
+    monkeypatch.setenv("RANK", "1")  # what a launcher sets; no process group stands
+    assert choose_directions(model(), PROMPTS, config) == alone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import nn
 
 from .. import ranks
@@ -149,6 +151,18 @@ def zero_faults(deepspeed: dict) -> list[str]:
     if (deepspeed.get("zero_optimization") or {}).get("stage") != 3:
         return []
     return [f"  deepspeed: ZeRO-3 shards the base; use ZeRO-1 or 2, or {_INSTEAD}"]
+
+
+def meet() -> None:
+    """Let the ranks of one run talk before rows and directions are chosen, of which all need one.
+
+    Axolotl starts their process group at this point for sharded runs only; under DDP the trainer
+    would start it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from axolotl.utils.distributed import init_distributed_state
+
+        init_distributed_state()
 
 
 def check_loaded(model: nn.Module, sharded: bool = False) -> None:
