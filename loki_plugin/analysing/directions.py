@@ -88,7 +88,8 @@ def input_directions(
 
     Raises:
         ValueError: shapes that do not fit, an empty prompt, padding in the middle, a share or
-            number out of range, fewer than 4·u_l tokens, an unsupported model family.
+            number out of range, fewer than 4·u_l tokens, an unsupported model family, soft
+            directions of which there is one in every layer.
     """
     prompts = [torch.tensor(ids) for ids in unpad(input_ids, attention_mask)]
     return find_directions(model, prompts, energy, directions, soft=soft).basis
@@ -145,6 +146,12 @@ def find_directions(
                 _check_tokens(layer, vectors.shape[1], tokens, energy, directions)
                 basis.append((soften(moment, vectors) if soft else vectors).cpu())
                 held.append(share)
+    if soft and not any(vectors.shape[1] for vectors in basis):
+        raise ValueError(
+            "one direction per layer is all that was asked for, and of soft directions the last is"
+            " read as it is, so that nothing would be protected; ask for a larger share, for at"
+            " least 2 directions, or for hard ones"
+        )
     return Found(basis, held, tokens, covered or None)
 
 

@@ -190,5 +190,8 @@ def test_undoing_what_is_saved_costs_no_more_than_rounding(dtype):
     assert (a(x).float() - before).norm() < 2 * eps * before.norm()
 
 
-def test_one_direction_leaves_nothing_to_whiten():
-    assert [v.shape[1] for v in soft(directions=1)] == [0, 0, 0]
+@pytest.mark.parametrize("asked", [{"directions": 1}, {"energy": 0.01}], ids=str)
+def test_one_direction_per_layer_would_protect_nothing(asked):
+    with pytest.raises(ValueError, match="so that nothing would be protected; ask for a larger"):
+        soft(**asked)
+    assert [u.shape[1] for u in input_directions(tiny("llama"), *CALIBRATION, **asked)] == [1] * 3
