@@ -3,14 +3,16 @@
     python -m benchmarks.forgetting screen --size small --work DIR    # every arm, three rates
     python -m benchmarks.forgetting final --size small --work DIR     # finalists, five rates
     python -m benchmarks.forgetting bracket --size small --work DIR   # the rates around the score
+    python -m benchmarks.forgetting climb --size small --work DIR     # ... and up to the collapse
     python -m benchmarks.forgetting axolotl --size small --work DIR   # through `axolotl train`
     python -m benchmarks.forgetting suppress --size small --work DIR  # do the scores mean anything?
-    python -m benchmarks.forgetting join --work DIR --parts A,B       # files of several processes
-    python -m benchmarks.forgetting report --size small --work DIR    # figures, docs/evidence.md
+    python -m benchmarks.forgetting join --parts A,B                  # files of several processes
+    python -m benchmarks.forgetting report                            # figures, docs/evidence.md
 
 A run that is killed goes on where it stopped; `--minutes` ends it between two runs. One thread;
 processes that work side by side write to different `--output` folders, which `join` brings into
-one. Finals of the size `reported` have a file of their own.
+one. Finals of the size `reported`, and of each `--base` (the seed of the world and of the base that
+has learned it), have a file of their own.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ FINALISTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "what", choices=("screen", "final", "bracket", "axolotl", "suppress", "join", "report")
+        "what",
+        choices=("screen", "final", "bracket", "climb", "axolotl", "suppress", "join", "report"),
     )
-    parser.add_argument("--work", type=Path, required=True, help="where base models are kept")
+    parser.add_argument("--work", type=Path, help="where base models are kept")
+    parser.add_argument("--base", type=int, default=0, help="seed of the world and of its base")
     parser.add_argument("--size", choices=base.SIZES, default="small")
     parser.add_argument("--arms", help="names, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
@@ -49,22 +53,24 @@ def main() -> None:
     torch.set_num_threads(1)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     if options.what == "join":
-        for name in sweep.FILES.values():
-            parts = [Path(part) / name for part in options.parts.split(",")]
-            sweep.join([options.output / name, *parts], options.output / name)
+        parts = [Path(part) for part in options.parts.split(",")]
+        stages = [f"forgetting_{stage}*.csv" for stage in sweep.STAGES]
+        for name in sorted({f.name for part in parts for s in stages for f in part.glob(s)}):
+            files = [folder / name for folder in (options.output, *parts)]
+            sweep.join(files, options.output / name)
         return
     if options.what == "report":
-        ran = (options.output / sweep.FILES["reported"]).is_file()
-        larger = base.load(options.work, "reported") if ran else None
-        report.write(options.output, base.load(options.work, options.size), larger=larger)
+        report.write(options.output)
         return
-    known = base.load(options.work, options.size)
+    if options.work is None:
+        parser.error("--work DIR says where base models are kept; they are trained where missing")
+    known = base.load(options.work, options.size, options.base)
     if options.what == "suppress":
         silencing.suppress(known, options.output)
         return
     screen = options.what == "screen"
     stage = "screen" if screen else "reported" if options.size == "reported" else "final"
-    file = options.output / sweep.FILES[stage]
+    file = options.output / sweep.results(stage, options.base)
     runs = sweep.Sweep(known, options.size, file, final=not screen)
     arms = options.arms.split(",") if options.arms else None
     finalists, tasks = arms or FINALISTS.split(","), options.tasks.split(",")
@@ -77,7 +83,8 @@ def main() -> None:
     else:
         for seed in range(options.seeds):
             for task in tasks:
-                runs.bracket(finalists, task, seed, matching.MATCHED[task], until)
+                go = runs.climb if options.what == "climb" else runs.bracket
+                go(finalists, task, seed, matching.MATCHED[task], until)
 
 
 if __name__ == "__main__":

@@ -349,6 +349,8 @@ ARMS: dict[str, Arm] = {
     "loki_soft99_text_q30": _rows(loki(30, protect=0.99, text=True, soft=True), 5e-4),
     "loki_protect90_q90": _rows(loki(90, protect=0.9)),
     "lora_soft99": Arm(lora_protected(0.99, soft=True), lowest=2e-4),
+    "lora_soft99_anchor": Arm(lora_protected(0.99, soft=True), lowest=2e-4, anchor=1.0),
+    "random_soft99_anchor_q90": _rows(loki(90, "random", protect=0.99, soft=True), anchor=1.0),
 }
 
 

@@ -137,6 +137,48 @@ def matched(runs: Runs, scores: dict[str, float] = MATCHED) -> list[dict]:
     return lines
 
 
+def against(columns: dict[str, Runs], rival: str = "lora_all_r16", least: int = 3) -> list[dict]:
+    """Arms by columns: forgetting at the matched score over the rival's, both with the same seeds.
+
+    Arms that ran in fewer than `least` columns are left out, and columns without the rival. The
+    mean is geometric; an arm that somewhere missed the score has none and stands last.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]] | None]] = defaultdict(dict)
+    for column, runs in columns.items():
+        curves = defaultdict(list)
+        for run in runs:
+            curves[run["arm"], run["seed"]].append(run)
+        for arm, seed in curves:
+            theirs = curves.get((rival, seed))
+            if theirs is None or arm == rival:
+                continue
+            score = MATCHED[theirs[0]["task"]]
+            pair = [at_score(c, "forgetting", score) for c in (curves[arm, seed], theirs)]
+            if pair[1] is None:
+                continue
+            if pair[0] is None or found[arm].get(column, ()) is None:
+                found[arm][column] = None  # one seed that never got there is enough
+            else:
+                found[arm].setdefault(column, []).append(tuple(pair))
+    rows = []
+    for arm, cells in found.items():
+        shares = {c: sum(a for a, _ in v) / sum(b for _, b in v) for c, v in cells.items() if v}
+        if len(cells) < least:
+            continue
+        # A rise below nothing has no logarithm.
+        logs = [np.log(max(share, 1e-3)) for share in shares.values()]
+        mean = float(np.exp(np.mean(logs))) if len(shares) == len(cells) else float("inf")
+        row = {"arm": arm, "mean": mean}
+        for column in columns:
+            pairs = cells.get(column, ())
+            row[column] = (
+                "-" if pairs is None else f"{shares[column]:.2f} ({len(pairs)})" if pairs else ""
+            )
+        rows.append(row)
+    rows.sort(key=lambda r: r["mean"])
+    return [r | {"mean": f"{r['mean']:.2f}" if np.isfinite(r["mean"]) else "-"} for r in rows]
+
+
 def r_squared(runs: Runs, predictor: str, measure: str = "forgetting") -> float:
     """Of a straight line through log(1 + predictor), over all runs."""
     x = np.log1p([r[predictor] for r in runs])

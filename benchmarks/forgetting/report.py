@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from benchmarks.forgetting.base import Base
 from benchmarks.forgetting.matching import (
     MATCHED,
     SCREENED,
     Runs,
+    against,
     matched,
     noise_floor,
     r_squared,
@@ -18,11 +16,20 @@ from benchmarks.forgetting.matching import (
     targets,
     tried,
 )
-from benchmarks.forgetting.sweep import FILES
-from benchmarks.machine import describe
+from benchmarks.forgetting.sweep import about, results
 from benchmarks.writer import command, table
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+# Results files beside the first base's, and what they are called.
+OTHERS = {
+    ("final", 1): "another world",
+    ("reported", 0): "twenty times the parameters",
+    ("reported", 1): "twenty times the parameters, another world",
+}
+_NOISE = (
+    "The same arm with another order of the data and another start of what is new, at the matched"
+    " score. Leads smaller than the largest of these, or than the spread of seeds, count as none."
+)
 
 
 def plot(runs: Runs, path: Path) -> None:
@@ -53,17 +60,19 @@ def plot(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(folder: Path, base: Base, evidence: Path = EVIDENCE, larger: Base | None = None) -> None:
-    """`docs/evidence.md` and the plot, from what is in the results folder.
-
-    Args:
-        larger: the base of the size `reported`, if its runs shall be told too.
-    """
-    screen, final = (read(folder / FILES[n]) for n in ("screen", "final"))
+def write(folder: Path, evidence: Path = EVIDENCE) -> None:
+    """`docs/evidence.md` and the plot, from what is in the results folder."""
+    screen, final = (read(folder / results(stage)) for stage in ("screen", "final"))
     if not screen and not final:
         raise SystemExit(f"'{folder}' has no results yet; run `screen` first")
     plot(final or screen, folder / "forgetting_pareto.png")
-    parts = [_head(base)]
+    others = [
+        (title, about(file), read(file))
+        for title, file in ((title, folder / results(*which)) for which, title in OTHERS.items())
+        if file.is_file()
+    ]
+    parts = [_head(about(folder / results("final" if final else "screen")))]
+    parts += _in_short([("first base", final), *((title, runs) for title, _, runs in others)])
     noise = noise_floor(final)
     floor = max((x["apart"] for x in noise), default=0.0)
     stages = (("Finalists", final, MATCHED), ("Screening", screen, SCREENED))
@@ -71,19 +80,12 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE, larger: Base | No
         if runs:
             shown = [_shown(x) for x in matched(runs, scores)]
             parts += [f"## {title}", _about(runs, scores), table(shown)]
-    if larger is not None:
-        parts += [_larger(read(folder / FILES["reported"]), larger)]
+    parts += [_other(*other) for other in others]
     for title, runs, scores in stages:
         aims = targets(matched(runs, scores), floor)
         parts += [f"## What was aimed at: {title.lower()}", table(aims)] if aims else []
     if noise:
-        parts += [
-            "## How much is noise",
-            "The same arm with another order of the data and another start of what is new, at the"
-            " matched score. Leads smaller than the largest of these, or than the spread of seeds,"
-            " count as none.",
-            table([_shown(x) for x in noise]),
-        ]
+        parts += ["## How much is noise", _NOISE, table([_shown(x) for x in noise])]
     tries = tried(matched(final))
     if len(tries) > 1:
         parts += [
@@ -110,48 +112,70 @@ def write(folder: Path, base: Base, evidence: Path = EVIDENCE, larger: Base | No
     print(f"written: {evidence}")
 
 
-def _larger(runs: Runs, base: Base) -> str:
-    r, lines = base.report, matched(runs, MATCHED)
-    return "\n\n".join(
-        [
-            f"## Twenty times the parameters\n\nThe same, with a base of {r['parameters']:,}"
-            f" parameters ({r['size']['layers']} layers, H = {r['size']['hidden']}, I ="
-            f" {r['size']['intermediate']}; training loss {r['train_loss']:.3f}; answers it has"
-            f" learned {r['loss_on_seen_items']:.3f}, English text held out"
-            f" {r['loss_on_held_out_text']:.2f}).",
-            _about(runs, MATCHED),
-            table([_shown(x, 4) for x in lines]),
-            "What was aimed at; noise is the spread of seeds here, and not known where there is"
-            " one.",
-            table(targets(lines)),
-        ]
+def _in_short(runs: list[tuple[str, Runs]]) -> list[str]:
+    """Every arm that ran on more than one base or task, against LoRA r16 there."""
+    columns = {
+        f"{title}: {task}": [r for r in found if r["task"] == task]
+        for title, found in runs
+        for task in MATCHED
+        if any(r["task"] == task for r in found)
+    }
+    rows = against(columns)
+    if not rows:
+        return []
+    return [
+        "## In short",
+        "Forgetting at the matched task score as a share of what LoRA r16 forgets there with the"
+        " same seeds (number of seeds); the mean is geometric, over what has been run, so that arms"
+        " that ran in few columns are to be compared column by column. Arms of one or two columns"
+        " are in the tables below. Empty: not run. `-`: the score was not reached.",
+        table(rows),
+    ]
+
+
+def _other(title: str, kept: dict, runs: Runs) -> str:
+    """A base of its own section: its size, the arms, the aims."""
+    lines, noise = matched(runs), noise_floor(runs)
+    aims = targets(lines, max((x["apart"] for x in noise), default=0.0))
+    parts = [
+        f"## {title.capitalize()}",
+        f"{_base(kept['base'])} {kept['machine']}.",
+        _about(runs, MATCHED),
+        table([_shown(x, 4) for x in lines]),
+    ]
+    parts += ["What was aimed at:", table(aims)] if aims else []
+    parts += [_NOISE, table([_shown(x, 4) for x in noise])] if noise else []
+    return "\n\n".join(parts)
+
+
+def _base(report: dict) -> str:
+    size = report["size"]
+    losses = {
+        "training loss": "train_loss",
+        "answers it has learned": "loss_on_seen_items",
+        "sums it never saw": "loss_on_unseen_sums",
+        "English text learned": "loss_on_training_text",
+        "held out": "loss_on_held_out_text",
+    }
+    told = ", ".join(f"{what} {report[k]:.3g}" for what, k in losses.items() if k in report)
+    return (
+        f"The base: a Llama of {report['parameters']:,} parameters ({size['layers']} layers,"
+        f" H = {size['hidden']}, I = {size['intermediate']}), trained from nothing on a generated"
+        f" world (seed {report['seed']}; cross-entropy per token: {told})."
     )
 
 
-def _head(base: Base) -> str:
-    r = base.report
+def _head(kept: dict) -> str:
     return (
-        "# Evidence\n\nWritten by `"
-        + command("forgetting", DIR=_work())
-        + f"` from `benchmarks/results/forgetting_*.csv`. {describe(torch.device('cpu'))}.\n\n"
-        f"The base: a Llama of {r['parameters']:,} parameters, trained from nothing on a generated"
-        f" world (seed {r['seed']}; training loss {r['train_loss']:.3f}; answers it has learned"
-        f" {r['loss_on_seen_items']:.3f}, sums it never saw {r['loss_on_unseen_sums']:.3f},"
-        f" English text learned {r['loss_on_training_text']:.2f}, held out"
-        f" {r['loss_on_held_out_text']:.2f},"
-        " cross-entropy per token each). Calibration, anchors and protected inputs see half of the"
+        f"# Evidence\n\nWritten by `{command('forgetting')}` from"
+        f" `benchmarks/results/forgetting_*.csv`. {kept['machine']}.\n\n"
+        f"{_base(kept['base'])} Calibration, anchors and protected inputs see half of the"
         " items of four kinds (people, arithmetic, opposites, instructions); measured are the other"
         " half and three kinds that no calibration covers (places, grammar, sequences).\n\n"
         "*retention*: share of what the base answered right that is still right; *forgetting*: rise"
         " of the answers' cross-entropy; both are means over the seven kinds, *uncovered* over the"
         " three. KL is forward KL(base || tuned) at the answers' positions."
     )
-
-
-def _work() -> str:
-    import sys
-
-    return sys.argv[sys.argv.index("--work") + 1] if "--work" in sys.argv else "DIR"
 
 
 def _about(runs: Runs, scores: dict[str, float]) -> str:

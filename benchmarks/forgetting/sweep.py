@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from benchmarks.forgetting.arms import ARMS, Arm, Context, passes
 from benchmarks.forgetting.base import Base, encode, fit, packed
 from benchmarks.forgetting.measures import Before, before, measure
 from benchmarks.forgetting.tasks import TASKS
-from benchmarks.machine import PeakMemory
+from benchmarks.machine import PeakMemory, describe
 from loki_plugin.implanting.anchor import divergence
 
 # People to learn about (tasks b and c take as many items), steps of a screening run and of a final.
@@ -25,10 +27,14 @@ AMOUNT = {
     "small": (60, 150, 450),
     "reported": (40, 50, 200),
 }
-FILES = {s: f"forgetting_{s}.csv" for s in ("screen", "final", "reported")}
+STAGES = ("screen", "final", "reported")
 ROWS, WIDTH = 8, 96
 _ANCHOR_PROMPTS = 16
-_LAST_STEP = 6  # of the ladder of rates, each twice the one before; `finals` takes the first five
+_ROUNDED = 0.006  # losses of a base that are told apart: older files have them rounded
+# The ladder of rates, each twice the one before: `finals` takes the first five; `bracket` begins in
+# their middle, where a task is learned, and may go further.
+_START, _LAST = {"facts": 2, "classes": 2, "calls": 4}, 7
+_COLLAPSE = 10  # the last one that `climb` tries
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,50 @@ def rate(arm: str, step: int) -> float:
     return float(f"{ARMS[arm].lowest * 2**step:.6g}")
 
 
+def results(stage: str, seed: int = 0) -> str:
+    """Name of the file that has a stage's runs with the base, and the world, of that seed."""
+    return f"forgetting_{stage}" + (f"_base{seed}" if seed else "") + ".csv"
+
+
+def about(file: Path) -> dict:
+    """What is kept beside a results file: the base that it was made with, and the machine."""
+    return json.loads(file.with_suffix(".json").read_text())
+
+
+def keep_about(file: Path, base: dict, machine: str | None = None) -> None:
+    """Write `about` where nothing is kept yet; the machine is this one where none is given.
+
+    Raises:
+        ValueError: what is kept is another base. The same seed trained on another processor gives
+            one, and runs of two bases must not stand in one file.
+    """
+    if not file.with_suffix(".json").is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"base": base, "machine": machine or describe(torch.device("cpu"))}
+        file.with_suffix(".json").write_text(json.dumps(kept, indent=2) + "\n")
+        return
+    was = about(file)["base"]
+    losses = [k for k in was if "loss" in k]
+    apart = [k for k in losses if not math.isclose(was[k], base[k], abs_tol=_ROUNDED)]
+    if apart or was["size"] != base["size"]:
+        raise ValueError(
+            f"'{file}' was made with another base (it differs in {apart or 'size'}): the same seed"
+            " trained on another processor gives other weights. Give --work the folder that has"
+            " the first one, or write to another --output"
+        )
+
+
 def join(parts: Iterable[Path], into: Path) -> None:
     """Write the runs of several files into one, each run once.
 
     Raises:
-        ValueError: two files disagree about a run, in more than time and memory.
+        ValueError: two files disagree about a run, in more than time and memory, or were made with
+            different bases.
     """
+    parts = list(parts)
+    for part in parts:
+        if part.is_file() and part.with_suffix(".json").is_file():
+            keep_about(into, **about(part))
     rows: dict[Key, dict] = {}
     for part in filter(Path.is_file, parts):
         with part.open(newline="") as file:
@@ -97,6 +141,7 @@ class Sweep:
 
     def __init__(self, base: Base, size: str, file: Path, final: bool = False):
         self.base, self.file = base, file
+        keep_about(file, base.report)
         people, short, long = AMOUNT[size]
         self.people, self.steps = people, long if final else short
         self._contexts: dict[int, Context] = {}
@@ -128,14 +173,30 @@ class Sweep:
         """
         for name in names:
             scores: dict[int, float] = {}
-            step = 2
-            while 0 <= step <= _LAST_STEP and step not in scores:
+            step = _START[task]
+            while 0 <= step <= _LAST and step not in scores:
                 key = Key(name, task, seed, rate(name, step))
                 self.run_all([key], until)
                 if key not in self.done():
                     return
                 scores[step] = self.score(key)
                 step += -1 if scores[step] >= score else 1
+
+    def climb(
+        self, names: Iterable[str], task: str, seed: int, score: float, until: float | None = None
+    ) -> None:
+        """For each arm the rates above those of `bracket`, up to one that no longer learns it."""
+        for name in names:
+            reached = False
+            for step in range(_COLLAPSE + 1):
+                key = Key(name, task, seed, rate(name, step))
+                if reached:
+                    self.run_all([key], until)
+                if key not in self.done():
+                    continue
+                if reached and self.score(key) < score:
+                    break
+                reached = reached or self.score(key) >= score
 
     def score(self, key: Key) -> float:
         """The task score of a run that is in the file."""

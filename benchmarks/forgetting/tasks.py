@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from benchmarks.forgetting.world import Item, World, facts_of, person
+from benchmarks.forgetting.world import VALUES, Item, World, facts_of, person
 
 Task = tuple[list[Item], list[Item]]  # to learn, to test
 CITIES = "paris london rome oslo cairo lima delhi tokyo quito dakar".split()
@@ -27,22 +27,29 @@ def facts(world: World, seed: int, people: int) -> Task:
 
 
 def calls(world: World, seed: int, people: int) -> Task:
-    """(b) A format: requests become function calls of a small schema; tested on other requests."""
+    """(b) A format: sentences become function calls of a small schema; tested on other sentences.
+
+    Every word is one that the base has seen. Words that no base has seen cannot be told apart where
+    embeddings and head are one matrix, and names copied from the sentence are beyond small bases.
+    """
     draw = random.Random(f"calls/{seed}")
-    requests: dict[str, str] = {}
-    while len(requests) < 8 * people:
-        city, day, dish, n = (draw.choice(x) for x in (CITIES, DAYS, DISHES, range(2, 10)))
-        ask, call = draw.choice(
+    calls: dict[str, str] = {}
+    while len(calls) < 26 * people:
+        job, colour, pet, food = (draw.choice(VALUES[k]) for k in ("job", "colour", "pet", "food"))
+        n = draw.randrange(2, 10)
+        said, call = draw.choice(
             [
-                (f"Will it rain in {city} on {day} ?", f"weather ( city = {city} , day = {day} )"),
-                (f"Order {n} {dish} for {day} .", f"order ( dish = {dish} , count = {n} )"),
-                (f"Book a table in {city} for {n} .", f"book ( city = {city} , seats = {n} )"),
-                (f"Remind me on {day} to buy {dish} .", f"remind ( day = {day} , of = {dish} )"),
+                (f"The {job} eats {n} {food} .", f"buy : food {food} , much {n} , work {job}"),
+                (f"A {colour} {pet} eats {food} .",
+                 f"give : animal {pet} , food {food} , colour {colour}"),
+                (f"The {job} keeps a {colour} {pet} .",
+                 f"take : work {job} , colour {colour} , animal {pet}"),
+                (f"Which {pet} sees the {job} ?", f"answer : work {job} , animal {pet}"),
             ]
-        )
-        requests[ask] = call
-    items = [Item("task", a, c) for a, c in requests.items()]
-    return items[: 6 * people], items[6 * people :]
+        )  # fmt: skip
+        calls[said] = call
+    items = [Item("task", s, c) for s, c in calls.items()]
+    return items[: 24 * people], items[24 * people :]
 
 
 def classes(world: World, seed: int, people: int) -> Task:

@@ -13,7 +13,16 @@ from benchmarks.forgetting import base as bases
 from benchmarks.forgetting import choosing, matching, report, silencing
 from benchmarks.forgetting.arms import ARMS, Context, lora_protected, passes
 from benchmarks.forgetting.measures import flips, kl
-from benchmarks.forgetting.sweep import Key, Sweep, finals, join, rate, screening
+from benchmarks.forgetting.sweep import (
+    Key,
+    Sweep,
+    about,
+    finals,
+    join,
+    keep_about,
+    rate,
+    screening,
+)
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.forgetting.world import COVERED, HELD_OUT, make
 
@@ -118,24 +127,58 @@ def test_every_arm_is_screened_and_finals_have_five_rates():
         ((0.1, 0.5, 0.95, 1.0, 1.0), [2, 1]),  # reached in the middle: one below
         ((0.1, 0.92, 0.95, 1.0, 1.0), [2, 1, 0]),
         ((0.0, 0.1, 0.2, 0.3, 0.91), [2, 3, 4]),
-        ((0.0,) * 9, [2, 3, 4, 5, 6]),  # never: the ladder ends
+        ((0.0,) * 9, [2, 3, 4, 5, 6, 7]),  # never: the ladder ends
     ],
 )
 def test_bracketing_finds_the_two_rates_around_the_score(tmp_path, scores, ran):
-    class Known(Sweep):
-        def __init__(self):
-            self.file = tmp_path / "found.csv"
-
-        def run(self, key):
-            steps.append(next(k for k in range(9) if rate(key.arm, k) == key.lr))
-            row = {"arm": key.arm, "task": key.task, "seed": key.seed, "lr": key.lr}
-            rest = dict.fromkeys(("retention", "forgetting", "kl_general", "seconds"), 0.0)
-            return row | {"task_score": scores[steps[-1]]} | rest
-
-    steps: list[int] = []
     for _ in range(2):  # the second time everything is there
-        Known().bracket(["loki_q30"], "facts", 0, 0.9)
-    assert steps == ran
+        sweep = Scripted(tmp_path / "found.csv", scores)
+        sweep.bracket(["loki_q30"], "facts", 0, 0.9)
+        assert sweep.ran == ran
+        ran = []
+
+
+def test_climbing_ends_where_the_task_is_no_longer_learned(tmp_path):
+    scores = (0.0, 0.5, 0.95, 1.0, 0.95, 0.2, 1.0, 0.0, 0.0)
+    sweep = Scripted(tmp_path / "found.csv", scores)
+    sweep.climb(["loki_q30"], "facts", 0, 0.9)
+    assert sweep.ran == []  # nothing is known to reach the score yet
+    sweep.bracket(["loki_q30"], "facts", 0, 0.9)
+    sweep.climb(["loki_q30"], "facts", 0, 0.9)
+    assert sweep.ran == [2, 1, 3, 4, 5]
+
+
+class Scripted(Sweep):
+    """A sweep whose task score at each step of the ladder is given."""
+
+    def __init__(self, file, scores):
+        self.file, self.scores, self.ran = file, scores, []
+
+    def run(self, key):
+        step = next(k for k in range(9) if rate(key.arm, k) == key.lr)
+        self.ran.append(step)
+        row = {"arm": key.arm, "task": key.task, "seed": key.seed, "lr": key.lr}
+        rest = dict.fromkeys(("retention", "forgetting", "kl_general", "seconds"), 0.0)
+        return row | {"task_score": self.scores[step]} | rest
+
+
+def test_runs_of_two_bases_never_stand_in_one_file(tmp_path):
+    size = {"hidden": 64}
+    first = {"size": size, "train_loss": 0.3202, "loss_on_unseen_sums": 0.288}
+    file = tmp_path / "a" / "forgetting_final.csv"
+    keep_about(file, first)
+    assert about(file)["base"] == first and "torch" in about(file)["machine"]
+    keep_about(file, first | {"train_loss": 0.32, "seconds": 7})  # the same, rounded
+    other = first | {"loss_on_unseen_sums": 0.208}
+    for changed in (other, first | {"size": {"hidden": 96}}):
+        with pytest.raises(ValueError, match=r"made with another base .*Give --work"):
+            keep_about(file, changed)
+    apart = tmp_path / "b" / "forgetting_final.csv"
+    keep_about(apart, other)
+    for part in (file, apart):
+        part.write_text("arm,task,seed,lr,task_score,seconds\nfull,facts,0,0.001,0.9,1.0\n")
+    with pytest.raises(ValueError, match="another base"):
+        join([file, apart], tmp_path / "forgetting_final.csv")
 
 
 @pytest.mark.slow
@@ -174,9 +217,12 @@ def test_a_small_sweep_from_end_to_end(tmp_path):
     rows_of_base = sum(m.weight.numel() for m in _down(base.model()))
     assert int(found["loki_q30"]["params"]) == rows_of_base * 19 // 64  # floor(0.3 · 64) rows
     silencing.suppress(base, tmp_path)
-    report.write(tmp_path, base, tmp_path / "evidence.md")
+    (tmp_path / "forgetting_reported_base1.csv").write_bytes(file.read_bytes())
+    keep_about(tmp_path / "forgetting_reported_base1.csv", base.report)
+    report.write(tmp_path, tmp_path / "evidence.md")
     text = (tmp_path / "evidence.md").read_text()
     assert "loki_protect_q30" in text and "What predicts forgetting" in text
+    assert "## Twenty times the parameters, another world" in text
     assert (tmp_path / "forgetting_pareto.png").stat().st_size > 5000
 
 
@@ -228,6 +274,24 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
     assert (every["ours"], every["rival"]) == ("loki_protect_q30 0.120", "full 0.100")
     assert every["shown"] == "no"
     assert not any("replay" in aim for aim in found)  # it never reached the score
+
+
+def test_arms_are_held_against_the_rival_of_the_same_seeds():
+    def run(arm, seed, forgetting, score=0.95):
+        return {"task": "facts", "arm": arm, "seed": seed, "lr": 1e-3} | {
+            "task_score": score,
+            "forgetting": forgetting,
+        }
+
+    first = [run("lora_all_r16", 0, 0.4), run("lora_all_r16", 1, 0.2), run("osf", 0, 0.1)]
+    first += [run("loki_q30", 0, 0.1), run("loki_q30", 1, 0.2), run("loki_q30", 2, 9.0)]
+    second = [run("lora_all_r16", 0, 0.4), run("loki_q30", 0, 0.05), run("osf", 0, 0.1, 0.5)]
+    rows = matching.against({"a": first, "b": second}, least=2)
+    assert rows == [
+        {"arm": "loki_q30", "mean": "0.25", "a": "0.50 (2)", "b": "0.12 (1)"},
+        {"arm": "osf", "mean": "-", "a": "0.25 (1)", "b": "-"},
+    ]
+    assert matching.against({"a": first, "b": second}, least=3) == []
 
 
 def test_a_lead_within_the_noise_is_none_and_what_was_tried_is_listed():
