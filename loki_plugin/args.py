@@ -89,6 +89,12 @@ class AttributionArgs(_Block):
         BATCH_SIZE, description="prompts per batch; `auto` fits the free memory"
     )
 
+    @model_validator(mode="after")
+    def _enough_steps(self):
+        if self.rule == "trapezoid" and self.steps < 2:
+            raise ValueError("`rule: trapezoid` needs `steps` of at least 2")
+        return self
+
 
 class ProtectArgs(_Block):
     """What keeps the update away from what the model does on general text."""

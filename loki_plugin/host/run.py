@@ -19,7 +19,7 @@ from ..rows import FILE_NAME, RowSelection
 from .base import check_base
 from .files import Files, config_file
 from .patches import take_over_sharded_saving
-from .sharding import check_loaded, is_fsdp2, meet
+from .sharding import check_anchor, check_loaded, is_fsdp2, meet
 from .telling import Line, about_end, about_rows, about_training, block
 from .tokens import calibration_tokenizer
 
@@ -54,6 +54,7 @@ class Run:
         from ..pipeline import choose_rows
 
         meet()
+        check_anchor(cfg, files.config.protect)
         check_loaded(model, sharded=is_fsdp2(cfg))
         if is_fsdp2(cfg):
             take_over_sharded_saving()

@@ -142,6 +142,8 @@ def _saver_is_known() -> bool:
 
 def _fsdp_config(cfg) -> dict:
     given = cfg.get("fsdp_config") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"`fsdp_config:` must be a block of settings, got {given!r}")
     # Axolotl still takes keys with the prefix.
     return {k if k == "fsdp_version" else k.removeprefix("fsdp_"): v for k, v in given.items()}
 
@@ -163,6 +165,25 @@ def meet() -> None:
         from axolotl.utils.distributed import init_distributed_state
 
         init_distributed_state()
+
+
+def check_anchor(cfg, protect: ProtectArgs) -> None:
+    """Check, where several processes train, that the anchor's second pass can be differentiated.
+
+    DDP counts the gradients of each parameter, and a reentrant checkpoint delivers them once for
+    each pass: PyTorch ends such a step with "marked as ready twice". `fsdp_faults` has FSDP2's.
+
+    Raises:
+        ValueError: reentrant gradient checkpoints, Axolotl's default, beside an anchor.
+    """
+    kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
+    reentrant = cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant") is not False
+    if ranks.count() > 1 and protect.anchor and reentrant:
+        raise ValueError(
+            "loki.protect.anchor: with several processes gradient checkpointing must not be"
+            " reentrant, for the anchor is a second pass; set"
+            " `gradient_checkpointing_kwargs: {use_reentrant: false}`"
+        )
 
 
 def check_loaded(model: nn.Module, sharded: bool = False) -> None:

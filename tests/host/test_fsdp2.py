@@ -116,6 +116,11 @@ def test_what_was_not_proved_under_fsdp2_is_refused(sharded, change, message):
         load(sharded | change)
 
 
+def test_a_wrong_block_is_named(run_config):
+    with pytest.raises(ValueError, match=r"`fsdp_config:` must be a block of settings, got 'all'"):
+        load(run_config | {"fsdp_version": 2, "fsdp_config": "all"})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -79,6 +79,7 @@ def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_con
         ({"rank": 0}, "loki.rank: .*greater than or equal to 1"),
         ({"strategy": "best"}, "loki.strategy: .*layer_balanced"),
         ({"attribution": {"steps": 0}}, "loki.attribution.steps"),
+        ({"attribution": {"steps": 1, "rule": "trapezoid"}}, "`rule: trapezoid` needs `steps` of"),
         ({"protect": {"anchor": True}}, "loki.protect.anchor: .*got True, expected a number"),
         ({"protect": {"anchor": float("inf")}}, "loki.protect.anchor: .*finite number"),
         ({"lr_scale": float("inf")}, "loki.lr_scale: .*finite number"),
