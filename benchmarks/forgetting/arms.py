@@ -1,101 +1,32 @@
-"""The ways to train: what may change, and what protects the rest. PEFT's own where it has one."""
+"""The ways to train: what may change, what protects the rest, and at which rates."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from peft import LoraConfig, OSFConfig, ShiraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 from benchmarks.forgetting import choosing
-from benchmarks.forgetting.base import END, USER, Base, encode, padded
-from benchmarks.forgetting.world import COVERED
-from loki_plugin import attribute, implant, input_directions, select_rows
-from loki_plugin.analysing.directions import leading, soften
-from loki_plugin.implanting.protection import ProtectedA, folded_delta
-from loki_plugin.model.anatomy import find_anatomy
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-LINEARS = [*ATTENTION, *MLP]
-Sequences = list[tuple[list[int], int]]
-
-
-@dataclass
-class Context:
-    """What arms may know of the base: its calibration, and what follows from it.
-
-    Attributes:
-        seed: of what is drawn once: random rows, generated replay.
-        draw: of what each run draws: how new weights start.
-    """
-
-    base: Base
-    seed: int
-    draw: int = 0
-
-    @cached_property
-    def prompts(self) -> list[list[int]]:
-        """The calibration prompts, without their answers."""
-        coded = [encode(self.base.tokenizer, i) for i in self.base.world.calibration()]
-        return [ids[:given] for ids, given in coded]
-
-    @cached_property
-    def text(self) -> list[list[int]]:
-        """Plain text for protection; the base was trained on it, it is not what is measured."""
-        return [self.base.tokenizer(p)["input_ids"][:128] for p in self.base.world.training_text()]
-
-    @cached_property
-    def scores(self) -> torch.Tensor:
-        """[N, L, H]."""
-        model = self.base.model()
-        return attribute(model, *padded(self.prompts))
-
-    def directions(self, energy: float, text: bool, soft: bool = False) -> list[torch.Tensor]:
-        key = (energy, text, soft)
-        if key not in self._directions:
-            ids = [*self.prompts, *(self.text if text else [])]
-            self._directions[key] = input_directions(
-                self.base.model(), *padded(ids), energy=energy, soft=soft
-            )
-        return self._directions[key]
-
-    @cached_property
-    def _directions(self) -> dict:
-        return {}
-
-    def rows(self, quota: float, strategy: str, magnitude: bool = False) -> list[torch.Tensor]:
-        if strategy == "smallest_weight":
-            return choosing.smallest_weights(self, quota)
-        return select_rows(self.scores, quota, strategy, magnitude=magnitude, seed=self.seed)
-
-    @cached_property
-    def pretraining(self) -> Sequences:
-        """What the base learned from, for real replay."""
-        world, tokenizer = self.base.world, self.base.tokenizer
-        found = [encode(tokenizer, i) for k in COVERED for i in world.items[k]]
-        found += [(tokenizer(s + END)["input_ids"], 1) for s in world.sentences]
-        return found + [(tokenizer(p + END)["input_ids"][:128], 1) for p in world.training_text()]
-
-    @cached_property
-    def generated(self) -> Sequences:
-        """What the base says by itself, sampled behind a bare user mark: no data is needed."""
-        tokenizer, model = self.base.tokenizer, self.base.model().eval()
-        torch.manual_seed(self.seed)
-        start = torch.tensor([tokenizer(USER)["input_ids"]] * 64)
-        said = model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=40
-        ).tolist()
-        end = tokenizer.convert_tokens_to_ids(END)
-        # All that follows the mark is the model's own, so all of it is learned again.
-        return [(ids[: ids.index(end) + 1] if end in ids else ids, 1) for ids in said]
+from benchmarks.forgetting.building import (
+    ATTENTION,
+    MLP,
+    Context,
+    Sequences,
+    corda,
+    freeze_bottom,
+    full,
+    kappatune,
+    loki,
+    lora,
+    lora_protected,
+    osf,
+    rows_of,
+    shira,
+)
+from loki_plugin import select_rows
 
 
 @dataclass
@@ -120,124 +51,6 @@ class Arm:
     replay: tuple[float, str] | None = None
     anchor: float = 0.0
     again: bool = False
-
-
-def lora(targets=LINEARS, r: int = 16, **more) -> Callable:
-    def build(model, context):
-        torch.manual_seed(context.draw)
-        return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=targets, **more))
-
-    return build
-
-
-def loki(
-    quota: float = 30,
-    strategy: str = "layer_balanced",
-    rank: int | None = None,
-    magnitude: bool = False,
-    protect: float | None = None,
-    text: bool = False,
-    soft: bool = False,
-) -> Callable:
-    def build(model, context):
-        torch.manual_seed(context.draw)
-        directions = None if protect is None else context.directions(protect, text, soft)
-        return implant(
-            model, context.rows(quota, strategy, magnitude), rank=rank, protect=directions
-        )
-
-    return build
-
-
-def rows_of(choose: Callable[[Context], list[torch.Tensor]], protect: float | None = None):
-    """LoKI with rows that are chosen in another way."""
-
-    def build(model, context):
-        torch.manual_seed(context.draw)
-        directions = None if protect is None else context.directions(protect, False)
-        return implant(model, choose(context), protect=directions)
-
-    return build
-
-
-def lora_protected(energy: float = 0.99, soft: bool = False) -> Callable:
-    """LoRA r16 on all linears, each blind to its own inputs on the calibration prompts."""
-
-    def build(model, context):
-        wrapped = lora()(model, context)
-        layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-        moments = dict.fromkeys(layers, 0)
-
-        def watch(name):
-            def hook(module, inputs):
-                x = inputs[0].flatten(0, -2).double()
-                moments[name] = moments[name] + x.T @ x
-
-            return hook
-
-        hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
-        with torch.no_grad():
-            for prompt in context.prompts:
-                wrapped(input_ids=torch.tensor([prompt]), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for name, module in layers.items():
-            u = leading(moments[name], energy)[0]
-            kept = (soften(moments[name], u) if soft else u).float()
-            module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, kept)
-            module.get_delta_weight = functools.partial(folded_delta, module)
-        return wrapped
-
-    return build
-
-
-def full(model, context):
-    return model
-
-
-def freeze_bottom(model, context):
-    """The lower half of the layers and the embeddings stay."""
-    model.requires_grad_(False)
-    layers = find_anatomy(model).layers
-    for layer in layers[len(layers) // 2 :]:
-        layer.requires_grad_(True)
-    return model
-
-
-def corda(model, context):
-    from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import preprocess_corda
-
-    config = LoraConfig(
-        r=16,
-        lora_alpha=16,
-        target_modules=LINEARS,
-        init_lora_weights="corda",
-        corda_config=CordaConfig(corda_method="kpm"),
-    )
-
-    def run():
-        with torch.no_grad():
-            for prompt in [*context.prompts, *context.text]:
-                model(input_ids=torch.tensor([prompt]))
-
-    preprocess_corda(model, config, run_model=run)
-    return get_peft_model(model, config)
-
-
-def kappatune(model, context):
-    from peft.helpers import find_kappa_target_modules
-
-    found = find_kappa_target_modules(copy.deepcopy(model), top_p=0.2, show_progress=False)
-    return lora(found["target_modules"])(model, context)
-
-
-def osf(model, context):
-    return get_peft_model(model, OSFConfig(target_modules=LINEARS))
-
-
-def shira(model, context):
-    return get_peft_model(model, ShiraConfig(r=16, target_modules=LINEARS, random_seed=0))
 
 
 LOW, HIGH = (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2)

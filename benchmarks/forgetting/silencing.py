@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.forgetting.arms import Context
 from benchmarks.forgetting.base import Base
+from benchmarks.forgetting.building import Context
 from benchmarks.forgetting.measures import ask
 from loki_plugin import select_rows
 from loki_plugin.evaluating.suppress import suppressed

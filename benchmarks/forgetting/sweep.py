@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.forgetting.arms import ARMS, Arm, Context, passes
+from benchmarks.forgetting.arms import ARMS, Arm, passes
 from benchmarks.forgetting.base import Base, encode, fit, packed
+from benchmarks.forgetting.building import Context
 from benchmarks.forgetting.measures import Before, before, measure
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.machine import PeakMemory, describe

@@ -12,8 +12,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from benchmarks.forgetting.arms import LINEARS
 from benchmarks.forgetting.base import Base, encode
+from benchmarks.forgetting.building import LINEARS
 from benchmarks.forgetting.measures import before, measure
 from benchmarks.forgetting.sweep import ROWS, WIDTH, Key, Sweep, rate
 from benchmarks.forgetting.tasks import TASKS

@@ -11,7 +11,8 @@ from helpers.families import tiny
 
 from benchmarks.forgetting import base as bases
 from benchmarks.forgetting import choosing, matching, report, silencing
-from benchmarks.forgetting.arms import ARMS, Context, lora_protected, passes
+from benchmarks.forgetting.arms import ARMS, passes
+from benchmarks.forgetting.building import Context, lora_protected
 from benchmarks.forgetting.measures import flips, kl
 from benchmarks.forgetting.sweep import (
     Key,
