@@ -69,8 +69,10 @@ def _chosen(scores: Callable[[Context], torch.Tensor]) -> Arm:
     return _rows(rows_of(lambda c: select_rows(scores(c), 30, "layer_balanced", seed=c.seed)))
 
 
-def _least_fisher(context: Context, energy: float | None = None) -> list[torch.Tensor]:
-    kept = None if energy is None else context.directions(energy, False)
+def _least_fisher(
+    context: Context, energy: float | None = None, soft: bool = False
+) -> list[torch.Tensor]:
+    kept = None if energy is None else context.directions(energy, soft=soft)
     return [choosing.lowest(f, 30) for f in choosing.fisher(context, kept)]
 
 
@@ -87,7 +89,7 @@ ARMS: dict[str, Arm] = {
     "lora_mlp_r10": Arm(lora(MLP, 10), lowest=2e-4),
     "loki_magnitude_q30": _rows(loki(magnitude=True)),
     "random_protect_q30": _rows(loki(strategy="random", protect=0.99), 1e-3),
-    "loki_protect_text_q30": _rows(loki(protect=0.99, text=True), 1e-3),
+    "loki_protect_text_q30": _rows(loki(protect=0.99, of="text"), 1e-3),
     "loki_anchor_q30": _rows(loki(), anchor=1.0),
     "lora_anchor": Arm(lora(), anchor=1.0),
     "lora_protect": Arm(lora_protected(), lowest=2e-4),
@@ -159,7 +161,14 @@ ARMS: dict[str, Arm] = {
     "highest_soft99_q30": _rows(loki(30, "layer_highest", protect=0.99, soft=True), 5e-4),
     "loki_soft99_anchor_q30": _rows(loki(30, protect=0.99, soft=True), 5e-4, anchor=1.0),
     "loki_soft99_anchor_q90": _rows(loki(90, protect=0.99, soft=True), anchor=1.0),
-    "loki_soft99_text_q30": _rows(loki(30, protect=0.99, text=True, soft=True), 5e-4),
+    "loki_soft99_joint_q30": _rows(
+        rows_of(lambda c: _least_fisher(c, 0.99, soft=True), 0.99, soft=True), 5e-4
+    ),
+    "loki_soft999_q90": _rows(loki(90, protect=0.999, soft=True)),
+    "loki_soft99_people_q90": _rows(loki(90, protect=0.99, of="people", soft=True)),
+    "loki_soft99_eighth_q90": _rows(loki(90, protect=0.99, of="eighth", soft=True)),
+    "loki_soft99_text_q90": _rows(loki(90, protect=0.99, of="text", soft=True)),
+    "loki_soft99_text_q30": _rows(loki(30, protect=0.99, of="text", soft=True), 5e-4),
     "loki_protect90_q90": _rows(loki(90, protect=0.9)),
     "lora_soft99": Arm(lora_protected(0.99, soft=True), lowest=2e-4),
     "lora_soft99_anchor": Arm(lora_protected(0.99, soft=True), lowest=2e-4, anchor=1.0),

@@ -59,10 +59,19 @@ class Context:
         model = self.base.model()
         return attribute(model, *padded(self.prompts))
 
-    def directions(self, energy: float, text: bool, soft: bool = False) -> list[torch.Tensor]:
-        key = (energy, text, soft)
+    def directions(
+        self, energy: float, of: str = "prompts", soft: bool = False
+    ) -> list[torch.Tensor]:
+        """Of the calibration's `prompts`, these and `text`, `people` alone, or an `eighth`."""
+        key = (energy, of, soft)
         if key not in self._directions:
-            ids = [*self.prompts, *(self.text if text else [])]
+            kinds = [i.kind for i in self.base.world.calibration()]
+            ids = {
+                "prompts": self.prompts,
+                "text": [*self.prompts, *self.text],
+                "people": [p for p, k in zip(self.prompts, kinds, strict=True) if k == "people"],
+                "eighth": self.prompts[::8],
+            }[of]
             self._directions[key] = input_directions(
                 self.base.model(), *padded(ids), energy=energy, soft=soft
             )
@@ -113,12 +122,12 @@ def loki(
     rank: int | None = None,
     magnitude: bool = False,
     protect: float | None = None,
-    text: bool = False,
+    of: str = "prompts",
     soft: bool = False,
 ) -> Callable:
     def build(model, context):
         torch.manual_seed(context.draw)
-        directions = None if protect is None else context.directions(protect, text, soft)
+        directions = None if protect is None else context.directions(protect, of, soft)
         return implant(
             model, context.rows(quota, strategy, magnitude), rank=rank, protect=directions
         )
@@ -126,12 +135,16 @@ def loki(
     return build
 
 
-def rows_of(choose: Callable[[Context], list[torch.Tensor]], protect: float | None = None):
+def rows_of(
+    choose: Callable[[Context], list[torch.Tensor]],
+    protect: float | None = None,
+    soft: bool = False,
+) -> Callable:
     """LoKI with rows that are chosen in another way."""
 
     def build(model, context):
         torch.manual_seed(context.draw)
-        directions = None if protect is None else context.directions(protect, False)
+        directions = None if protect is None else context.directions(protect, soft=soft)
         return implant(model, choose(context), protect=directions)
 
     return build

@@ -25,7 +25,7 @@ def fisher(context: Any, directions: list[torch.Tensor] | None = None) -> list[t
 
     z [H] is the down-projection's output and x [I] its input at one token, so that F_j is the
     diagonal Fisher information of row j, summed over its I weights. With `directions` U [I, u] per
-    layer only what the update can read counts: ‖x − U Uᵀ x‖² instead of ‖x‖².
+    layer only what the update can read counts: ‖x − U Uᵀ x‖² instead of ‖x‖², soft ones too.
     """
     base, model = context.base, context.base.model().eval()
     down = find_anatomy(model).down

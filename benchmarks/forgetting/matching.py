@@ -69,7 +69,8 @@ TRIED = {
         "random_soft99_q90": "soft inputs, 0.99, 90 % of the rows, random",
         "loki_soft99_anchor_q30": "soft inputs, 0.99, anchor",
         "loki_soft99_anchor_q90": "soft inputs, 0.99, 90 % of the rows, anchor",
-        "loki_soft99_text_q30": "soft inputs, 0.99, with plain text",
+        "loki_soft99_joint_q30": "soft inputs, 0.99, rows of the least Fisher information left",
+        "loki_soft999_q90": "soft inputs, 0.999, 90 % of the rows",
         "loki_soft99_lowrank": "soft inputs, 0.99, rank 16",
         "lora_soft99": "soft inputs, 0.99, of LoRA r16 on all linears",
         "loki_anchor_q30": "anchor, weight 1",
@@ -78,6 +79,12 @@ TRIED = {
         "loki_anchor_q99": "anchor, weight 1, 99 % of the rows",
         "loki_protect_anchor_q30": "inputs 0.99 and anchor",
         "loki_protect_anchor_q90": "inputs 0.99 and anchor, 90 % of the rows",
+    },
+    "what soft inputs have seen": {
+        "loki_soft99_people_q90": "one kind of question, 90 % of the rows",
+        "loki_soft99_eighth_q90": "an eighth of the prompts, 90 % of the rows",
+        "loki_soft99_text_q90": "the prompts and plain text, 90 % of the rows",
+        "loki_soft99_text_q30": "the prompts and plain text, 30 % of the rows",
     },
 }
 Runs = list[dict]
