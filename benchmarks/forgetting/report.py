@@ -16,48 +16,15 @@ from benchmarks.forgetting.matching import (
     targets,
     tried,
 )
+from benchmarks.forgetting.picture import plot
 from benchmarks.forgetting.sweep import about, results
 from benchmarks.writer import command, table
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
-# Results files beside the first base's, and what they are called.
-OTHERS = {
-    ("final", 1): "another world",
-    ("reported", 0): "twenty times the parameters",
-    ("reported", 1): "twenty times the parameters, another world",
-}
 _NOISE = (
     "The same arm with another order of the data and another start of what is new, at the matched"
     " score. Leads smaller than the largest of these, or than the spread of seeds, count as none."
 )
-
-
-def plot(runs: Runs, path: Path) -> None:
-    """Task score against forgetting, one line per arm and seed 0."""
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(r["task"] for r in runs))
-    figure = Figure(figsize=(7 * len(tasks), 6), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axis, task in zip(axes, tasks, strict=True):
-        arms = list(dict.fromkeys(r["arm"] for r in runs if r["task"] == task))
-        for i, arm in enumerate(arms):
-            curve = sorted(
-                (r for r in runs if r["arm"] == arm and r["task"] == task and r["seed"] == 0),
-                key=lambda r: r["lr"],
-            )
-            style = {"marker": "osv^Dx+*"[i // 10 % 8], "linestyle": "-" if "loki" in arm else ":"}
-            axis.plot(
-                [r["task_score"] for r in curve],
-                [r["forgetting"] for r in curve],
-                color=f"C{i % 10}",
-                label=arm,
-                **style,
-            )
-        axis.set(xlabel="task score", ylabel="forgetting (rise of cross-entropy)", title=task)
-        axis.set_yscale("symlog", linthresh=0.05)
-        axis.legend(fontsize=6, ncols=2)
-    figure.savefig(path, dpi=110)
 
 
 def write(folder: Path, evidence: Path = EVIDENCE) -> None:
@@ -65,14 +32,20 @@ def write(folder: Path, evidence: Path = EVIDENCE) -> None:
     screen, final = (read(folder / results(stage)) for stage in ("screen", "final"))
     if not screen and not final:
         raise SystemExit(f"'{folder}' has no results yet; run `screen` first")
-    plot(final or screen, folder / "forgetting_pareto.png")
-    others = [
-        (title, about(file), read(file))
-        for title, file in ((title, folder / results(*which)) for which, title in OTHERS.items())
-        if file.is_file()
-    ]
-    parts = [_head(about(folder / results("final" if final else "screen")))]
-    parts += _in_short([("first base", final), *((title, runs) for title, _, runs in others)])
+    first = about(folder / results("final" if final else "screen"))
+    own = {folder / results("final")}
+    files = [f for s in ("final", "reported") for f in sorted(folder.glob(f"forgetting_{s}*.csv"))]
+    others = [(about(f), read(f)) for f in files if f not in own]
+    bases = [(_title(first), final or screen), *((_title(kept), runs) for kept, runs in others)]
+    parts = [_head(first)]
+    columns = {
+        f"{title}: {task}": [r for r in runs if r["task"] == task]
+        for title, runs in bases
+        for task in MATCHED
+        if any(r["task"] == task for r in runs)
+    }
+    plot(columns, folder / "forgetting_pareto.png")
+    parts += _in_short(columns)
     noise = noise_floor(final)
     floor = max((x["apart"] for x in noise), default=0.0)
     stages = (("Finalists", final, MATCHED), ("Screening", screen, SCREENED))
@@ -86,17 +59,10 @@ def write(folder: Path, evidence: Path = EVIDENCE) -> None:
         parts += [f"## What was aimed at: {title.lower()}", table(aims)] if aims else []
     if noise:
         parts += ["## How much is noise", _NOISE, table([_shown(x) for x in noise])]
-    tries = tried(matched(final))
-    if len(tries) > 1:
-        parts += [
-            "## What was tried so that more is kept",
-            f"Finalists' runs at a task score of {_targets(final, MATCHED)}.",
-            table([_shown(x) for x in tries]),
-        ]
+    parts += _tries(bases if final else [])
     checked = read(folder / "forgetting_axolotl.csv")
     if checked:
         parts += ["## Through `axolotl train`", _agreement(checked, final)]
-    parts += ["![Task score against forgetting](../benchmarks/results/forgetting_pareto.png)"]
     everything = screen + final
     parts += ["## What predicts forgetting", _predictors(everything)]
     silenced = read(folder / "suppress.csv")
@@ -112,17 +78,15 @@ def write(folder: Path, evidence: Path = EVIDENCE) -> None:
     print(f"written: {evidence}")
 
 
-def _in_short(runs: list[tuple[str, Runs]]) -> list[str]:
-    """Every arm that ran on more than one base or task, against LoRA r16 there."""
-    columns = {
-        f"{title}: {task}": [r for r in found if r["task"] == task]
-        for title, found in runs
-        for task in MATCHED
-        if any(r["task"] == task for r in found)
-    }
+def _in_short(columns: dict[str, Runs]) -> list[str]:
+    """Arms that ran on several bases or tasks, against LoRA r16 there; the picture."""
     rows = against(columns)
+    picture = [
+        "![Task score against forgetting](../benchmarks/results/forgetting_pareto.png)",
+        "Each line is an arm, each point a learning rate (seed 0); dotted: the matched score.",
+    ]
     if not rows:
-        return []
+        return picture
     return [
         "## In short",
         "Forgetting at the matched task score as a share of what LoRA r16 forgets there with the"
@@ -130,15 +94,38 @@ def _in_short(runs: list[tuple[str, Runs]]) -> list[str]:
         " that ran in few columns are to be compared column by column. Arms of one or two columns"
         " are in the tables below. Empty: not run. `-`: the score was not reached.",
         table(rows),
+        *picture,
     ]
 
 
-def _other(title: str, kept: dict, runs: Runs) -> str:
-    """A base of its own section: its size, the arms, the aims."""
+def _tries(bases: list[tuple[str, Runs]]) -> list[str]:
+    """What `TRIED` lists, base by base, where more than the paper's own way was run."""
+    parts = []
+    for title, runs in bases:
+        rows = tried(matched(runs))
+        if len(rows) > 1:
+            parts += [f"{title}:", table([_shown(x) for x in rows])]
+    if not parts:
+        return []
+    scores = ", ".join(f"{score} ({task})" for task, score in MATCHED.items())
+    return [
+        "## What was tried so that more is kept",
+        f"Finalists' runs at a task score of {scores}.",
+        *parts,
+    ]
+
+
+def _title(kept: dict) -> str:
+    """0.5 M, world 0"""
+    return f"{kept['base']['parameters'] / 1e6:.1f} M, world {kept['base']['seed']}"
+
+
+def _other(kept: dict, runs: Runs) -> str:
+    """The section of another base: its size, the arms, the aims."""
     lines, noise = matched(runs), noise_floor(runs)
     aims = targets(lines, max((x["apart"] for x in noise), default=0.0))
     parts = [
-        f"## {title.capitalize()}",
+        f"## Parameters: {_title(kept)}",
         f"{_base(kept['base'])} {kept['machine']}.",
         _about(runs, MATCHED),
         table([_shown(x, 4) for x in lines]),

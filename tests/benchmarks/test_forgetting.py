@@ -223,7 +223,7 @@ def test_a_small_sweep_from_end_to_end(tmp_path):
     report.write(tmp_path, tmp_path / "evidence.md")
     text = (tmp_path / "evidence.md").read_text()
     assert "loki_protect_q30" in text and "What predicts forgetting" in text
-    assert "## Twenty times the parameters, another world" in text
+    assert "## Parameters: 0.2 M, world 0" in text  # the section of the other file
     assert (tmp_path / "forgetting_pareto.png").stat().st_size > 5000
 
 
