@@ -164,6 +164,10 @@ ARMS: dict[str, Arm] = {
     "loki_soft99_joint_q30": _rows(
         rows_of(lambda c: _least_fisher(c, 0.99, soft=True), 0.99, soft=True), 5e-4
     ),
+    # What fits a consumer's card: 90 % of the rows, and a low rank.
+    "loki_lowrank_q90": _rows(loki(90, rank=16), 5e-4),
+    "loki_soft99_lowrank_q90": _rows(loki(90, rank=16, protect=0.99, soft=True), 5e-4),
+    "loki_soft99_rank64_q90": _rows(loki(90, rank=64, protect=0.99, soft=True), 5e-4),
     "loki_soft999_q90": _rows(loki(90, protect=0.999, soft=True)),
     "loki_soft99_people_q90": _rows(loki(90, protect=0.99, of="people", soft=True)),
     "loki_soft99_eighth_q90": _rows(loki(90, protect=0.99, of="eighth", soft=True)),

@@ -44,6 +44,7 @@ TRIED = {
         "loki_q60": "60 %",
         "random_q60": "60 %, random",
         "loki_q99": "99 %",
+        "loki_lowrank_q90": "90 %, rank 16",
         "loki_wd0.3_q30": "weight decay 0.3",
     },
     "which protection": {
@@ -72,6 +73,8 @@ TRIED = {
         "loki_soft99_joint_q30": "soft inputs, 0.99, rows of the least Fisher information left",
         "loki_soft999_q90": "soft inputs, 0.999, 90 % of the rows",
         "loki_soft99_lowrank": "soft inputs, 0.99, rank 16",
+        "loki_soft99_lowrank_q90": "soft inputs, 0.99, 90 % of the rows, rank 16",
+        "loki_soft99_rank64_q90": "soft inputs, 0.99, 90 % of the rows, rank 64",
         "lora_soft99": "soft inputs, 0.99, of LoRA r16 on all linears",
         "loki_anchor_q30": "anchor, weight 1",
         "loki_anchor4_q30": "anchor, weight 4",
