@@ -72,7 +72,11 @@ class CalibrationArgs(_Block):
         " `answer`, `subject`, or `prompt`, `target`, or `text`",
     )
     split: str | None = Field(None, description="split of a hub data set; null = test, else train")
-    seed: Count = Field(SEED, ge=0, description="seed of the draw when fewer samples are taken")
+    seed: Count = Field(
+        SEED,
+        ge=0,
+        description="seed of the draw of samples and few-shot examples, and of where texts are cut",
+    )
 
 
 class AttributionArgs(_Block):
@@ -120,7 +124,9 @@ class ProtectArgs(_Block):
         allow_inf_nan=False,
         description="weight of KL(base || tuned) on calibration prompts in every step",
     )
-    anchor_batch: Count = Field(4, ge=1, description="prompts per step and rank for the anchor")
+    anchor_batch: Count = Field(
+        4, ge=1, description="prompts per micro batch and rank for the anchor"
+    )
     text: str | None = Field(
         None, min_length=1, description="more text for protection only: a .txt or .jsonl file"
     )
@@ -180,7 +186,9 @@ class LokiConfig(_Block):
     attribution: AttributionArgs = Field(default_factory=AttributionArgs)
     protect: ProtectArgs = Field(default_factory=ProtectArgs)
     cache_dir: str | None = Field(
-        None, description="where score logs are kept; null = the platform's user cache folder"
+        None,
+        description="where score logs are kept; null = $LOKI_CACHE_DIR, else the platform's user"
+        " cache folder",
     )
     cache_limit: Number | None = Field(
         20.0,
@@ -191,7 +199,11 @@ class LokiConfig(_Block):
     lr_scale: Number = Field(
         1.0, gt=0, allow_inf_nan=False, description="factor on the learning rate of the rows"
     )
-    report: bool = Field(True, description="write loki_report.json into output_dir")
+    report: bool = Field(
+        True,
+        description="write loki_report.json, loki_report.html and loki_figures.json, and"
+        " measure how much was forgotten",
+    )
     form: Literal["dense", "low-rank"] | None = Field(
         None,
         description="internal: what the first registration decided, for those after it (Ray"

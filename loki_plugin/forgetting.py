@@ -108,7 +108,8 @@ def measure(
     if idle and not tasks:
         raise ValueError(f"{', '.join(idle)} need lm-eval tasks; name some with --tasks")
     if tasks:
-        check_tasks(tasks, options.get("include"))  # before anything is loaded
+        unsafe = bool(options.get("confirm_run_unsafe_code"))
+        check_tasks(tasks, options.get("include"), unsafe)  # before anything is loaded
     on_prompts = _on_prompts(base, tuned, prompts, device, dtype, of_base, of_tuned)
     if not tasks:
         return ForgettingReport(on_prompts)

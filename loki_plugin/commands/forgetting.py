@@ -24,6 +24,11 @@ from .shared import Answer, Command, read_run, write_json
 @click.option("--batch-size", default="auto", show_default=True)
 @click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
 @click.option("--noise-floor", is_flag=True, help="evaluate the base a second time")
+@click.option(
+    "--confirm-run-unsafe-code",
+    is_flag=True,
+    help="tasks may run code that the model writes (HumanEval); set HF_ALLOW_CODE_EVAL=1 too",
+)
 @click.option("--device", help="default: the GPU where there is one")
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False), help="write the figures as JSON")

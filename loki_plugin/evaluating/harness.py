@@ -14,11 +14,15 @@ LOG = logging.getLogger("loki_plugin")
 _METRICS = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "acc_norm", "f1")
 
 
-def check_tasks(tasks: Sequence[str], include: str | None = None) -> Any:
-    """lm-eval's task manager, if it knows all `tasks`.
+def check_tasks(tasks: Sequence[str], include: str | None = None, unsafe: bool = False) -> Any:
+    """lm-eval's task manager, if it knows all `tasks` and may run them.
+
+    Args:
+        unsafe: whether tasks may run the code that a model writes.
 
     Raises:
-        ValueError: a task that lm-eval does not know.
+        ValueError: a task that lm-eval does not know, or one that runs the model's code although
+            `unsafe` is off. lm-eval itself would say so only after it has loaded the model.
     """
     from lm_eval.tasks import TaskManager
 
@@ -29,7 +33,22 @@ def check_tasks(tasks: Sequence[str], include: str | None = None) -> Any:
             f"lm-eval knows no task {', '.join(unknown)}; see `lm_eval ls tasks`, or give the"
             " folder of your own task files with --include"
         )
+    running = [task for task in tasks if _runs_code(manager.task_index.get(task))]
+    if running and not unsafe:
+        raise ValueError(
+            f"{', '.join(running)}: runs code that the model writes. Where that is safe, give"
+            " --confirm-run-unsafe-code and set HF_ALLOW_CODE_EVAL=1; else leave it out"
+        )
     return manager
+
+
+def _runs_code(entry: dict[str, Any] | None) -> bool:
+    from lm_eval.utils import load_yaml_config
+
+    path = (entry or {}).get("yaml_path")
+    if not isinstance(path, str):  # a task that is a Python class, or a tag of several
+        return False
+    return bool(load_yaml_config(path, mode="simple").get("unsafe_code"))
 
 
 def evaluate_tasks(
@@ -44,6 +63,7 @@ def evaluate_tasks(
     device: str | None = None,
     dtype: str = "auto",
     chat_template: bool = False,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Results and samples of `tasks` from lm-eval's own `simple_evaluate`.
 
@@ -52,13 +72,14 @@ def evaluate_tasks(
         loading: how `model` is loaded: `revision`, `trust_remote_code`.
         include: a folder with task files of your own.
         limit: items per task; None for all.
+        confirm_run_unsafe_code: whether tasks may run the code that the model writes.
 
     Raises:
-        ValueError: a task that lm-eval does not know.
+        ValueError: see `check_tasks`.
     """
     from lm_eval import simple_evaluate
 
-    manager = check_tasks(tasks, include)
+    manager = check_tasks(tasks, include, confirm_run_unsafe_code)
     given = {k: v for k, v in (loading or {}).items() if v}
     arguments = {"pretrained": str(model), "dtype": dtype, **given}
     return simple_evaluate(
@@ -71,6 +92,7 @@ def evaluate_tasks(
         device=device,
         apply_chat_template=chat_template,
         log_samples=True,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
         bootstrap_iters=0,
     )
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from helpers.prompts import LM_EVAL_TASK
 
 from loki_plugin.cli import loki
-from loki_plugin.evaluating.harness import changes, evaluate_tasks
+from loki_plugin.evaluating.harness import changes, check_tasks, evaluate_tasks
 from loki_plugin.forgetting import load_model
 
 
@@ -98,6 +98,16 @@ def test_an_unknown_task_is_named(folder):
     )
     assert result.exit_code == 1
     assert "lm-eval knows no task no_such_task" in result.output
+
+
+def test_tasks_that_run_the_models_code_are_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="humaneval_instruct: runs code .*--confirm-run-unsafe"):
+        check_tasks(["hellaswag", "humaneval_instruct", "mmlu"])
+    assert check_tasks(["humaneval_instruct"], unsafe=True)
+    result = CliRunner().invoke(
+        loki, ["forgetting", "--base", "none", "--tuned", "none", "--tasks", "humaneval"]
+    )
+    assert result.exit_code == 1 and "runs code that the model writes" in result.output
 
 
 def test_a_run_without_anything_to_compare_says_what_is_missing(folder, tmp_path):
