@@ -70,14 +70,11 @@ class Directions:
         """Whether they weaken what is read instead of taking it away."""
         return any(is_soft(basis) for basis in self.basis)
 
-    def check(self, model: torch.nn.Module, unchanged: bool = False) -> Directions:
-        """Check that the directions belong to `model`, which may carry an adapter.
-
-        On a rank without its weights only sizes can be compared. `unchanged` as in `fingerprint`.
+    def check_sizes(self, model: torch.nn.Module) -> None:
+        """Check that the directions fit the layers of `model`.
 
         Raises:
-            ValueError: another layer count, another intermediate size, or another model by
-                fingerprint.
+            ValueError: another layer count, or another intermediate size.
         """
         sizes = find_anatomy(model).input_sizes
         given = [basis.shape[0] for basis in self.basis]
@@ -86,6 +83,16 @@ class Directions:
                 f"the directions are for {len(given)} layers of {_few(given)} inputs, this model"
                 f" has {len(sizes)} of {_few(sizes)}; find them on this model"
             )
+
+    def check(self, model: torch.nn.Module, unchanged: bool = False) -> Directions:
+        """Check that the directions belong to `model`, which may carry an adapter.
+
+        On a rank without its weights only sizes can be compared. `unchanged` as in `fingerprint`.
+
+        Raises:
+            ValueError: as `check_sizes`, or another model by fingerprint.
+        """
+        self.check_sizes(model)
         if self.fingerprint is not None and is_loaded(model):
             difference = same_model(self.fingerprint, fingerprint(model, unchanged=unchanged))
             if difference:

@@ -17,6 +17,7 @@ from .evaluating.change import TaskChange, mean_relative_drop
 from .evaluating.harness import changes, check_tasks, evaluate_tasks
 from .evaluating.quick import Forgetting, compare, log_probabilities
 from .implanting.anchor import adapter_off
+from .implanting.saved import WEIGHTS, open_tensors
 
 ADAPTER = "adapter_config.json"
 # Enough for a figure, few enough for a minute on an 8B model.
@@ -100,7 +101,7 @@ def measure(
     """
     tuned = str(tuned)
     adapter = tuned if (Path(tuned) / ADAPTER).is_file() else None
-    of_base = {"revision": revision, "trust_remote_code": trust_remote_code}
+    of_base: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     of_tuned = of_base if adapter else {"trust_remote_code": trust_remote_code}
     device = device or _usual_device()  # lm-eval's own default is a GPU, where there is none too
     settings: dict[str, Any] = {"device": device, "dtype": dtype, **options}
@@ -115,6 +116,8 @@ def measure(
         return ForgettingReport(on_prompts)
     before = evaluate_tasks(base, tasks, loading=of_base, **settings)
     model = base if adapter else tuned
+    if adapter and saved_embedding_rows(Path(adapter)):
+        of_tuned = {**of_tuned, "tokenizer": adapter}  # lm-eval grows the embeddings to its length
     after = evaluate_tasks(model, tasks, adapter=adapter, loading=of_tuned, **settings)
     again = evaluate_tasks(base, tasks, loading=of_base, **settings) if noise_floor else None
     return ForgettingReport(
@@ -224,8 +227,20 @@ def load_model(model: str, adapter: str | None, device: str | None, dtype: str, 
     if adapter is not None:
         from peft import PeftModel
 
+        rows = saved_embedding_rows(Path(adapter))
+        if rows > loaded.get_input_embeddings().num_embeddings:  # tokens that the run added
+            loaded.resize_token_embeddings(rows, mean_resizing=False)
         loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded.to(device)
+
+
+def saved_embedding_rows(adapter: Path) -> int:
+    """How many tokens the embeddings have that a saved adapter brings; 0 where it brings none."""
+    if not (adapter / WEIGHTS).is_file():
+        return 0
+    with open_tensors(adapter / WEIGHTS) as stored:
+        brought = [k for k in stored.keys() if ".lora_" not in k]
+        return max((stored.get_slice(k).get_shape()[0] for k in brought), default=0)
 
 
 def _usual_device() -> str:

@@ -131,8 +131,11 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         "seconds": round(time.perf_counter() - started, 3),
     }
     directions = Directions(found.basis, mark, made)
-    directions.save(path)
-    prune(folder, config.cache_limit, keep=key)
+    try:
+        directions.save(path)
+        prune(folder, config.cache_limit, keep=key)
+    except OSError as error:  # they are here, and the run keeps them beside its adapter
+        LOG.warning("loki: the protected directions could not be kept in the cache: %s", error)
     return directions
 
 

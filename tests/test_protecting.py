@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.runs import configure, model
 
+from loki_plugin.directions import Directions
 from loki_plugin.model import fingerprint as module
 from loki_plugin.protecting import choose_directions
 
@@ -38,6 +39,19 @@ def test_what_is_kept_is_taken_again_and_what_is_damaged_is_found_again(tmp_path
     assert len(file.read_bytes()) == len(whole)
     for u, v in zip(again.basis, first.basis, strict=True):  # the same span
         torch.testing.assert_close(u @ u.T, v @ v.T, atol=1e-4, rtol=0)
+
+
+def test_a_full_cache_costs_nothing_but_the_next_search(config, monkeypatch, caplog):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Directions, "save", full)
+    log = logging.getLogger("loki_plugin")
+    log.addHandler(caplog.handler)
+    found = choose_directions(model(), PROMPTS, config)
+    log.removeHandler(caplog.handler)
+    assert found.counts == [3] * len(found.basis)
+    assert "could not be kept in the cache: [Errno 28] No space left" in caplog.text
 
 
 def test_the_cache_keeps_to_its_limit(tmp_path):

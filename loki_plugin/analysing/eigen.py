@@ -84,8 +84,9 @@ def _iterate(
         if width == largest:
             raise ValueError(
                 f"more than {int(0.9 * largest)} of the {size} directions of the down-projection's"
-                " inputs are needed; the update would have little left to read, and the training"
-                " would hold them in memory. Lower the share of energy (`protect.inputs`)"
+                f" inputs are needed, more than can be found in {BUDGET / 2**30:g} GiB, and the"
+                " training would hold them all in memory. Give a number instead of a share"
+                " (`protect.directions: 1024`), or lower the share (`protect.inputs`)"
             )
         width = min(largest, 2 * width)
 

@@ -17,6 +17,9 @@ class TaskChange:
         items: how many items both answered, or 0 where the metric is not one of right and wrong.
         flips_down: items that were right and are wrong now (1 -> 0).
         flips_up: items that were wrong and are right now (0 -> 1).
+        higher_is_better: False for a perplexity.
+        counts: whether it counts in a mean over tasks; a task inside a group that has a score of
+            its own does not.
     """
 
     task: str
@@ -26,11 +29,17 @@ class TaskChange:
     items: int = 0
     flips_down: int = 0
     flips_up: int = 0
+    higher_is_better: bool = True
+    counts: bool = True
 
     @property
     def relative_drop(self) -> float | None:
-        """(before - after) / before, negative for a gain; None where before is 0."""
-        return (self.before - self.after) / self.before if self.before else None
+        """(before - after) / before, negative for a gain; None where before is 0.
+
+        Of a metric that is to be low, (after - before) / before.
+        """
+        worse = self.before - self.after if self.higher_is_better else self.after - self.before
+        return worse / self.before if self.before else None
 
     @property
     def p_value(self) -> float:
@@ -66,9 +75,10 @@ def mean_relative_drop(changes: Sequence[TaskChange], clip_gains: bool = False) 
     """The paper's figure: the mean over tasks of (before - after) / before.
 
     It is signed, so that a gain hides a loss: `clip_gains` counts gains as 0. Tasks whose score
-    was 0 before have no relative drop and do not count; None where no task is left.
+    was 0 before have no relative drop and do not count, nor do those inside a group with a score;
+    None where no task is left.
     """
-    drops = [c.relative_drop for c in changes if c.relative_drop is not None]
+    drops = [c.relative_drop for c in changes if c.counts and c.relative_drop is not None]
     if clip_gains:
         drops = [max(0.0, d) for d in drops]
     return sum(drops) / len(drops) if drops else None

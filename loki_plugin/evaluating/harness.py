@@ -98,19 +98,47 @@ def evaluate_tasks(
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[TaskChange]:
-    """What became of every task that both results hold."""
-    return [_change(task, before, after) for task in before["results"] if task in after["results"]]
+    """What became of every task and group that both results hold, and that has a score.
+
+    Raises:
+        ValueError: nothing has one.
+    """
+    held = [task for task in before["results"] if task in after["results"]]
+    scored = [task for task in held if _numbers(before["results"][task])]
+    if not scored:
+        raise ValueError(f"lm-eval's results have no score, only {before['results']}")
+    subtasks = before.get("group_subtasks", {})
+    inside = set().union(*(_members(task, subtasks) for task in scored))
+    return [_change(task, before, after, task not in inside) for task in scored]
 
 
-def _change(task: str, before: dict[str, Any], after: dict[str, Any]) -> TaskChange:
+def _members(group: str, subtasks: dict[str, list[str]]) -> set[str]:
+    """All tasks and groups inside a group, however deep."""
+    direct = set(subtasks.get(group, ())) - {group}
+    return direct.union(*(_members(task, subtasks) for task in direct))
+
+
+def _numbers(scores: dict[str, Any]) -> list[str]:
+    return [k for k, v in scores.items() if isinstance(v, float) and "stderr" not in k]
+
+
+def _change(task: str, before: dict[str, Any], after: dict[str, Any], counts: bool) -> TaskChange:
     scores = before["results"][task]
-    numbers = [k for k, v in scores.items() if isinstance(v, float) and "stderr" not in k]
-    chosen = next((n for m in _METRICS for n in numbers if n.split(",")[0] == m), None)
-    if chosen is None and not numbers:
-        raise ValueError(f"task '{task}' has no score in lm-eval's results, only {sorted(scores)}")
-    chosen = chosen or numbers[0]
+    numbers = _numbers(scores)
+    chosen = next((n for m in _METRICS for n in numbers if n.split(",")[0] == m), numbers[0])
     down, up, items = _item_flips(task, chosen, before, after)
-    return TaskChange(task, chosen, scores[chosen], after["results"][task][chosen], items, down, up)
+    better = before.get("higher_is_better", {}).get(task, {}).get(chosen.split(",")[0])
+    return TaskChange(
+        task,
+        chosen,
+        scores[chosen],
+        after["results"][task][chosen],
+        items,
+        down,
+        up,
+        higher_is_better=better is not False,
+        counts=counts,
+    )
 
 
 def _item_flips(

@@ -29,6 +29,16 @@ def preference_faults(cfg) -> list[str]:
             "  rl_adapter_ref_model: the base with the adapter off is the reference, bit for bit;"
             " a second copy of it is not needed"
         )
+    trl = cfg.get("trl") or {}
+    asynchronous = trl.get("async_prefetch") or trl.get("use_data_producer")
+    if trl.get("use_vllm") and not (trl.get("vllm_lora_sync") and asynchronous):
+        # Merging and unmerging rounds the base at every step; Axolotl's own way reads lora_A and
+        # lora_B past what protects them.
+        faults.append(
+            "  trl.use_vllm: to bring the policy to vLLM, TRL merges the adapter into the base and"
+            " takes it out again, which rounds the base. Set `trl.vllm_lora_sync: true` with"
+            " `trl.async_prefetch: true`, which sends the adapter, or generate without vLLM"
+        )
     return faults
 
 

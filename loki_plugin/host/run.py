@@ -132,7 +132,7 @@ class Run:
         fresh = not cfg.lora_model_dir
         install(model, self.selection, self.config.rank, fresh)
         if self.directions:
-            protect_inputs(model, self.directions, fresh, unchanged=True)
+            protect_inputs(model, self.directions, fresh, checked=True)
         # The base was read when its rows were chosen, and is read again after the training.
         with ranks.together():
             mine = fingerprint(model, unchanged=True) if is_loaded(model) else {}
@@ -245,7 +245,12 @@ class Run:
         """The adapter on disk."""
         from safetensors import SafetensorError
 
-        from ..implanting.saved import WEIGHTS, check_saved, check_saved_protection
+        from ..implanting.saved import (
+            WEIGHTS,
+            check_saved,
+            check_saved_protection,
+            embeddings_grew,
+        )
         from ..model.anatomy import find_anatomy
 
         what = self.verdict.what
@@ -257,7 +262,8 @@ class Run:
         what["saved"] = "read back, with a fault"
         try:
             names = find_anatomy(model).names
-            check_saved(folder, names, self.selection, self.config.rank)
+            grown = embeddings_grew(model)
+            check_saved(folder, names, self.selection, self.config.rank, grown)
             if self.directions:
                 leakage = check_saved_protection(folder, names, self.directions)
                 self.facts["protection"]["leakage_per_layer"] = leakage

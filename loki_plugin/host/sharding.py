@@ -27,6 +27,7 @@ SPREADING = (
     "context_parallel_size",
     "use_ray",
 )
+_PATIENCE = 6 * 3600  # seconds
 
 
 # What was proved under FSDP2, on CPU ranks, stands in docs/ways.md; all else is refused.
@@ -162,6 +163,9 @@ def meet() -> None:
     would start it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The others wait for the rank that analyses; half an hour would be Axolotl's limit, and
+        # `ddp_timeout` has set this already where the YAML has it.
+        os.environ.setdefault("AXOLOTL_NCCL_TIMEOUT", str(_PATIENCE))
         from axolotl.utils.distributed import init_distributed_state
 
         init_distributed_state()

@@ -16,7 +16,7 @@ from ..rows import FILE_NAME, Made, RowSelection, union
 from .adapters import Adapter, Opened, check_disjoint, opened
 from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
-from .vocabulary import copy_model, new_rows
+from .vocabulary import check_tokenizer, copy_model, new_rows
 
 # Training may have saved newer ones than the base's.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -158,6 +158,7 @@ def merge_adapters(
     rounding = Rounding()
     with opened(adapters, found.anatomy.names) as parts, removing(partial):
         grown, source = _new_tokens(found, parts)
+        check_tokenizer(source, found, grown)
         partial.mkdir(parents=True)
         copy_model(found, partial, grown, progress)
         _copy_tokenizer(source, partial)

@@ -143,7 +143,7 @@ def protect_inputs(
     model: PeftModel,
     directions: Directions | Sequence[torch.Tensor],
     fresh: bool = True,
-    unchanged: bool = False,
+    checked: bool = False,
 ) -> None:
     """Make the adapter of an implanted model read less, or nothing, of the directions.
 
@@ -151,7 +151,8 @@ def protect_inputs(
         model: a LoRA model whose down-projections carry the adapter.
         directions: L tensors [I, u_l] (see `input_directions`) or a `Directions`.
         fresh: False for an adapter that was saved with these directions.
-        unchanged: as in `fingerprint`.
+        checked: they were found on this model, or checked on it, before what hosts do to a base
+            ahead of training: casting what is not quantised, growing embeddings.
 
     Raises:
         ValueError: directions that do not fit the model, or DeepSpeed ZeRO-3, which saves weights
@@ -164,7 +165,10 @@ def protect_inputs(
         )
     if not isinstance(directions, Directions):
         directions = Directions(list(directions))
-    directions.check(model, unchanged)
+    if checked:
+        directions.check_sizes(model)
+    else:
+        directions.check(model)
     adapter = model.active_adapter
     for module, basis in zip(find_anatomy(model).down, directions.basis, strict=True):
         if isinstance(module, LoraLayer) and adapter in module.lora_A and basis.shape[1]:

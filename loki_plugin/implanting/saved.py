@@ -74,8 +74,10 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
             " one of them cannot save it alone. Use the last checkpoint, or `save_sharded` on all"
         )
     first = kwargs.get("is_main_process", True)
-    if first:
+    if first and ranks.is_first():  # several machines may each save to one folder
         _withdraw_report(folder)
+    if kwargs.get("save_embedding_layers", "auto") == "auto" and embeddings_grew(self):
+        kwargs["save_embedding_layers"] = True
     try:
         saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
         if first:
@@ -92,6 +94,20 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
     return saved
 
 
+def embeddings_grew(model: PeftModel) -> bool:
+    """Whether tokens were added to the base since it was loaded; PEFT finds out online only."""
+    config = model.get_base_model().config
+    name = model.peft_config[model.active_adapter].base_model_name_or_path
+    if not name:
+        return False
+    revision = getattr(config, "_commit_hash", None)
+    try:
+        stored = type(config).from_pretrained(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):  # no such folder, nothing in the cache: built in memory
+        return False
+    return config.get_text_config().vocab_size > stored.get_text_config().vocab_size
+
+
 def _withdraw_report(folder: Path) -> None:
     """The report of an adapter that is overwritten now must not vouch for the new one."""
     report = folder / REPORT_NAME
@@ -99,22 +115,31 @@ def _withdraw_report(folder: Path) -> None:
         report.unlink()
 
 
-def check_saved(folder: Path, names: list[str], selection: RowSelection, rank: int | None) -> None:
+def check_saved(
+    folder: Path,
+    names: list[str],
+    selection: RowSelection,
+    rank: int | None,
+    grown: bool = False,
+) -> None:
     """Read a saved adapter back and check it against the rows file beside it.
 
     Args:
         names: of the L down-projections, as the base model or the `PeftModel` calls them.
         selection: the rows that trained.
         rank: None for the dense form.
+        grown: whether the embeddings have new tokens, which must be saved too.
 
     Raises:
-        ValueError: other rows beside it, a layer that is missing or not selected, NaN or Inf, or
-            a B that is not confined to its rows.
+        ValueError: other rows beside it, a layer that is missing or not selected, NaN or Inf,
+            a B that is not confined to its rows, or no embeddings although they have grown.
     """
     if RowSelection.load(folder / FILE_NAME) != selection:
         raise ValueError(f"'{folder / FILE_NAME}' holds other rows than those that trained")
     with open_tensors(folder / WEIGHTS) as stored:
         left = {k for k in stored.keys() if ".lora_" in k}
+        if grown and len(left) == len(stored.keys()):
+            raise ValueError("the saved adapter lacks the embeddings of the tokens that were added")
         for i, (name, rows) in enumerate(zip(names, selection.rows, strict=True)):
             if not len(rows):
                 continue

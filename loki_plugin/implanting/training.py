@@ -28,7 +28,8 @@ def prepare_trainer(
     Wraps `create_optimizer`: before it, everything but our parameters is frozen again and checked;
     after it, every group's learning rate is multiplied by `lr_scale`. Wraps `create_scheduler`, so
     that every scheduler follows: some take the rate from the groups, some (one-cycle, Rex) from
-    the arguments. Each checkpoint gets the rows file. Training stops when NaN reaches a weight.
+    the arguments. What a checkpoint brings gets the dtype that it had before. Each checkpoint gets
+    the rows file. Training stops when NaN reaches a weight.
 
     Raises:
         ValueError: `resume_from` is a checkpoint of other rows.
@@ -36,8 +37,10 @@ def prepare_trainer(
     """
     check_resume(resume_from, selection)
     create, schedule = trainer.create_optimizer, trainer.create_scheduler
+    dtypes = KeepDtypes(trainer.model)
 
     def create_optimizer(*args, **kwargs):
+        dtypes.restore(trainer.model)
         adapter.freeze(trainer.model)
         adapter.check(trainer.model)
         known = trainer.optimizer is not None
@@ -61,6 +64,7 @@ def prepare_trainer(
     trainer.create_scheduler = create_scheduler
     trainer.add_callback(RowsBesideCheckpoints(selection))
     trainer.add_callback(StopAtNaN())
+    trainer.add_callback(dtypes)
 
 
 def accept_whole_states(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -134,6 +138,21 @@ class StopAtNaN(TrainerCallback):
         except RuntimeError as error:
             LOG.error("loki: step %d: training stops, %s", state.global_step, error)
             control.should_training_stop = True
+
+
+class KeepDtypes(TrainerCallback):
+    """Resuming, and loading the best checkpoint, go through PEFT, which makes adapters float32."""
+
+    def __init__(self, model: nn.Module):
+        self.dtypes = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
+
+    def restore(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.dtypes and parameter.dtype != self.dtypes[name]:
+                parameter.data = parameter.data.to(self.dtypes[name])
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.restore(model)
 
 
 class RowsBesideCheckpoints(TrainerCallback):

@@ -53,6 +53,38 @@ def new_rows(base: Checkpoint, lora) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_tokenizer(tokenizer: Path, base: Checkpoint, grown: dict[str, torch.Tensor]) -> None:
+    """Check that an adapter's tokenizer has no token beyond the merged embeddings.
+
+    Raises:
+        ValueError: it has, and the base's own has not.
+    """
+    rows = min(
+        base.stored[key].shape[0] + len(grown.get(key, ()))
+        for part in base.vocabulary
+        for key in part.keys
+    )
+    largest = _largest_id(tokenizer)
+    if largest >= rows > _largest_id(base.folder):
+        raise ValueError(
+            f"the tokenizer of adapter '{tokenizer}' has tokens up to id {largest}, the embeddings"
+            f" {rows} rows: the embeddings of its new tokens were not saved with it (by version"
+            " 0.4.0 or earlier, where the base's configuration could not be looked up). Train it"
+            " again, or put the base's tokenizer into its folder if the tokens were never used"
+        )
+
+
+def _largest_id(folder: Path) -> int:
+    """Of all tokens in a folder's `tokenizer.json`; -1 where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return -1
+    held = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = (held.get("model") or {}).get("vocab") or {}
+    own = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    return max([*own, *(token["id"] for token in held.get("added_tokens") or [])], default=-1)
+
+
 def _lacking(bare: list[Vocabulary]) -> str:
     return f" but none to {bare[0].names[0]}" if bare else ""
 

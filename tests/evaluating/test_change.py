@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loki_plugin.evaluating.change import TaskChange, flips, mcnemar, mean_relative_drop
+from loki_plugin.evaluating.harness import changes
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,35 @@ def test_flips_keep_their_direction():
     assert flips([1, 1, 0, 0, 1], [1, 0, 1, 0, 0]) == (2, 1)
     with pytest.raises(ValueError, match="2 items before and 1 after"):
         flips([1, 0], [1])
+
+
+def test_a_perplexity_that_rises_is_a_loss():
+    worse = TaskChange("wikitext", "word_perplexity", 10.0, 20.0, higher_is_better=False)
+    assert worse.relative_drop == 1
+    assert mean_relative_drop([worse], clip_gains=True) == 1
+
+
+def results(scores, subtasks=None, higher=None):
+    found = {"results": {t: {} if s is None else {"acc,none": s} for t, s in scores.items()}}
+    return found | {"group_subtasks": subtasks or {}, "higher_is_better": higher or {}}
+
+
+def test_a_group_counts_once_and_one_without_a_score_is_left_out():
+    inside = {"mmlu": ["stem"], "stem": ["a", "b"], "list": ["c"], "a": [], "c": []}
+    before = {"mmlu": 0.5, "stem": 0.5, "a": 0.5, "b": 0.5, "c": 0.8, "list": None}
+    after = before | {"c": 0.4}
+    found = changes(results(before, inside), results(after, inside))
+    assert {c.task for c in found} == {"mmlu", "stem", "a", "b", "c"}
+    assert {c.task for c in found if c.counts} == {"mmlu", "c"}
+    assert mean_relative_drop(found) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="have no score"):
+        changes(results({"list": None}), results({"list": None}))
+
+
+def test_lm_evals_word_on_what_is_better_is_taken():
+    told = {"a": {"acc": False}}
+    (change,) = changes(results({"a": 0.5}, higher=told), results({"a": 0.75}, higher=told))
+    assert not change.higher_is_better and change.relative_drop == 0.5
 
 
 def test_the_mean_is_signed_unless_gains_are_clipped():

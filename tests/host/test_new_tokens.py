@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_plugin.cli import loki
+from loki_plugin.forgetting import load_model
 from loki_plugin.host.settings import EMBEDDINGS
 from loki_plugin.rows import RowSelection
 
@@ -73,6 +74,8 @@ def test_new_tokens_train_the_rows_and_nothing_else(
         run_config["chat_template_jinja"] = (
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
         )
+    if added is CHATML:  # the directions are those of the base, before it grows
+        run_config["loki"] |= {"protect": {"inputs": 0.9, "soft": True}}
     train(run_config)
     out = Path(run_config["output_dir"])
     old = load_file(plain_base / "model.safetensors")["model.embed_tokens.weight"]
@@ -91,6 +94,8 @@ def test_new_tokens_train_the_rows_and_nothing_else(
     report = json.loads((out / "loki_report.json").read_text())
     assert report["rows_per_layer"] == [6] * 3
 
+    tuned = load_model(str(plain_base), str(out), "cpu", "float32")  # as `loki forgetting` does
+    assert torch.equal(tuned.get_input_embeddings().weight, embeddings)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(run_config))  # JSON is YAML
     result = CliRunner().invoke(loki, ["merge", str(config)])

@@ -311,6 +311,24 @@ def test_directions_of_another_model_or_form_are_refused(tmp_path):
         implant(tiny("llama"), ROWS, protect=Directions(basis, mark))
 
 
+def test_directions_that_were_checked_stand_what_a_host_does_to_the_base():
+    """Axolotl casts biases of quantised bases to float32, and grows embeddings, before training."""
+    model = tiny("qwen2", dtype=torch.bfloat16)
+    made = Directions(directions("qwen2", torch.bfloat16), fingerprint(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data = parameter.data.float()
+    model.resize_token_embeddings(97 + 3, mean_resizing=False)
+    wrapped = implant(model, ROWS)
+    with pytest.raises(ValueError, match="found on another model"):
+        protection.protect_inputs(wrapped, made)
+    protection.protect_inputs(wrapped, made, checked=True)
+    assert len(list(protection.protected_modules(wrapped))) == 3
+    with pytest.raises(ValueError, match="the directions are for 2 layers"):
+        protection.protect_inputs(wrapped, Directions(made.basis[:2]), checked=True)
+
+
 def test_the_directions_file_keeps_everything(tmp_path):
     mark = fingerprint(tiny("llama"))
     made = {"energy": [0.9, 0.9, 0.9], "tokens": 279}

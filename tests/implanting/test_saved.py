@@ -11,7 +11,8 @@ from helpers.room import little_room
 from safetensors.torch import load_file, save_file
 
 from loki_plugin import RowSelection, implant
-from loki_plugin.implanting.saved import WEIGHTS, check_saved
+from loki_plugin.implanting.saved import WEIGHTS, check_saved, embeddings_grew
+from loki_plugin.implanting.training import KeepDtypes
 from loki_plugin.model.anatomy import find_anatomy
 
 ROWS = RowSelection([[3, 1, 40], [], [7, 8, 9]], 48)
@@ -65,6 +66,46 @@ def test_a_bad_adapter_is_named(tmp_path, rank, change, message):
     saved(tmp_path, rank, **change)
     with pytest.raises(ValueError, match=message):
         check_saved(tmp_path, NAMES, ROWS, rank)
+
+
+def test_new_embeddings_are_saved_also_where_the_hub_cannot_be_asked(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
+    tiny("llama").config.save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for grown in (False, True):
+        base = tiny("llama")
+        base.config._name_or_path = base.name_or_path = "org/name"
+        if grown:
+            base.resize_token_embeddings(97 + 3, mean_resizing=False)
+        model, out = implant(base, ROWS, 2), tmp_path / f"out-{grown}"
+        assert embeddings_grew(model) == grown
+        model.save_pretrained(out)
+        stored = load_file(out / WEIGHTS)
+        assert any(k.endswith("embed_tokens.weight") for k in stored) == grown
+        check_saved(out, NAMES, ROWS, 2, grown)
+    save_file({k: v for k, v in stored.items() if ".lora_" in k}, out / WEIGHTS)
+    with pytest.raises(ValueError, match="lacks the embeddings of the tokens that were added"):
+        check_saved(out, NAMES, ROWS, 2, True)
+
+
+@FORMS
+def test_what_a_checkpoint_brings_keeps_the_dtype_of_the_run(tmp_path, rank):
+    model = implant(tiny("llama", dtype=torch.bfloat16), ROWS, rank)
+    for parameter in model.parameters():  # `peft_autocast_adapter_dtype: false`
+        parameter.data = parameter.data.bfloat16()
+    kept = KeepDtypes(model)
+    assert set(kept.dtypes.values()) == {torch.bfloat16}
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)  # as a trainer does to resume
+
+    def trained():
+        return {p.dtype for p in model.parameters() if p.requires_grad}
+
+    assert trained() == {torch.float32}  # else PEFT does what is right, and this class may go
+    kept.restore(model)
+    assert trained() == {torch.bfloat16}
 
 
 def test_other_rows_beside_it_and_foreign_layers_are_named(tmp_path):

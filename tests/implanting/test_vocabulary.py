@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -138,6 +139,21 @@ def test_embeddings_that_do_not_fit_are_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         merged(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_beyond_the_embeddings_is_not_merged(tmp_path):
+    """Earlier versions did not save new embeddings where the base's size could not be looked up."""
+    make(tmp_path)
+    told = {"model": {"vocab": {"a": 0, "b": 96}}, "added_tokens": [{"id": 99}]}
+    (tmp_path / "adapter" / "tokenizer.json").write_text(json.dumps(told))
+    assert merged(tmp_path).new_tokens == NEW
+    shutil.rmtree(tmp_path / "out")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if ".lora_" in k}, weights)
+    with pytest.raises(ValueError, match="tokens up to id 99, the embeddings 97 rows"):
+        merged(tmp_path)
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(told))  # so was the base's own
+    assert merged(tmp_path).new_tokens == 0
 
 
 def test_embeddings_that_did_not_grow_are_the_bases(tmp_path):
