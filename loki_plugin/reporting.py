@@ -13,8 +13,6 @@ from .implanting.saved import FAILED_NAME, REPORT_NAME
 from .model.writing import write_text
 from .rows import FILE_NAME, RowSelection
 
-PAGE_NAME = "loki_report.html"
-
 
 @dataclass
 class Verdict:

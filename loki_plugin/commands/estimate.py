@@ -65,7 +65,7 @@ def _counts(given: dict[str, Any], block, model, anatomy, assumed: list[str]) ->
     earlier = given.get("lora_model_dir")
     file = block.rows or (Path(earlier) / FILE_NAME if earlier else None)
     if file:
-        counts = RowSelection.load(file).check(model).counts
+        counts = RowSelection.load(file).check_shape(anatomy).counts
         check_rank(block.rank, max(counts))
         return counts
     layers, hidden = anatomy.num_layers, anatomy.hidden_size

@@ -39,6 +39,7 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
     CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned.
     """
     from .. import forgetting
+    from ..picturing.drawing.style import check_format
 
     if config is not None:
         run = read_run(Path(config))
@@ -49,6 +50,8 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
         options["trust_remote_code"] = bool(run.get("trust_remote_code"))
     if base is None or tuned is None:
         raise ValueError("give a CONFIG, or --base and --tuned")
+    if picture:
+        check_format(picture)
     names = [t for t in tasks.split(",") if t]
     report = forgetting.measure(base, tuned, names, prompts, **options)
     lines = [f"{base} -> {tuned}", report.text()]

@@ -66,8 +66,10 @@ def stdout_is_free() -> Iterator[None]:
 
 
 def write_json(path: str, facts: Any) -> str:
-    """Write figures for a script; returns the path."""
-    Path(path).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    """Write figures for a script, into a folder that is made if need be; returns the path."""
+    from ..model.writing import write_text
+
+    write_text(Path(path), json.dumps(facts, indent=2) + "\n")
     return path
 
 
@@ -114,12 +116,12 @@ class Source:
             self.fingerprint = None
             self.title = f"scores of {name}"
             return
-        from ..analysing.scores.cache import cache_folder, find_log
+        from ..analysing.scores.cache import cache_folder, find_log, fingerprint_of
 
         log = find_log(cache_folder(folder), name)
         self.chunks = log.read()
         self.prompts, self.hidden_size = len(log.manifest["prompts"]), log.manifest["hidden_size"]
-        self.fingerprint = log.manifest["fingerprint"]
+        self.fingerprint = fingerprint_of(log)
         self.title = f"analysis {log.folder.name} of {log.manifest['model']}"
 
 

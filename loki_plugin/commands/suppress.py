@@ -27,7 +27,7 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
     """
     from transformers import AutoTokenizer
 
-    from ..analysing.scores.cache import cache_folder, find_log
+    from ..analysing.scores.cache import cache_folder, find_log, fingerprint_of
     from ..args import CalibrationArgs
     from ..forgetting import load_model, load_questions
     from ..model.fingerprint import fingerprint, same_model
@@ -35,7 +35,7 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
 
     log = find_log(cache_folder(folder), scores)
     loaded = load_model(model, None, device, dtype)
-    difference = same_model(log.manifest["fingerprint"], fingerprint(loaded))
+    difference = same_model(fingerprint_of(log), fingerprint(loaded))
     if difference:
         raise ValueError(
             f"analysis {log.folder.name} was made of {log.manifest['model']}, not of '{model}':"

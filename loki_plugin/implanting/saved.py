@@ -24,6 +24,7 @@ from .selected import RowFactor, RowSelector
 WEIGHTS = "adapter_model.safetensors"
 FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be used
 REPORT_NAME = "loki_report.json"
+PAGE_NAME, FIGURES_NAME = "loki_report.html", "loki_figures.json"
 _PREFIX = "base_model.model."  # PEFT's, around the base model
 
 
@@ -109,7 +110,10 @@ def embeddings_grew(model: PeftModel) -> bool:
 
 
 def _withdraw_report(folder: Path) -> None:
-    """The report of an adapter that is overwritten now must not vouch for the new one."""
+    """The report of an adapter that is overwritten now must not vouch for the new one, nor its
+    page and the figures that it was drawn from."""
+    for name in (PAGE_NAME, FIGURES_NAME):
+        (folder / name).unlink(missing_ok=True)
     report = folder / REPORT_NAME
     if report.is_file() and b'"verified": true' in report.read_bytes():
         report.unlink()

@@ -6,11 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reporting import PAGE_NAME
+from ..implanting.saved import FIGURES_NAME, PAGE_NAME
 from ..rows import RowSelection
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from .pictures import Picture
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -23,10 +25,17 @@ def show(
     Whatever goes wrong here is said loudly and raises nothing: the adapter is saved by now, and
     `loki report` can draw it again.
     """
+    from .page import read_report
+    from .trackers import track
+
     page = folder / PAGE_NAME
     try:
-        page.unlink(missing_ok=True)  # an earlier run's, which must not be taken for this one's
-        left_out = _draw(folder, selection, cache, trainer)
+        for name in (
+            PAGE_NAME,
+            FIGURES_NAME,
+        ):  # an earlier run's, which must not be taken for this one's
+            (folder / name).unlink(missing_ok=True)
+        drawn, left_out = _draw(folder, selection, cache, trainer)
     except Exception as error:  # a picture must not cost the training, whatever is wrong with it
         LOG.exception(
             "loki: %s COULD NOT BE DRAWN. The training is saved and not affected; `loki report %s`"
@@ -35,6 +44,8 @@ def show(
             folder,
         )
         return {"not_drawn": repr(error)}
+    if trainer:
+        track(trainer, drawn, read_report(folder))
     for name, why in left_out.items():
         LOG.warning("loki: the report does not show %s: %s", name, why)
     return {"file": PAGE_NAME, "left_out": left_out}
@@ -42,15 +53,12 @@ def show(
 
 def _draw(
     folder: Path, selection: RowSelection, cache: Path, trainer: Trainer | None
-) -> dict[str, str]:
+) -> tuple[list[Picture], dict[str, str]]:
     from . import numbers
-    from .page import read_report, write_page
-    from .trackers import track
+    from .page import write_page
 
     history = trainer.state.log_history if trainer else None
     found = numbers.gather(selection, cache, history)
     numbers.save(found, folder)
     _, drawn, left_out = write_page(folder, found)
-    if trainer:
-        track(trainer, drawn, read_report(folder))
-    return left_out
+    return drawn, left_out

@@ -18,12 +18,12 @@ import torch
 
 from ..analysing.scores.cache import find_log
 from ..analysing.scores.log import ScoreLog
+from ..implanting.saved import FIGURES_NAME
 from ..model.writing import write_text
 from ..rows import RowSelection
 from ..selecting.select import Election, blocks
 from ..selecting.stability import bootstrap_overlap
 
-FILE_NAME = "loki_figures.json"
 FORMAT = "loki_figures"
 VERSION = 1
 SHARE = 5  # percent of all rows of the model: the paper's Figure 2
@@ -173,7 +173,7 @@ def cells(values: np.ndarray) -> np.ndarray:
 
 
 def save(numbers: Numbers, folder: Path) -> Path:
-    path = folder / FILE_NAME
+    path = folder / FIGURES_NAME
     write_text(path, json.dumps(numbers, allow_nan=False) + "\n")
     return path
 
@@ -184,7 +184,7 @@ def load(folder: Path) -> Numbers | None:
     Raises:
         ValueError: not a file of ours, or of a later version.
     """
-    path = folder / FILE_NAME
+    path = folder / FIGURES_NAME
     if not path.exists():
         return None
     try:

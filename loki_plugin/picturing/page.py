@@ -11,9 +11,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..implanting.saved import FAILED_NAME, WEIGHTS
+from ..implanting.saved import FAILED_NAME, PAGE_NAME, REPORT_NAME, WEIGHTS
 from ..model.writing import write_text
-from ..reporting import PAGE_NAME, REPORT_NAME
 from ..rows import FILE_NAME as ROWS_NAME
 from ..rows import RowSelection
 from . import numbers as figures

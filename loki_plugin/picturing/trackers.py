@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import Trainer
 
 from .drawing.style import to_pixels
 from .pictures import Picture
+
+LOG = logging.getLogger("loki_plugin")
+# They end their run with the training, and would begin another one.
+_ENDED = ("MLflowCallback", "TrackioCallback", "DVCLiveCallback")
 
 
 def track(trainer: Trainer, drawn: list[Picture], report: dict[str, Any]) -> None:
@@ -19,16 +24,25 @@ def track(trainer: Trainer, drawn: list[Picture], report: dict[str, Any]) -> Non
     Args:
         report: what `loki_report.json` holds.
     """
-    measured = _measured(report)
-    if measured:
-        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, measured)
-    step = trainer.state.global_step
-    for callback in trainer.callback_handler.callbacks:
+    measured, handler = _measured(report), trainer.callback_handler
+    every = handler.callbacks
+    for callback in every:
         name = type(callback).__name__
-        if name == "TensorBoardCallback" and callback.logging_dir:
-            _to_tensorboard(callback.logging_dir, drawn, step)
-        elif name == "WandbCallback":
-            _to_wandb(drawn)
+        if name in _ENDED:
+            LOG.info("loki: %s has ended its run; the last figures are in the report", name)
+            continue
+        try:
+            if measured:
+                handler.callbacks = [callback]
+                handler.on_log(trainer.args, trainer.state, trainer.control, measured)
+            if name == "TensorBoardCallback" and callback.logging_dir:
+                _to_tensorboard(callback.logging_dir, drawn, trainer.state.global_step)
+            elif name == "WandbCallback":
+                _to_wandb(drawn)
+        except Exception as error:  # a tracker must not cost the training, nor the report
+            LOG.warning("loki: %s did not take the last figures: %r", name, error)
+        finally:
+            handler.callbacks = every
 
 
 def _measured(report: dict[str, Any]) -> dict[str, float]:

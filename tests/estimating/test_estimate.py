@@ -182,6 +182,14 @@ def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
     assert all(facts["step_seconds"][c] > plain["step_seconds"][c] for c in plain["step_seconds"])
 
 
+def test_a_rows_file_of_an_earlier_run_tells_how_many_train(big, tmp_path):
+    """It carries a fingerprint, and an estimate has no weights to hold against it."""
+    mark = {"config": "c", "identity": "i", "weights": "w", "quantisation": "none:bfloat16"}
+    RowSelection([[1, 2, 3]] * 32, 4096, mark).save(tmp_path / "rows.json")
+    facts = asked(big | {"loki": {"rows": str(tmp_path / "rows.json")}}, tmp_path, "--json")
+    assert facts["trainable_parameters"] == 32 * 3 * 14336
+
+
 def test_a_fused_loss_makes_no_logits_and_what_is_left_out_is_said(big, tmp_path):
     plain = asked(big, tmp_path, "--json")["training"]["activations_bytes"]["loss"]
     fused = asked(big | {"cut_cross_entropy": True}, tmp_path, "--json")["training"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from helpers.prompts import LM_EVAL_TASK
 
 from loki_plugin.cli import loki
+from loki_plugin.commands.shared import write_json
 from loki_plugin.evaluating.harness import changes, check_tasks, evaluate_tasks
 from loki_plugin.forgetting import load_model
 
@@ -108,6 +110,15 @@ def test_tasks_that_run_the_models_code_are_refused_before_anything_is_loaded():
         loki, ["forgetting", "--base", "none", "--tuned", "none", "--tasks", "humaneval"]
     )
     assert result.exit_code == 1 and "runs code that the model writes" in result.output
+
+
+def test_a_picture_in_no_format_is_refused_before_anything_is_loaded(tmp_path):
+    result = CliRunner().invoke(
+        loki, ["forgetting", "--base", "none", "--tuned", "none", "--plot", "f.foo"]
+    )
+    assert result.exit_code == 1 and "must end in a format of pictures: " in result.output
+    written = write_json(str(tmp_path / "not" / "yet" / "f.json"), {"kl": 1})
+    assert json.loads(Path(written).read_text()) == {"kl": 1}
 
 
 def test_a_run_without_anything_to_compare_says_what_is_missing(folder, tmp_path):

@@ -68,6 +68,13 @@ def test_a_bad_adapter_is_named(tmp_path, rank, change, message):
         check_saved(tmp_path, NAMES, ROWS, rank)
 
 
+def test_the_page_of_an_adapter_that_is_overwritten_goes(tmp_path):
+    for name in ("loki_report.html", "loki_figures.json"):
+        (tmp_path / name).write_text("of an earlier run")
+    implant(tiny("llama"), ROWS).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.glob("loki_*")} == {"loki_rows.json"}
+
+
 def test_new_embeddings_are_saved_also_where_the_hub_cannot_be_asked(tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
     tiny("llama").config.save_pretrained(snapshot)

@@ -232,6 +232,11 @@ def _letter(record: Record) -> str:
 def _with_answer(tokenizer, messages, answer: str):
     """The gold token is the first one that the answer adds behind the prompt."""
     ids = _chat(tokenizer, messages)
+    if not getattr(tokenizer, "chat_template", None):
+        # Alone the answer may begin with another token than behind the prompt (Llama 2's "▁A").
+        joined = list(tokenizer(_plain(messages) + answer)["input_ids"])
+        if joined[: len(ids)] == ids and len(joined) > len(ids):
+            return ids, joined[len(ids)]
     added = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not added:
         raise ValueError(f"the target {answer!r} has no token")
@@ -241,10 +246,19 @@ def _with_answer(tokenizer, messages, answer: str):
 def _chat(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         chat: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in messages]
+        # A model that thinks before it answers would open its thoughts alike behind every question;
+        # templates that know no such thing do not look at it.
         encoded = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True
+            chat,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            enable_thinking=False,
         )
         return list(encoded["input_ids"])
-    # Without a template the messages stand one after another, each ended by a line break.
-    text = "".join(c if c.endswith("\n") else c + "\n" for _, c in messages)
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(_plain(messages))["input_ids"])
+
+
+def _plain(messages: list[tuple[str, str]]) -> str:
+    """Without a template the messages stand one after another, each ended by a line break."""
+    return "".join(c if c.endswith("\n") else c + "\n" for _, c in messages)

@@ -135,8 +135,14 @@ def _hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
     return ((f"{path}[{wanted}][{i}]", row) for i, row in enumerate(found[wanted]))
 
 
+_KINDS = ("question", "prompt", "text")  # fields that decide what a record is
+
+
 def _record(row: dict[str, Any], where: str, columns: dict[str, str]) -> Record:
-    row = {**row, **{field: row.get(column) for field, column in columns.items()}}
+    own = dict(row)
+    if any(kind in columns for kind in _KINDS):  # what was named, not what happens to be called so
+        own = {k: v for k, v in row.items() if k not in _KINDS}
+    row = {**own, **{field: row.get(column) for field, column in columns.items()}}
     missing = [c for f, c in columns.items() if row.get(f) is None]
     if missing:
         raise ValueError(f"{where}: the columns {missing} are missing or empty")
@@ -150,6 +156,11 @@ def _record(row: dict[str, Any], where: str, columns: dict[str, str]) -> Record:
             target = row.get("target")
             if target is not None and (not isinstance(target, str) or not target):
                 raise ValueError(f"{where}: `target` must be a text, got {target!r}")
+            if target is not None and key == "text":
+                raise ValueError(
+                    f"{where}: `target` is what follows a `prompt`; a `text` is cut at a token of"
+                    " its own. Call the text `prompt`, or leave `target` out"
+                )
             return Record(where, subject, target=target, **{key: row[key]})
     raise ValueError(
         f"{where}: needs `question`, `choices`, `answer`, or `prompt`, or `text`; it has"
@@ -174,6 +185,8 @@ def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(choices, list | tuple) or len(choices) != 4:
         count = len(choices) if isinstance(choices, list | tuple) else repr(choices)
         raise ValueError(f"{where}: `choices` must be four texts, got {count}")
+    if any(isinstance(c, bool) or not isinstance(c, str | int | float) for c in choices):
+        raise ValueError(f"{where}: `choices` must be four texts, got {choices!r}")
     if isinstance(answer, str) and answer.strip().upper() in tuple("ABCD"):
         answer = "ABCD".index(answer.strip().upper())
     elif isinstance(answer, str) and answer in tuple("0123"):

@@ -24,6 +24,9 @@ LOG = logging.getLogger("loki_plugin")
 DIRECTIONS = "directions"  # the folder of protected input directions, beside the analyses
 # Raised when the same model, prompts and settings get other scores, not with every release.
 _SCORES, _SCORES_8_BIT = "0.1.1", "0.2.0"
+# What a manifest notes, and what tells no analysis from another: the name that a model was loaded
+# by, and its fingerprint in the other half precision.
+_BESIDE = ("model", "half")
 _DIRECTIONS_FILE = re.compile(r"[0-9a-f]+\.safetensors")
 
 
@@ -71,6 +74,7 @@ def open_log(
         "loki_plugin": _SCORES_8_BIT if eight_bit else _SCORES,
         "model": model,
         "fingerprint": {field: fingerprint[field] for field in FIELDS},
+        "half": fingerprint.get("half"),
         "calibration": calibration.hash,
         "settings": settings,
         "num_layers": num_layers,
@@ -80,15 +84,24 @@ def open_log(
     key = _key(manifest)
     path = folder / key / MANIFEST
     if path.exists():
-        manifest["model"] = json.loads(path.read_text(encoding="utf-8")).get("model", model)
-        os.utime(path)  # when it was last used
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        manifest |= {k: kept[k] for k in _BESIDE if k in kept}
+        if "half" not in kept:  # of a version before 0.5.0
+            del manifest["half"]
+        with suppress(PermissionError):  # another user's
+            os.utime(path)  # when it was last used
     return ScoreLog(folder / key, manifest)
 
 
 def _key(manifest: dict[str, Any]) -> str:
-    # The name that a model was loaded by does not make it another one.
-    identity = {k: v for k, v in manifest.items() if k != "model"}
+    identity = {k: v for k, v in manifest.items() if k not in _BESIDE}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def fingerprint_of(log: ScoreLog) -> dict[str, str]:
+    """The fingerprint of the model that was analysed, as far as its version noted it."""
+    half = log.manifest.get("half")
+    return {**log.manifest["fingerprint"], **({"half": half} if half else {})}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -210,11 +223,13 @@ def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
 
 
 def _remove(folder: Path, what: Entry | KeptDirections) -> bool:
-    """Delete it; False if it is in use."""
-    if isinstance(what, Entry):
-        return remove_log(folder / what.key)
-    _remove_directions(folder, what.key)
-    return True
+    """Delete it; False if it is in use, or another user's."""
+    with suppress(PermissionError):
+        if isinstance(what, Entry):
+            return remove_log(folder / what.key)
+        _remove_directions(folder, what.key)
+        return True
+    return False
 
 
 def find_log(folder: Path, key: str | None = None) -> ScoreLog:

@@ -115,7 +115,11 @@ class ScoreLog:
         """A figure about the scores: made the first time, then read from beside them."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            _write(path, json.dumps(make()).encode())
+            made = make()
+            try:
+                _write(path, json.dumps(made).encode())
+            except PermissionError:  # another user's log
+                return made
         return json.loads(path.read_text(encoding="utf-8"))
 
     @contextmanager
@@ -124,6 +128,14 @@ class ScoreLog:
         lock = FileLock(self.folder / _LOCK)
         try:
             lock.acquire(timeout=0.1)
+        except PermissionError as error:
+            if self.missing():
+                raise ValueError(
+                    f"'{self.folder}' belongs to another user and is not complete; set"
+                    " `loki.cache_dir` to a folder of your own"
+                ) from error
+            yield  # there is nothing left to write
+            return
         except Timeout:
             LOG.info("loki: another process analyses the same model; waiting for it")
             lock.acquire()

@@ -102,6 +102,19 @@ def to_png(figure: Figure, path: str | Path | None = None, dpi: int = DPI) -> by
     return content
 
 
+def check_format(path: str | PathLike) -> None:
+    """Check, before hours of work, that a picture can be written in the format of its ending.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if Path(path).suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"'{path}' must end in a format of pictures: {', '.join(known)}")
+
+
 def save(figure: Figure, path: str | PathLike) -> Path:
     """Write the figure on white paper; the file's ending names its format."""
     path = Path(path)

@@ -106,6 +106,35 @@ def test_gold_targets_are_the_letter_and_the_first_token_of_a_target(tokenizer, 
         load_prompts(tokenizer, write(tmp_path, [{"prompt": "x"}], "open.jsonl"), target="gold")
 
 
+def test_a_gold_target_is_the_token_that_follows_the_prompt(tmp_path):
+    """Llama 2's tokenizer, say, begins every text with a space that stands behind no prompt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁say", "\n", "A", "▁A", "▁"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
+    inner.decoder = decoders.Metaspace()
+    plain = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    assert plain("A")["input_ids"] == [words.index("▁A")]
+    source = write(tmp_path, [{"prompt": "say", "target": "A"}])
+    (prompt,) = load_prompts(plain, source, target="gold").prompts
+    assert prompt.ids == (1, 2) and prompt.target == words.index("A")
+
+
+def test_a_model_that_thinks_is_asked_for_its_answer(tmp_path):
+    from axolotl.utils.chat_templates import get_chat_template
+
+    thinking = make_tokenizer(tmp_path, chat_template=get_chat_template("qwen3"))
+    (prompt,) = load_prompts(thinking, write(tmp_path, [QUESTION])).prompts
+    assert thinking.decode(prompt.ids).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
 def test_samples_per_subject_draws_and_long_prompts_are_dropped_whole(tokenizer, tmp_path):
     rows = [
         QUESTION | {"subject": s, "question": f"{s} {i}?" + "!" * i}
@@ -210,6 +239,14 @@ def test_csv_choices_and_answer_may_stand_under_other_names(tmp_path):
     assert record.choices == ["a", "b", "c", "d"] and record.answer == 2
 
 
+def test_what_columns_name_is_read_not_what_happens_to_be_called_so(tmp_path):
+    source = write(tmp_path, [{"question": "1 + 1?", "answer": "two", "prompt": "p", "body": "b"}])
+    (record,) = load_records(source, {"prompt": "question", "target": "answer"})
+    assert (record.prompt, record.target, record.question) == ("1 + 1?", "two", None)
+    (record,) = load_records(source, {"text": "body"})
+    assert record.text == "b" and record.prompt is None
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("p.csv", "prompt\nsay\n"), ("p.jsonl", '{"prompt": "say"}\n'), ("p.txt", "say\n")],
@@ -246,6 +283,11 @@ def test_mmlu_is_drawn_from_the_hub(tokenizer, monkeypatch):
         ({"question": "Q?", "answer": 1}, "missing field choices"),
         ({"question": "Q?"}, "missing fields choices, answer"),
         (QUESTION | {"choices": ["a", "b"]}, "`choices` must be four texts, got 2"),
+        (
+            QUESTION | {"choices": ["a", None, "b", "c"]},
+            r"`choices` must be four texts, got \['a', N",
+        ),
+        ({"text": "one two", "target": "x"}, "`target` is what follows a `prompt`"),
         (QUESTION | {"answer": 4}, "`answer` must be 0-3 or A-D, got 4"),
         (QUESTION | {"answer": "E"}, "`answer` must be 0-3 or A-D, got 'E'"),
         (QUESTION | {"question": " "}, "`question` must be a text"),

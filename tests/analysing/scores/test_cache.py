@@ -17,6 +17,7 @@ from loki_plugin.analysing.scores.cache import (
     directions,
     entries,
     find_log,
+    fingerprint_of,
     open_log,
     prune,
     strangers,
@@ -94,6 +95,40 @@ def test_folders_of_others_are_named_and_never_deleted(tmp_path, content):
     assert "removed 1 analyses" in run("clear", "--dir", tmp_path).output
     assert prune(tmp_path, 1e-12, keep="") == []
     assert files(tmp_path) == ["theirs/manifest.json"]
+
+
+def test_another_users_finished_analysis_is_used_and_an_unfinished_one_is_named(
+    tmp_path, monkeypatch
+):
+    log = analysis(tmp_path)
+
+    def denied(*given, **more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", denied)
+    monkeypatch.setattr("loki_plugin.analysing.scores.log.FileLock.acquire", denied)
+    monkeypatch.setattr("loki_plugin.analysing.scores.log._write", denied)
+    again = open_log(tmp_path, MARK, CALIBRATION, SETTINGS, 2, 8, "model")
+    with again.locked():
+        assert torch.equal(next(again.read()), next(log.read()))
+    assert again.fact("error", lambda: 0.5) == 0.5
+    assert prune(tmp_path, 0.0, keep="none") == [] and len(entries(tmp_path)) == 1
+    next(log.folder.glob("*.safetensors")).unlink()
+    again = open_log(tmp_path, MARK, CALIBRATION, SETTINGS, 2, 8, "model")
+    with pytest.raises(ValueError, match="belongs to another user and is not complete"):
+        with again.locked():
+            raise AssertionError("nothing may be written")
+
+
+def test_rows_from_the_cache_know_the_model_in_the_other_half_precision_too(tmp_path):
+    log = open_log(tmp_path, MARK | {"half": "h"}, CALIBRATION, SETTINGS, 2, 8, "model")
+    assert fingerprint_of(log) == MARK | {"half": "h"}
+    old = analysis(tmp_path / "old")
+    manifest = json.loads((old.folder / "manifest.json").read_text())
+    del manifest["half"]  # as before 0.5.0
+    (old.folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1))
+    again = open_log(tmp_path / "old", MARK | {"half": "h"}, CALIBRATION, SETTINGS, 2, 8, "model")
+    assert again.folder == old.folder and fingerprint_of(again) == MARK
 
 
 def test_a_copied_analysis_under_another_name_is_not_ours_to_delete(tmp_path):
