@@ -25,15 +25,10 @@ def show(
     Whatever goes wrong here is said loudly and raises nothing: the adapter is saved by now, and
     `loki report` can draw it again.
     """
-    from .page import read_report
-    from .trackers import track
-
     page = folder / PAGE_NAME
     try:
-        for name in (
-            PAGE_NAME,
-            FIGURES_NAME,
-        ):  # an earlier run's, which must not be taken for this one's
+        # An earlier run's must not be taken for this one's.
+        for name in (PAGE_NAME, FIGURES_NAME):
             (folder / name).unlink(missing_ok=True)
         drawn, left_out = _draw(folder, selection, cache, trainer)
     except Exception as error:  # a picture must not cost the training, whatever is wrong with it
@@ -45,10 +40,17 @@ def show(
         )
         return {"not_drawn": repr(error)}
     if trainer:
-        track(trainer, drawn, read_report(folder))
+        _tell(trainer, drawn, folder)
     for name, why in left_out.items():
         LOG.warning("loki: the report does not show %s: %s", name, why)
     return {"file": PAGE_NAME, "left_out": left_out}
+
+
+def _tell(trainer: Trainer, drawn: list[Picture], folder: Path) -> None:
+    from .page import read_report
+    from .trackers import track
+
+    track(trainer, drawn, read_report(folder))
 
 
 def _draw(
