@@ -215,6 +215,11 @@ def noise_floor(runs: Runs) -> list[dict]:
     return rows
 
 
+def noise_share(noise: list[dict]) -> float:
+    """The largest difference between an arm and itself again, as a share of what it forgot."""
+    return max((x["apart"] / max(x["forgetting"], x["again"]) for x in noise), default=0.0)
+
+
 def tried(lines: list[dict]) -> list[dict]:
     """What `TRIED` lists, task by task, as far as it has been run."""
     found = {(x["task"], x["arm"]): x for x in lines}
@@ -232,11 +237,12 @@ def tried(lines: list[dict]) -> list[dict]:
     return rows
 
 
-def targets(lines: list[dict], floor: float = 0.0) -> list[dict]:
+def targets(lines: list[dict], share: float = 0.0) -> list[dict]:
     """What was aimed at, task by task, and whether the figures show it; missed ones stay in.
 
     A lead counts only if it is larger than the spread between the seeds of both arms and than
-    `floor`, the noise; with one seed the spread is not known, and the verdict says so.
+    `share` of the larger figure, the noise; with one seed the spread is not known, and the verdict
+    says so.
     """
     rows = []
     for task in dict.fromkeys(line["task"] for line in lines):
@@ -247,7 +253,7 @@ def targets(lines: list[dict], floor: float = 0.0) -> list[dict]:
         without = [a for a in others if a.startswith(("random", "protect", "lora"))]
         without = [a for a in without if "protect" in a or "soft" in a]
         foreign = [a for a in others if not re.search("protect|soft", a) and a not in plain]
-        for aim, left, right, share in (
+        for aim, left, right, part in (
             ("LoKI without protection forgets at most half of LoRA r16", plain,
              ["lora_all_r16"], 0.5),
             ("chosen rows forget less than random rows", ["loki_q30"], ["random_q30"], 1),
@@ -266,8 +272,9 @@ def targets(lines: list[dict], floor: float = 0.0) -> list[dict]:
                 continue
             us, them = best
             spreads = [x["spread"] for x in best if x["spread"] is not None]
-            noise = max([*spreads, floor])
-            lead = share * them["forgetting"] - us["forgetting"]
+            theirs = part * them["forgetting"]
+            noise = max([*spreads, share * max(theirs, us["forgetting"])])
+            lead = theirs - us["forgetting"]
             verdict = "yes" if lead > noise else "no" if lead < -noise else "not told apart"
             verdict += "" if len(spreads) == 2 else " (one seed)"
             rows.append(

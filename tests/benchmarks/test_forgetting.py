@@ -307,8 +307,9 @@ def test_a_lead_within_the_noise_is_none_and_what_was_tried_is_listed():
         line("random_q30", 0.22, 0.0),
         line("loki_magnitude_q30", None),
     ]
-    for floor, shown in ((0.03, "not told apart"), (0.01, "yes")):
-        found = {r["aim"]: r["shown"] for r in matching.targets(lines, floor)}
+    assert matching.noise_share([noise]) == pytest.approx(0.03 / 0.43)
+    for share, shown in ((0.1, "not told apart"), (0.05, "yes")):
+        found = {r["aim"]: r["shown"] for r in matching.targets(lines, share)}
         assert found["chosen rows forget less than random rows"] == shown
     empty = dict.fromkeys(("retention", "kl_covered", "kl_uncovered"))
     rows = matching.tried([x | empty for x in lines])
