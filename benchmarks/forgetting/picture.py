@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.forgetting.matching import MATCHED, Runs
+from benchmarks.forgetting.matching import MATCHED, Runs, at_score
 
 # Arms with a colour; all others are thin and grey.
 SHOWN = {
@@ -25,6 +25,8 @@ _PER_LINE = 3
 def plot(columns: dict[str, Runs], path: Path) -> None:
     """One line per arm through its learning rates, seed 0; the dotted line is the matched score.
 
+    Points far above those at the score are outside.
+
     Args:
         columns: runs of one base and task each, by title.
     """
@@ -36,10 +38,11 @@ def plot(columns: dict[str, Runs], path: Path) -> None:
     axes = figure.subplots(lines, width, squeeze=False).flatten()
     handles = {}
     for axis, (title, runs) in zip(axes, columns.items(), strict=False):
-        drawn = dict.fromkeys(r["arm"] for r in runs)
+        drawn, curves = dict.fromkeys(r["arm"] for r in runs), []
         for arm in sorted(drawn, key=lambda a: a in SHOWN):  # the coloured ones on top
             curve = [r for r in runs if r["arm"] == arm and r["seed"] == 0]
             curve.sort(key=lambda r: r["lr"])
+            curves.append(curve)
             name, colour = SHOWN.get(arm, ("all other arms", "0.85"))
             strong = arm in SHOWN
             (line,) = axis.plot(
@@ -54,6 +57,9 @@ def plot(columns: dict[str, Runs], path: Path) -> None:
             handles.setdefault(name, line)
         axis.axvline(MATCHED[runs[0]["task"]], color="0.6", linestyle=":", linewidth=1)
         axis.set(xlabel="task score", ylabel="forgetting", title=title)
+        reached = [at_score(c, "forgetting", MATCHED[runs[0]["task"]]) for c in curves]
+        if any(reached):  # rates far beyond the score would press all else together
+            axis.set_ylim(top=3 * max(filter(None, reached)))
         if all(r["forgetting"] > 0 for r in runs):
             axis.set_yscale("log")
         else:
