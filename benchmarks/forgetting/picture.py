@@ -57,13 +57,13 @@ def plot(columns: dict[str, Runs], path: Path) -> None:
             handles.setdefault(name, line)
         axis.axvline(MATCHED[runs[0]["task"]], color="0.6", linestyle=":", linewidth=1)
         axis.set(xlabel="task score", ylabel="forgetting", title=title)
-        reached = [at_score(c, "forgetting", MATCHED[runs[0]["task"]]) for c in curves]
-        if any(reached):  # rates far beyond the score would press all else together
-            axis.set_ylim(top=3 * max(filter(None, reached)))
         if all(r["forgetting"] > 0 for r in runs):
             axis.set_yscale("log")
         else:
             axis.set_yscale("symlog", linthresh=0.01)
+        reached = [at_score(c, "forgetting", MATCHED[runs[0]["task"]]) for c in curves]
+        if any(reached):  # rates far beyond the score would press all else together
+            axis.set_ylim(top=3 * max(filter(None, reached)))
     for axis in axes[len(columns) :]:
         axis.set_axis_off()
     names = [n for n, _ in SHOWN.values() if n in handles]
