@@ -48,6 +48,7 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 from axolotl.utils.dict import DictDefault
+import bitsandbytes  # asks the hub for a kernel on some CPUs as it is imported, whoever imports it
 from loki_plugin.implanting.proven import merge_run
 
 config, canary = json.loads(sys.argv[1]), sys.argv[2]

@@ -187,7 +187,7 @@ def test_undoing_what_is_saved_costs_no_more_than_rounding(dtype):
     again = a.fold().float()
     eps = torch.finfo(dtype).eps
     assert (again - first).norm() < eps * first.norm()
-    assert (a(x).float() - before).norm() < 2 * eps * before.norm()
+    assert (a(x).float() - before).norm() < 4 * eps * before.norm()
 
 
 @pytest.mark.parametrize("asked", [{"directions": 1}, {"energy": 0.01}], ids=str)
