@@ -25,6 +25,7 @@ from transformers import (
 
 from benchmarks.forgetting.world import COVERED, Item, World, make
 
+KEPT = Path(__file__).parent / "bases"
 USER, BOT, END = "<|user|>", "<|bot|>", "<|end|>"
 TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|bot|>' }}"
@@ -97,12 +98,16 @@ def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(work: Path, size_name: str, seed: int = 0) -> Base:
-    """The base of that size and seed: from `work`, or trained now."""
+    """The base of that size and seed: one that is kept here, from `work`, or trained now.
+
+    Another processor trains another base, so that small ones are kept: runs go on anywhere.
+    """
     size = SIZES[size_name]
     world = make(size.people, seed)
     items = [[i.kind, i.prompt, i.answer] for kind in world.items.values() for i in kind]
     content = json.dumps([asdict(size), seed, world.sentences, items, world.text])
-    folder = work / f"base-{size_name}-{seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    name = f"base-{size_name}-{seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    folder = KEPT / name if (KEPT / name).is_dir() else work / name
     if not (folder / "report.json").is_file():
         _train_base(folder, world, size, seed)
     return Base(

@@ -22,10 +22,12 @@ from benchmarks.forgetting.sweep import (
     join,
     keep_about,
     rate,
+    results,
     screening,
 )
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.forgetting.world import COVERED, HELD_OUT, make
+from benchmarks.writer import RESULTS
 
 
 def test_the_world_and_its_tasks_are_the_same_every_time_and_follow_the_seed():
@@ -161,6 +163,17 @@ class Scripted(Sweep):
         row = {"arm": key.arm, "task": key.task, "seed": key.seed, "lr": key.lr}
         rest = dict.fromkeys(("retention", "forgetting", "kl_general", "seconds"), 0.0)
         return row | {"task_score": self.scores[step]} | rest
+
+
+def test_the_base_that_is_kept_is_the_one_of_its_results(tmp_path):
+    """Its folder is named by all that it learned: a world that changes would train another one."""
+    base = bases.load(tmp_path, "brief", 1)
+    assert base.folder.parent == bases.KEPT and not list(tmp_path.iterdir())
+    keep_about(RESULTS / results("final", 1), base.report)
+    assert about(RESULTS / results("final", 1))["base"] == base.report
+    some = [i for i in base.world.items["people"]][:40]
+    loss = bases.answer_loss(base.model(), base.tokenizer, some)
+    assert loss < 0.05 < base.report["loss_on_unseen_sums"]
 
 
 def test_runs_of_two_bases_never_stand_in_one_file(tmp_path):
