@@ -64,14 +64,16 @@ def main() -> None:
         return
     if options.work is None:
         parser.error("--work DIR says where base models are kept; they are trained where missing")
+    if options.base and options.what in ("axolotl", "suppress"):
+        parser.error(f"{options.what} is told of the first base only; leave --base out")
     known = base.load(options.work, options.size, options.base)
-    if options.what == "suppress":
-        silencing.suppress(known, options.output)
-        return
     screen = options.what == "screen"
     stage = "screen" if screen else "reported" if options.size == "reported" else "final"
     file = options.output / sweep.results(stage, options.base)
     runs = sweep.Sweep(known, options.size, file, final=not screen)
+    if options.what == "suppress":
+        silencing.suppress(known, options.output)
+        return
     arms = options.arms.split(",") if options.arms else None
     finalists, tasks = arms or FINALISTS.split(","), options.tasks.split(",")
     if options.what == "axolotl":

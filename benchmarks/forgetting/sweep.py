@@ -169,8 +169,8 @@ class Sweep:
     ) -> None:
         """For each arm the two neighbouring rates between which it reaches that task score.
 
-        Starts in the middle of the ladder and climbs or descends; what `finals` runs in full, in
-        two or three runs an arm.
+        Starts where the task is usually learned and climbs or descends; what `finals` runs in full,
+        in two or three runs an arm.
         """
         for name in names:
             scores: dict[int, float] = {}

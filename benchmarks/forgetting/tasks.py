@@ -29,8 +29,8 @@ def facts(world: World, seed: int, people: int) -> Task:
 def calls(world: World, seed: int, people: int) -> Task:
     """(b) A format: sentences become function calls of a small schema; tested on other sentences.
 
-    Every word is one that the base has seen. Words that no base has seen cannot be told apart where
-    embeddings and head are one matrix, and names copied from the sentence are beyond small bases.
+    Every token is one that the base has seen. Tokens that it has never seen cannot be told apart
+    where embeddings and head are one matrix; names copied from the sentence are beyond small bases.
     """
     draw = random.Random(f"calls/{seed}")
     calls: dict[str, str] = {}

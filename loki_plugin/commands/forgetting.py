@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .shared import Answer, Command, read_run, write_json
+from .shared import Answer, Command, make_room, read_run, write_json
 
 
 @click.command(
@@ -39,8 +39,8 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
     CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned.
     """
     from .. import forgetting
-    from ..picturing.drawing.style import check_format
 
+    make_room(output, picture)
     if config is not None:
         run = read_run(Path(config))
         if base is None or tuned is None:
@@ -51,6 +51,8 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
     if base is None or tuned is None:
         raise ValueError("give a CONFIG, or --base and --tuned")
     if picture:
+        from ..picturing.drawing.style import check_format
+
         check_format(picture)
     names = [t for t in tasks.split(",") if t]
     report = forgetting.measure(base, tuned, names, prompts, **options)

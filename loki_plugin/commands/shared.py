@@ -65,8 +65,18 @@ def stdout_is_free() -> Iterator[None]:
         yield
 
 
+def make_room(*files: str | None) -> None:
+    """Make the folders of files that are written after hours of work, before it.
+
+    Raises:
+        OSError: a folder that cannot be made.
+    """
+    for file in filter(None, files):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(path: str, facts: Any) -> str:
-    """Write figures for a script, into a folder that is made if need be; returns the path."""
+    """Write figures for a script; returns the path."""
     from ..model.writing import write_text
 
     write_text(Path(path), json.dumps(facts, indent=2) + "\n")

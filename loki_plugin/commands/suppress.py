@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .shared import Answer, Command, write_json
+from .shared import Answer, Command, make_room, write_json
 
 
 @click.command(
@@ -33,6 +33,7 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
     from ..model.fingerprint import fingerprint, same_model
     from ..suppress import curve, text
 
+    make_room(output)
     log = find_log(cache_folder(folder), scores)
     loaded = load_model(model, None, device, dtype)
     difference = same_model(fingerprint_of(log), fingerprint(loaded))

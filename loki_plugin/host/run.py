@@ -33,6 +33,7 @@ class Run:
 
     config: LokiConfig
     selection: RowSelection
+    tokens: int  # of the base's embeddings, before the YAML's are added
     directions: Directions | None = None
     anchor: Anchor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class Run:
                 checked = files.rows.check(model) if is_loaded(model) else None
             selection = ranks.broadcast(checked)
         seconds = time.perf_counter() - started
-        run = cls(files.config, selection)
+        run = cls(files.config, selection, model.get_input_embeddings().num_embeddings)
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
         run.told = about_rows(selection, files.source)
@@ -245,12 +246,7 @@ class Run:
         """The adapter on disk."""
         from safetensors import SafetensorError
 
-        from ..implanting.saved import (
-            WEIGHTS,
-            check_saved,
-            check_saved_protection,
-            embeddings_grew,
-        )
+        from ..implanting.saved import WEIGHTS, check_saved, check_saved_protection
         from ..model.anatomy import find_anatomy
 
         what = self.verdict.what
@@ -262,7 +258,7 @@ class Run:
         what["saved"] = "read back, with a fault"
         try:
             names = find_anatomy(model).names
-            grown = embeddings_grew(model)
+            grown = model.get_input_embeddings().num_embeddings > self.tokens
             check_saved(folder, names, self.selection, self.config.rank, grown)
             if self.directions:
                 leakage = check_saved_protection(folder, names, self.directions)

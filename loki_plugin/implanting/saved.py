@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import ranks
@@ -96,13 +95,9 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
     return saved
 
 
-def embeddings_grew(model: nn.Module) -> bool:
-    """Whether tokens were added to the base since it was loaded; PEFT finds out online only.
-
-    Args:
-        model: a `PeftModel`, or the base inside one.
-    """
-    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+def embeddings_grew(model: PeftModel) -> bool:
+    """Whether tokens were added to the base since it was loaded; PEFT finds out online only."""
+    config = model.get_base_model().config
     name = getattr(config, "_name_or_path", None)
     if not name:
         return False

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers.prompts import LM_EVAL_TASK
 
+from loki_plugin import implant
 from loki_plugin.cli import loki
-from loki_plugin.commands.shared import write_json
 from loki_plugin.evaluating.harness import changes, check_tasks, evaluate_tasks
-from loki_plugin.forgetting import load_model
+from loki_plugin.forgetting import load_model, measure
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +111,40 @@ def test_tasks_that_run_the_models_code_are_refused_before_anything_is_loaded():
     assert result.exit_code == 1 and "runs code that the model writes" in result.output
 
 
-def test_a_picture_in_no_format_is_refused_before_anything_is_loaded(tmp_path):
-    result = CliRunner().invoke(
-        loki, ["forgetting", "--base", "none", "--tuned", "none", "--plot", "f.foo"]
-    )
+def test_where_figures_cannot_be_written_is_said_before_anything_is_loaded(tmp_path):
+    nothing = ["forgetting", "--base", "none", "--tuned", "none"]
+    result = CliRunner().invoke(loki, [*nothing, "--plot", str(tmp_path / "f.foo")])
     assert result.exit_code == 1 and "must end in a format of pictures: " in result.output
-    written = write_json(str(tmp_path / "not" / "yet" / "f.json"), {"kl": 1})
-    assert json.loads(Path(written).read_text()) == {"kl": 1}
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(loki, [*nothing, "--output", str(tmp_path / "file" / "f.json")])
+    assert result.exit_code == 1 and f"exists: '{tmp_path / 'file'}'" in result.output
+    CliRunner().invoke(loki, [*nothing, "--output", str(tmp_path / "not" / "yet" / "f.json")])
+    assert (tmp_path / "not" / "yet").is_dir()  # although there is no such base
+
+
+@pytest.mark.slow
+def test_an_adapter_with_tokens_of_its_own_is_evaluated_as_it_was_trained(folder, tmp_path):
+    """lm-eval takes the base's tokenizer for an adapter, and would cut its embeddings back."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens(["<|new|>"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    implant(model, [[0, 1]] * 2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = measure(
+        str(folder / "base"),
+        tmp_path,
+        ["colours"],
+        str(folder / "prompts.jsonl"),
+        include=str(folder / "tasks"),
+        batch_size=4,
+        device="cpu",
+    )
+    assert found.prompts.same_answer == 1 and found.prompts.kl < 0.01  # the new token's own share
+    (task,) = found.tasks
+    assert task.items == 12 and task.before == task.after and not task.flips_down + task.flips_up
 
 
 def test_a_run_without_anything_to_compare_says_what_is_missing(folder, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from helpers.axolotl import load
 
 from loki_plugin.args import LokiConfig
+from loki_plugin.host.preference import preference_faults
 from loki_plugin.host.sharding import zero_faults
 
 
@@ -93,6 +94,13 @@ def test_a_faulty_block_is_refused_before_anything_is_loaded(run_config, block, 
     run_config["loki"] = block
     with pytest.raises(ValueError, match=message):
         load(run_config)
+
+
+def test_vllm_may_be_sent_the_adapter_itself():
+    sent = {"use_vllm": True, "vllm_lora_sync": True}
+    assert preference_faults({"rl": "grpo", "trl": sent | {"async_prefetch": True}}) == []
+    (fault,) = preference_faults({"rl": "grpo", "trl": sent})  # which the plain trainer ignores
+    assert "trl.use_vllm" in fault
 
 
 def test_all_faults_are_shown_at_once(run_config):
