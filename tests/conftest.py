@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,15 @@ import pytest
 import torch
 from helpers import axolotl
 from helpers.tokenizers import make_tokenizer
+
+
+@pytest.fixture
+def our_log(caplog):
+    """`caplog` with what the package logs, whatever Axolotl has made of the loggers above it."""
+    log = logging.getLogger("loki_plugin")
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

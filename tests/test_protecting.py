@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from helpers.runs import configure, model
@@ -24,34 +22,28 @@ def kept(tmp_path):
     return sorted((tmp_path / "cache" / "directions").iterdir())
 
 
-def test_what_is_kept_is_taken_again_and_what_is_damaged_is_found_again(tmp_path, config, caplog):
+def test_what_is_kept_is_taken_again_and_what_is_damaged_is_found_again(tmp_path, config, our_log):
     llama = model()
     first = choose_directions(llama, PROMPTS, config)
     (file,) = kept(tmp_path)
     whole = file.read_bytes()
     assert choose_directions(llama, PROMPTS, config).made["seconds"] == first.made["seconds"]
     file.write_bytes(whole[:-9])
-    log = logging.getLogger("loki_plugin")
-    log.addHandler(caplog.handler)
     again = choose_directions(llama, PROMPTS, config)
-    log.removeHandler(caplog.handler)
-    assert "is damaged" in caplog.text and "found again" in caplog.text
+    assert "is damaged" in our_log.text and "found again" in our_log.text
     assert len(file.read_bytes()) == len(whole)
     for u, v in zip(again.basis, first.basis, strict=True):  # the same span
         torch.testing.assert_close(u @ u.T, v @ v.T, atol=1e-4, rtol=0)
 
 
-def test_a_full_cache_costs_nothing_but_the_next_search(config, monkeypatch, caplog):
+def test_a_full_cache_costs_nothing_but_the_next_search(config, monkeypatch, our_log):
     def full(self, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Directions, "save", full)
-    log = logging.getLogger("loki_plugin")
-    log.addHandler(caplog.handler)
     found = choose_directions(model(), PROMPTS, config)
-    log.removeHandler(caplog.handler)
     assert found.counts == [3] * len(found.basis)
-    assert "could not be kept in the cache: [Errno 28] No space left" in caplog.text
+    assert "could not be kept in the cache: [Errno 28] No space left" in our_log.text
 
 
 def test_the_cache_keeps_to_its_limit(tmp_path):

@@ -72,7 +72,9 @@ def test_a_check_that_cannot_run_costs_no_training(run_config, train, monkeypatc
 
 
 @pytest.mark.parametrize("rank", [None, 2], ids=["dense", "rank2"])
-def test_one_nan_loss_stops_the_training_and_is_named(run_config, train, monkeypatch, caplog, rank):
+def test_one_nan_loss_stops_the_training_and_is_named(
+    run_config, train, monkeypatch, our_log, rank
+):
     """With gradient clipping it used to be 'non-zero rows outside the selection' at the end."""
     out = Path(run_config["output_dir"])
     run_config["loki"]["rank"] = rank
@@ -98,7 +100,7 @@ def test_one_nan_loss_stops_the_training_and_is_named(run_config, train, monkeyp
         b = tensors[f"base_model.model.model.layers.{layer}.mlp.down_proj.lora_B.weight"]
         b[rows] = 0
         assert not b.any()  # no NaN outside the rows either
-    said = {r.getMessage() for r in caplog.records if "training stops" in r.getMessage()}
+    said = {r.getMessage() for r in our_log.records if "training stops" in r.getMessage()}
     assert len(said) == 1 and "step 3: training stops" in said.pop()
     assert report(out)["verified"] is False
 

@@ -139,7 +139,7 @@ def test_a_browser_draws_every_picture_and_asks_for_nothing(out, browser, tmp_pa
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_training(
-    base, dataset, questions, tmp_path, monkeypatch, caplog
+    base, dataset, questions, tmp_path, monkeypatch, our_log
 ):
     def broken(*given):
         raise IndexError("a score that nobody foresaw")
@@ -153,4 +153,4 @@ def test_a_picture_that_cannot_be_drawn_costs_no_training(
     assert read(out, "loki_report.json")["verified"] is True
     assert "nobody foresaw" in read(out, "loki_report.json")["page"]["not_drawn"]
     assert not (out / "loki_report.html").exists()
-    assert any("COULD NOT BE DRAWN" in r.getMessage() for r in caplog.records)
+    assert any("COULD NOT BE DRAWN" in r.getMessage() for r in our_log.records)

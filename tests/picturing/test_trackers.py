@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -11,7 +10,7 @@ from transformers.trainer_callback import CallbackHandler
 from loki_plugin.picturing.trackers import track
 
 
-def test_an_ended_tracker_gets_nothing_and_a_failing_one_costs_nothing(caplog):
+def test_an_ended_tracker_gets_nothing_and_a_failing_one_costs_nothing(our_log):
     told = []
 
     class Notes(TrainerCallback):
@@ -30,10 +29,7 @@ def test_an_ended_tracker_gets_nothing_and_a_failing_one_costs_nothing(caplog):
     trainer = SimpleNamespace(
         callback_handler=handler, args=None, state=TrainerState(), control=TrainerControl()
     )
-    log = logging.getLogger("loki_plugin")
-    log.addHandler(caplog.handler)
     track(trainer, [], {"forgetting": {"kl": 0.25}})
-    log.removeHandler(caplog.handler)
     assert told == [("Notes", {"loki/forgotten_kl": 0.25})]
-    assert "Fails did not take the last figures: ConnectionError" in caplog.text
+    assert "Fails did not take the last figures: ConnectionError" in our_log.text
     assert [c for c in handler.callbacks if c in every] == every
