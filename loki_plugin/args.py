@@ -128,7 +128,10 @@ class ProtectArgs(_Block):
         4, ge=1, description="prompts per micro batch and rank for the anchor"
     )
     text: str | None = Field(
-        None, min_length=1, description="more text for protection only: a .txt or .jsonl file"
+        None,
+        min_length=1,
+        description="more text for protection only: a .txt or .jsonl file, or `self`: the model"
+        " writes it, dialogues and plain text like what it has learned from",
     )
 
     @property

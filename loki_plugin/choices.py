@@ -25,6 +25,7 @@ PATH: PathName = "token"
 STRATEGY: StrategyName = "layer_balanced"
 QUOTA = 10  # percent of the rows of every layer
 SOURCE = "builtin"  # of calibration prompts: those that ship with the package
+SELF = "self"  # text for protection that the model writes by itself
 TARGET: TargetName = "predicted"
 FEW_SHOT = 0
 SEED = 0

@@ -15,6 +15,7 @@ from .commands import (
     select,
     suppress,
     verify,
+    write,
 )
 
 # Another command is a module in `commands/` and a line here.
@@ -30,6 +31,7 @@ COMMANDS = (
     select.stability,
     suppress.suppress_command,
     verify.verify_command,
+    write.write_command,
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .analysing.calibration.prompts import read_texts
 from .analysing.calibration.sources import Record, load_records
 from .args import LokiConfig
-from .choices import SOURCE
+from .choices import SELF, SOURCE
 from .rows import RowSelection
 
 
@@ -18,7 +18,7 @@ class Inputs:
     Attributes:
         records: of the calibration source.
         excluded: the rows that must not train again.
-        texts: of `protect.text`.
+        texts: of the file of `protect.text`.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -39,5 +39,5 @@ class Inputs:
         return cls(
             load_records(source.source, source.columns, source.split) if needed else [],
             [RowSelection.load(path) for path in config.exclude],
-            read_texts(text) if text else [],
+            read_texts(text) if text and text != SELF else [],
         )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from typing import Any
 from torch import nn
 
 from . import ranks
+from .analysing import own_text
 from .analysing.calibration.prompts import load_prompts, load_texts
+from .analysing.calibration.sources import Record, load_records, record_of
 from .analysing.directions import find_directions
-from .analysing.scores.cache import DIRECTIONS, cache_folder, prune, use_directions
+from .analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
 from .args import LokiConfig
 from .directions import FILE_NAME, Directions
 from .inputs import Inputs
 from .model.fingerprint import fingerprint
 from .model.loading import is_loaded
+from .model.writing import write_text
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -32,6 +35,59 @@ def protecting_prompts(tokenizer, config: LokiConfig, inputs: Inputs) -> list[tu
     found = load_prompts(tokenizer, **settings, records=inputs.records).prompts
     prompts = [p.ids for p in found] + load_texts(tokenizer, inputs.texts)
     return list(dict.fromkeys(prompts))
+
+
+def own_texts(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
+    """What `protect.text: self` stands for: the model writes it once, and the cache keeps it.
+
+    Under `torch.distributed` one rank works and all return its texts.
+
+    Raises:
+        ValueError: as `write_texts`.
+    """
+    return ranks.broadcast(*_by_one(model, lambda: _write(model, tokenizer, config)))
+
+
+def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
+    identity = {
+        "written": [own_text.COUNT, own_text.TOKENS],
+        "fingerprint": fingerprint(model, unchanged=True),
+        "turn": own_text.user_turn(tokenizer),
+        "template": getattr(tokenizer, "chat_template", None),
+    }
+    folder = cache_folder(config.cache_dir)
+    path = kept_file(folder, TEXTS, _key(identity))
+    if path.exists():
+        try:
+            found = load_records(str(path))
+        except ValueError as error:
+            LOG.warning("loki: %s; the model writes its texts again", error)
+        else:
+            LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
+            use(path)
+            return found
+    rows = own_text.write_texts(model, tokenizer, own_text.COUNT, own_text.TOKENS)
+    try:
+        write_text(path, own_text.lines(rows))
+        LOG.info("loki: the model wrote %d texts for its protection (%s)", len(rows), path)
+        prune(folder, config.cache_limit, keep=path.stem)
+    except OSError as error:
+        LOG.warning("loki: what the model wrote could not be kept in the cache: %s", error)
+    return [record_of(row, f"text {i} of the model") for i, row in enumerate(rows, 1)]
+
+
+def _by_one(model: nn.Module, work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` returns on the first rank that holds the weights, None on others; that rank."""
+    if ranks.count() == 1:
+        return work(), 0
+    loaded = ranks.gather(is_loaded(model))
+    first = loaded.index(True)  # sharded training loads the weights of one rank only
+    with ranks.together():
+        return (work() if ranks.current() == first else None), first
+
+
+def _key(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def earlier_directions(
@@ -76,12 +132,9 @@ def choose_directions(
     Raises:
         ValueError: as `input_directions`.
     """
+    found, first = _by_one(model, lambda: _choose(model, prompts, config))
     if ranks.count() == 1:
-        return _choose(model, prompts, config)
-    loaded = ranks.gather(is_loaded(model))
-    first = loaded.index(True)  # sharded training loads the weights of one rank only
-    with ranks.together():
-        found: Any = _choose(model, prompts, config) if ranks.current() == first else None
+        return found
     layers = ranks.broadcast(found and len(found.basis), first)
     # Layer by layer: all at once would stand in memory twice.
     basis = [ranks.broadcast(found and found.basis[i], first) for i in range(layers)]
@@ -104,9 +157,8 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         "prompts": digest,
         **settings,
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     folder = cache_folder(config.cache_dir)
-    path = folder / DIRECTIONS / f"{key}.safetensors"
+    path = kept_file(folder, DIRECTIONS, _key(identity))
     if path.exists():
         try:
             kept = Directions.load(path)
@@ -114,7 +166,7 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
             LOG.warning("loki: %s; they will be found again", error)
         else:
             LOG.info("loki: protected directions found in the cache (%s)", path)
-            use_directions(path)
+            use(path)
             return kept
     started = time.perf_counter()
     found = find_directions(
@@ -133,7 +185,7 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
     directions = Directions(found.basis, mark, made)
     try:
         directions.save(path)
-        prune(folder, config.cache_limit, keep=key)
+        prune(folder, config.cache_limit, keep=path.stem)
     except OSError as error:  # they are here, and the run keeps them beside its adapter
         LOG.warning("loki: the protected directions could not be kept in the cache: %s", error)
     return directions

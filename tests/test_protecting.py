@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import configure, model
+from helpers.tokenizers import make_tokenizer
 
 from loki_plugin.directions import Directions
 from loki_plugin.model import fingerprint as module
-from loki_plugin.protecting import choose_directions
+from loki_plugin.protecting import choose_directions, own_texts
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
 
@@ -76,3 +77,27 @@ def test_a_launched_rank_that_cannot_talk_to_the_others_is_protected_too(config,
     alone = choose_directions(model(), PROMPTS, config)
     monkeypatch.setenv("RANK", "1")  # what a launcher sets; no process group stands
     assert choose_directions(model(), PROMPTS, config) == alone
+
+
+def test_a_models_own_texts_are_written_once_and_again_where_they_are_damaged(
+    tmp_path, config, our_log, monkeypatch
+):
+    monkeypatch.setattr("loki_plugin.analysing.own_text.COUNT", 6)
+    monkeypatch.setattr("loki_plugin.analysing.own_text.TOKENS", 5)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+
+    def written(llama, tokenizer=tokenizer):
+        return [(r.text, r.messages) for r in own_texts(llama, tokenizer, config)]
+
+    first = written(model())
+    (file,) = (tmp_path / "cache" / "texts").iterdir()
+    whole = file.read_bytes()
+    with monkeypatch.context() as patched:  # not asked again
+        patched.delattr("transformers.GenerationMixin.generate")
+        assert written(model()) == first
+    file.write_bytes(whole[:-9])
+    assert written(model()) == first and file.read_bytes() == whole
+    assert "the model writes its texts again" in our_log.text
+    assert written(model(seed=1)) != first  # another model
+    written(model(), make_tokenizer(tmp_path / "plain", None))  # another way to ask
+    assert len(list((tmp_path / "cache" / "texts").iterdir())) == 3

@@ -41,6 +41,7 @@ class Arm:
         decay: AdamW's weight decay.
         replay: (share of the sequences, which of the context's lists) mixed into the task.
         anchor: weight of KL(base || tuned) on calibration prompts in every step.
+        anchored: which of the context's `texts` the anchor draws from.
         again: another order and another start of what is new: how much is noise?
     """
 
@@ -50,6 +51,7 @@ class Arm:
     decay: float = 0.0
     replay: tuple[float, str] | None = None
     anchor: float = 0.0
+    anchored: str = "prompts"
     again: bool = False
 
 
@@ -177,6 +179,19 @@ ARMS: dict[str, Arm] = {
     "lora_soft99": Arm(lora_protected(0.99, soft=True), lowest=2e-4),
     "lora_soft99_anchor": Arm(lora_protected(0.99, soft=True), lowest=2e-4, anchor=1.0),
     "random_soft99_anchor_q90": _rows(loki(90, "random", protect=0.99, soft=True), anchor=1.0),
+    # What the base writes by itself, beside the calibration's prompts, for directions and anchor.
+    "loki_soft99_written_q90": _rows(loki(90, protect=0.99, of="written", soft=True)),
+    "loki_soft99_written_anchor_q90": _rows(
+        loki(90, protect=0.99, of="written", soft=True), anchor=1.0, anchored="written"
+    ),
+    "loki_written_anchor_q90": _rows(loki(90), anchor=1.0, anchored="written"),
+    "loki_written_anchor_q30": _rows(loki(30), anchor=1.0, anchored="written"),
+    "random_written_anchor_q90": _rows(loki(90, "random"), anchor=1.0, anchored="written"),
+    "lora_written_anchor": Arm(lora(), anchor=1.0, anchored="written"),
+    "lora_soft99_written_anchor": Arm(
+        lora_protected(0.99, soft=True, of="written"), lowest=2e-4, anchor=1.0, anchored="written"
+    ),
+    "lora_writtenreplay50": Arm(lora(), replay=(0.5, "own")),
 }
 
 

@@ -19,7 +19,10 @@ from benchmarks.forgetting import choosing
 from benchmarks.forgetting.base import END, USER, Base, encode, padded
 from benchmarks.forgetting.world import COVERED
 from loki_plugin import attribute, implant, input_directions, select_rows
+from loki_plugin.analysing.calibration.prompts import load_texts
+from loki_plugin.analysing.calibration.sources import record_of
 from loki_plugin.analysing.directions import leading, soften
+from loki_plugin.analysing.own_text import write_texts
 from loki_plugin.implanting.protection import ProtectedA, folded_delta
 from loki_plugin.model.anatomy import find_anatomy
 
@@ -27,6 +30,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LINEARS = [*ATTENTION, *MLP]
 Sequences = list[tuple[list[int], int]]
+_WRITTEN = 40  # tokens of what the base writes by itself: what is asked here is short
 
 
 @dataclass
@@ -62,20 +66,24 @@ class Context:
     def directions(
         self, energy: float, of: str = "prompts", soft: bool = False
     ) -> list[torch.Tensor]:
-        """Of the calibration's `prompts`, these and `text`, `people` alone, or an `eighth`."""
+        """Of the calibration's `prompts`, or of others of `texts`."""
         key = (energy, of, soft)
         if key not in self._directions:
-            kinds = [i.kind for i in self.base.world.calibration()]
-            ids = {
-                "prompts": self.prompts,
-                "text": [*self.prompts, *self.text],
-                "people": [p for p, k in zip(self.prompts, kinds, strict=True) if k == "people"],
-                "eighth": self.prompts[::8],
-            }[of]
             self._directions[key] = input_directions(
-                self.base.model(), *padded(ids), energy=energy, soft=soft
+                self.base.model(), *padded(self.texts(of)), energy=energy, soft=soft
             )
         return self._directions[key]
+
+    def texts(self, of: str) -> list[list[int]]:
+        """What protection may see: the `prompts`, of `people` alone, an `eighth`, with `text` or
+        with what the base has `written`.
+        """
+        if of == "people":
+            kinds = [i.kind for i in self.base.world.calibration()]
+            return [p for p, k in zip(self.prompts, kinds, strict=True) if k == "people"]
+        if of == "eighth":
+            return self.prompts[::8]
+        return self.prompts + {"prompts": [], "text": self.text, "written": self.written}[of]
 
     @cached_property
     def _directions(self) -> dict:
@@ -106,6 +114,19 @@ class Context:
         end = tokenizer.convert_tokens_to_ids(END)
         # All that follows the mark is the model's own, so all of it is learned again.
         return [(ids[: ids.index(end) + 1] if end in ids else ids, 1) for ids in said]
+
+    @cached_property
+    def written(self) -> list[list[int]]:
+        """What `protect.text: self` reads: dialogues and plain text that the base writes itself."""
+        tokenizer = self.base.tokenizer
+        said = write_texts(self.base.model(), tokenizer, tokens=_WRITTEN, seed=self.seed)
+        records = [record_of(row, f"text {i}") for i, row in enumerate(said)]
+        return [list(ids) for ids in load_texts(tokenizer, records)]
+
+    @cached_property
+    def own(self) -> Sequences:
+        """The same for replay (SA-SFT): all of it is learned again."""
+        return [(ids, 1) for ids in self.written if len(ids) > 1]
 
 
 def lora(targets=LINEARS, r: int = 16, **more) -> Callable:
@@ -150,7 +171,7 @@ def rows_of(
     return build
 
 
-def lora_protected(energy: float = 0.99, soft: bool = False) -> Callable:
+def lora_protected(energy: float = 0.99, soft: bool = False, of: str = "prompts") -> Callable:
     """LoRA r16 on all linears, each blind to its own inputs on the calibration prompts."""
 
     def build(model, context):
@@ -167,7 +188,7 @@ def lora_protected(energy: float = 0.99, soft: bool = False) -> Callable:
 
         hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
         with torch.no_grad():
-            for prompt in context.prompts:
+            for prompt in context.texts(of):
                 wrapped(input_ids=torch.tensor([prompt]), use_cache=False)
         for hook in hooks:
             hook.remove()

@@ -278,8 +278,10 @@ def _anchor(model, arm: Arm, context: Context):
         return None
     generator = torch.Generator().manual_seed(context.seed)
 
+    pool = context.texts(arm.anchored)
+
     def extra(step: int) -> torch.Tensor:
-        chosen = torch.randperm(len(context.prompts), generator=generator)[:_ANCHOR_PROMPTS]
-        return arm.anchor * divergence(model, [context.prompts[i] for i in chosen])
+        chosen = torch.randperm(len(pool), generator=generator)[:_ANCHOR_PROMPTS]
+        return arm.anchor * divergence(model, [pool[i] for i in chosen])
 
     return extra

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 
 import click
@@ -11,7 +12,7 @@ from .shared import Answer, Command
 
 @click.group()
 def cache():
-    """The score logs of earlier analyses, and protected directions."""
+    """The score logs of earlier analyses, protected directions, and texts of models' own."""
 
 
 _DIRECTORY = click.option("--dir", "folder", help="default: the user cache folder")
@@ -20,11 +21,12 @@ _DIRECTORY = click.option("--dir", "folder", help="default: the user cache folde
 @cache.command("list", cls=Command, example="loki cache list\nloki cache list --json")
 @_DIRECTORY
 def list_command(folder: str | None):
-    """List the analyses and directions that are kept, with size and age."""
-    from ..analysing.scores.cache import cache_folder, directions, entries, strangers
+    """List the analyses, directions and texts that are kept, with size and age."""
+    from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, entries, kept, strangers
 
     place = cache_folder(folder)
-    found, protected, foreign = entries(place), directions(place), strangers(place)
+    found, foreign = entries(place), strangers(place)
+    files = {each: kept(place, each) for each in (DIRECTIONS, TEXTS)}
     lines = [f"{len(found)} analyses in {place}"]
     for e in found:
         state = "complete" if e.complete else f"{e.shards} shards so far"
@@ -32,17 +34,15 @@ def list_command(folder: str | None):
             f"{e.key}  {e.prompts} prompts, {state}, {e.bytes / 2**20:.1f} MiB,"
             f" {e.age_seconds / 3600:.1f} h old  {e.model}"
         )
-    for d in protected:
-        lines.append(
-            f"{d.key}  protected directions, {d.bytes / 2**20:.1f} MiB,"
-            f" {d.age_seconds / 3600:.1f} h old"
-        )
+    for k in [k for some in files.values() for k in some]:
+        size, age = k.bytes / 2**20, k.age_seconds / 3600
+        lines.append(f"{k.key}  {k.what}, {size:.1f} MiB, {age:.1f} h old")
     for name in foreign:
         lines.append(f"{name}  is not ours (its manifest.json is another program's); left alone")
     facts = {
         "folder": str(place),
         "analyses": [asdict(e) for e in found],
-        "directions": [asdict(d) for d in protected],
+        **{each: [asdict(k) for k in some] for each, some in files.items()},
         "not_ours": foreign,
     }
     return Answer("\n".join(lines), facts)
@@ -58,13 +58,13 @@ def list_command(folder: str | None):
 @_DIRECTORY
 def clear_command(key: str | None, folder: str | None):
     """Delete what is kept under KEY, or all of it; nothing that is in use, nor others' files."""
-    from ..analysing.scores.cache import cache_folder, clear, directions
+    from ..analysing.scores.cache import cache_folder, clear, kept
 
     place = cache_folder(folder)
-    before = directions(place)
+    before = Counter(k.what for k in kept(place))
     removed, in_use = clear(place, key)
-    gone = len(before) - len(directions(place))
+    gone = before - Counter(k.what for k in kept(place))
     lines = [f"removed {len(removed)} analyses from {place}"]
-    lines += [f"removed {gone} files of protected directions"] * bool(gone)
+    lines += [f"removed {count} files of {what}" for what, count in gone.items()]
     lines += [f"{each}  is in use by a running analysis; kept" for each in in_use]
     return Answer("\n".join(lines), {"folder": str(place), "removed": removed, "in_use": in_use})

@@ -213,7 +213,7 @@ def telemetry(environment: Mapping[str, str]) -> Finding:
 
 def cache(given: str | None) -> list[Finding]:
     """Where analyses are kept: can it be written, how full is it, how much room is left?"""
-    from ..analysing.scores.cache import cache_folder, directions, entries
+    from ..analysing.scores.cache import cache_folder, entries, kept
     from ..args import LokiConfig
 
     folder = cache_folder(given)
@@ -224,10 +224,11 @@ def cache(given: str | None) -> list[Finding]:
     except OSError as error:
         do = "set LOKI_CACHE_DIR, or `loki.cache_dir` in the YAML, to a folder of yours"
         return [Finding("cache", BROKEN, f"{folder} cannot be written: {_short(error)}", do)]
-    kept = entries(folder)
-    size = sum(e.bytes for e in kept) + sum(d.bytes for d in directions(folder))
+    analyses = entries(folder)
+    size = sum(each.bytes for each in [*analyses, *kept(folder)])
     limit = LokiConfig().cache_limit
-    said = f"{folder}: {len(kept)} analyses, {size / 1e9:.2f} GB of {limit:g} GB (loki.cache_limit)"
+    said = f"{folder}: {len(analyses)} analyses, {size / 1e9:.2f} GB of {limit:g} GB"
+    said += " (loki.cache_limit)"
     free = shutil.disk_usage(folder).free
     return [Finding("cache", OK, said), _disk(folder, free)]
 

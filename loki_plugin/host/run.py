@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import ranks
 from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
+from ..choices import SELF
 from ..directions import Directions
 from ..implanting.anchor import Anchor
 from ..reporting import Verdict, mark, write_report
@@ -88,6 +89,7 @@ class Run:
             choose_directions,
             describe,
             earlier_directions,
+            own_texts,
             protecting_prompts,
             report,
         )
@@ -96,7 +98,11 @@ class Run:
         found = earlier_directions(self.config, cfg.lora_model_dir, _resumed_checkpoint(cfg))
         prompts = []
         if settings.anchor or (settings.reads and not found):
-            prompts = protecting_prompts(tokenizer, self.config, files.inputs)
+            inputs = files.inputs
+            if settings.text == SELF:
+                inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
+                self.told.append(("texts", f"the model wrote {len(inputs.texts)} by itself"))
+            prompts = protecting_prompts(tokenizer, self.config, inputs)
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:

@@ -133,6 +133,32 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(run_config, train, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on(
+    run_config, train, tmp_path, four_bit, monkeypatch
+):
+    monkeypatch.setattr("loki_plugin.analysing.own_text.COUNT", 12)
+    monkeypatch.setattr("loki_plugin.analysing.own_text.TOKENS", 16)
+    run_config["load_in_4bit"] = four_bit
+    run_config |= {"save_strategy": "steps", "save_steps": 3}
+    protect = {"directions": 5, "soft": True, "anchor": 1.0, "text": "self"}
+    run_config["loki"]["protect"] = protect
+    train(run_config)
+    out = Path(run_config["output_dir"])
+    report = json.loads((out / "loki_report.json").read_text())
+    (file,) = (tmp_path / "cache" / "texts").iterdir()
+    own = len(file.read_text().splitlines())
+    assert 6 < own <= 12 and report["verified"]
+    assert report["protection"]["text"] == "self" and report["protection"]["prompts"] == 8 + own
+    again = run_config | {
+        "resume_from_checkpoint": str(out / "checkpoint-3"),
+        "output_dir": str(tmp_path / "resumed"),
+    }
+    train(again)  # the anchor needs the texts, the directions come from the checkpoint
+    assert_same_adapter(out, tmp_path / "resumed")
+
+
+@pytest.mark.slow
 def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
     run_config, train, tmp_path
 ):
@@ -168,7 +194,10 @@ def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
         ({"anchor": -1}, "loki.protect.anchor"),
         ({"text": "plain.txt"}, "`text` needs something to protect"),
         ({"soft": True, "anchor": 1.0}, "`soft` says how directions are read; set `inputs` or"),
-        ({"inputs": 0.9, "text": "plain.csv"}, "protect.text 'plain.csv' must be a .txt or a"),
+        (
+            {"inputs": 0.9, "text": "plain.csv"},
+            "protect.text 'plain.csv' must be `self`, a .txt or a",
+        ),
         ({"inputs": 0.9, "text": "none.txt"}, "protect.text: .*'none.txt' does not exist"),
         ({"soft": True, "directions": 1}, "one alone protects nothing; give at least 2"),
         ({"share": 0.9}, "known fields: anchor, anchor_batch, directions, inputs, soft, text"),

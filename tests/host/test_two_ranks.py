@@ -64,9 +64,9 @@ def test_an_anchor_behind_reentrant_checkpoints_is_refused_before_the_analysis(
     [
         (None, {}),
         (2, {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}),
-        (None, {"inputs": 0.9, "soft": True}),
+        (None, {"inputs": 0.9, "soft": True, "text": "self"}),
     ],
-    ids=["dense", "rank2-protected", "dense-soft"],
+    ids=["dense", "rank2-protected", "dense-soft-self"],
 )
 def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
     run_config, train, tmp_path, rank, protect

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...choices import FEW_SHOT, SEED, SOURCE, TARGET
+from jinja2 import TemplateError
+
+from ...choices import FEW_SHOT, SEED, SELF, SOURCE, TARGET
 from .sources import Record, load_records
 
 LOG = logging.getLogger("loki_plugin")
@@ -117,14 +119,19 @@ def load_prompts(
 
 
 def load_texts(tokenizer, records: list[Record]) -> list[tuple[int, ...]]:
-    """All tokens of texts, in windows of at most `WINDOW` tokens.
+    """All tokens of texts and of whole dialogues, in windows of at most `WINDOW` tokens.
 
     Records with a prompt or a question become what `load_prompts` makes of them.
+
+    Raises:
+        ValueError: a dialogue that the tokenizer's chat template refuses.
     """
     windows = []
     for record in records:
         if record.text is not None:
             ids = tokenizer(record.text)["input_ids"]
+        elif record.messages is not None:
+            ids = chat(tokenizer, record.messages, record.where, answer=False)
         else:
             ids, _ = _encode(tokenizer, record, [], 0)
         windows += [tuple(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
@@ -138,7 +145,9 @@ def read_texts(path: str) -> list[Record]:
         ValueError: another kind of file, an unreadable one, or a faulty record.
     """
     if Path(path).suffix.lower() not in TEXT_FILES:
-        raise ValueError(f"protect.text '{path}' must be a {' or a '.join(TEXT_FILES)} file")
+        raise ValueError(
+            f"protect.text '{path}' must be `{SELF}`, a {' or a '.join(TEXT_FILES)} file"
+        )
     try:
         return load_records(path)
     except ValueError as error:
@@ -208,15 +217,23 @@ def _encode(tokenizer, record: Record, shots: list[Record], seed: int):
             raise ValueError(f"{record.where}: a text of fewer than two tokens cannot be cut")
         cut = random.Random(f"{seed}/{record.text}").randrange(1, len(ids))
         return ids[:cut], ids[cut]
+    if record.messages is not None:
+        # What the assistant says last is what would be predicted.
+        told = record.messages[-1][0] == "assistant"
+        asked = record.messages[:-1] if told else record.messages
+        if not told or not record.messages[-1][1]:
+            return chat(tokenizer, asked, record.where), None
+        return _with_answer(tokenizer, asked, record.messages[-1][1], record.where)
     if record.question is None:
         asked = [("user", record.prompt or "")]
         if record.target is None:
-            return _chat(tokenizer, asked), None
-        return _with_answer(tokenizer, asked, record.target)
+            return chat(tokenizer, asked, record.where), None
+        return _with_answer(tokenizer, asked, record.target, record.where)
     messages: list[tuple[str, str]] = []
     for shot in shots:
         messages += [("user", _asked(shot)), ("assistant", _letter(shot))]
-    return _with_answer(tokenizer, [*messages, ("user", _asked(record))], _letter(record))
+    asked = [*messages, ("user", _asked(record))]
+    return _with_answer(tokenizer, asked, _letter(record), record.where)
 
 
 def _asked(record: Record) -> str:
@@ -229,9 +246,9 @@ def _letter(record: Record) -> str:
     return LETTERS[record.answer]
 
 
-def _with_answer(tokenizer, messages, answer: str):
+def _with_answer(tokenizer, messages, answer: str, where: str):
     """The gold token is the first one that the answer adds behind the prompt."""
-    ids = _chat(tokenizer, messages)
+    ids = chat(tokenizer, messages, where)
     if not getattr(tokenizer, "chat_template", None):
         # Alone the answer may begin with another token than behind the prompt (Llama 2's "▁A").
         joined = list(tokenizer(_plain(messages) + answer)["input_ids"])
@@ -243,20 +260,28 @@ def _with_answer(tokenizer, messages, answer: str):
     return ids, added[0]
 
 
-def _chat(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        chat: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in messages]
+def chat(tokenizer, messages: list[tuple[str, str]], where: str, answer: bool = True) -> list[int]:
+    """Token ids of a dialogue; with `answer` up to where the assistant begins to speak.
+
+    Raises:
+        ValueError: the chat template refuses the dialogue, which stands at `where`.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(_plain(messages))["input_ids"])
+    said: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in messages]
+    try:
         # A model that thinks before it answers would open its thoughts alike behind every question;
         # templates that know no such thing do not look at it.
         encoded = tokenizer.apply_chat_template(
-            chat,
-            add_generation_prompt=True,
+            said,
+            add_generation_prompt=answer,
             tokenize=True,
             return_dict=True,
             enable_thinking=False,
         )
-        return list(encoded["input_ids"])
-    return list(tokenizer(_plain(messages))["input_ids"])
+    except TemplateError as error:
+        raise ValueError(f"{where}: the chat template refuses the dialogue: {error}") from error
+    return list(encoded["input_ids"])
 
 
 def _plain(messages: list[tuple[str, str]]) -> str:

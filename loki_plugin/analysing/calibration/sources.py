@@ -13,13 +13,13 @@ from typing import Any
 
 from ...choices import SOURCE
 
-FIELDS = ("subject", "question", "choices", "answer", "prompt", "target", "text")
+FIELDS = ("subject", "question", "choices", "answer", "prompt", "target", "text", "messages")
 MMLU = ("cais/mmlu", "all")
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A question with choices and answer, or a prompt (and target), or a raw text."""
+    """A question with choices and answer, a prompt (and target), a raw text, or a dialogue."""
 
     where: str
     subject: str = ""
@@ -29,6 +29,7 @@ class Record:
     prompt: str | None = None
     target: str | None = None
     text: str | None = None
+    messages: list[tuple[str, str]] | None = None  # (role, content)
 
 
 def load_records(
@@ -55,7 +56,7 @@ def load_records(
         rows = _read_file(Path(source))
     else:
         rows = _hub(source, split)
-    records = [_record(row, where, columns or {}) for where, row in rows]
+    records = [record_of(row, where, columns) for where, row in rows]
     if not records:
         raise ValueError(f"calibration source '{source}' is empty; it needs at least one record")
     return records
@@ -135,11 +136,16 @@ def _hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
     return ((f"{path}[{wanted}][{i}]", row) for i, row in enumerate(found[wanted]))
 
 
-_KINDS = ("question", "prompt", "text")  # fields that decide what a record is
+_KINDS = ("question", "prompt", "text", "messages")  # fields that decide what a record is
 
 
-def _record(row: dict[str, Any], where: str, columns: dict[str, str]) -> Record:
-    own = dict(row)
+def record_of(row: dict[str, Any], where: str, columns: dict[str, str] | None = None) -> Record:
+    """A row of a file as a record; `where` it stands is for messages.
+
+    Raises:
+        ValueError: a faulty row.
+    """
+    own, columns = dict(row), columns or {}
     if any(kind in columns for kind in _KINDS):  # what was named, not what happens to be called so
         own = {k: v for k, v in row.items() if k not in _KINDS}
     row = {**own, **{field: row.get(column) for field, column in columns.items()}}
@@ -162,8 +168,10 @@ def _record(row: dict[str, Any], where: str, columns: dict[str, str]) -> Record:
                     " its own. Call the text `prompt`, or leave `target` out"
                 )
             return Record(where, subject, target=target, **{key: row[key]})
+    if row.get("messages") is not None:
+        return Record(where, subject, messages=_messages(row["messages"], where))
     raise ValueError(
-        f"{where}: needs `question`, `choices`, `answer`, or `prompt`, or `text`; it has"
+        f"{where}: needs `question`, `choices`, `answer`, or `prompt`, `text` or `messages`; it has"
         f" {sorted(k for k in row if row[k] is not None) or 'nothing'}"
     )
 
@@ -196,4 +204,22 @@ def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {"question": question, "choices": [str(c) for c in choices], "answer": answer}
 
 
+def _messages(given: Any, where: str) -> list[tuple[str, str]]:
+    found = []
+    for message in given if isinstance(given, list | tuple) else [given]:
+        role, content = (
+            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+        )
+        if role not in _ROLES or not isinstance(content, str):
+            raise ValueError(
+                f"{where}: `messages` must be a list of {{'role': {' | '.join(_ROLES)}, 'content':"
+                f" text}}, got {message!r}"
+            )
+        found.append((role, content))
+    if not any(role == "user" and content.strip() for role, content in found):
+        raise ValueError(f"{where}: `messages` holds nothing that a user says")
+    return found
+
+
+_ROLES = ("system", "user", "assistant")
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".parquet": None}

@@ -21,13 +21,18 @@ from .log import MANIFEST, ScoreLog, remove_log, shards_of
 
 LOG = logging.getLogger("loki_plugin")
 
-DIRECTIONS = "directions"  # the folder of protected input directions, beside the analyses
+# Folders beside the analyses: what a file in them is, and how its name ends.
+DIRECTIONS, TEXTS = "directions", "texts"
+_PLACES = {
+    DIRECTIONS: ("protected directions", ".safetensors"),
+    TEXTS: ("texts of the model's own", ".jsonl"),
+}
 # Raised when the same model, prompts and settings get other scores, not with every release.
 _SCORES, _SCORES_8_BIT = "0.1.1", "0.2.0"
 # What a manifest notes, and what tells no analysis from another: the name that a model was loaded
 # by, and its fingerprint in the other half precision.
 _BESIDE = ("model", "half")
-_DIRECTIONS_FILE = re.compile(r"[0-9a-f]+\.safetensors")
+_KEY = re.compile(r"[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,22 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class KeptDirections:
-    """One file of protected directions in the cache; attributes as those of `Entry`."""
+class Kept:
+    """One file of protected directions, or of texts, in the cache; attributes as `Entry` has them.
 
+    Attributes:
+        place: the folder that it is in, `DIRECTIONS` or `TEXTS`.
+    """
+
+    place: str
     key: str
     bytes: int
     age_seconds: float
     used: float
+
+    @property
+    def what(self) -> str:
+        return _PLACES[self.place][0]
 
 
 def cache_folder(given: str | None = None) -> Path:
@@ -139,22 +153,26 @@ def entries(folder: Path) -> list[Entry]:
     return sorted(found, key=lambda e: e.age_seconds)
 
 
-def directions(folder: Path) -> list[KeptDirections]:
-    """Every file of protected directions in a cache folder, the newest first."""
-    files = [
-        (p.stem, p.stat())
-        for p in (folder / DIRECTIONS).glob("*.safetensors")
-        if _DIRECTIONS_FILE.fullmatch(p.name)
-    ]
+def kept_file(folder: Path, place: str, key: str) -> Path:
+    """Where a file of protected directions or of texts is kept."""
+    return folder / place / f"{key}{_PLACES[place][1]}"
+
+
+def kept(folder: Path, place: str | None = None) -> list[Kept]:
+    """Every file of protected directions and of texts in a cache folder, the newest first."""
     found = [
-        KeptDirections(key, s.st_size, time.time() - s.st_mtime, max(s.st_mtime, s.st_atime))
-        for key, s in files
+        Kept(each, p.stem, s.st_size, time.time() - s.st_mtime, max(s.st_mtime, s.st_atime))
+        for each, (_, suffix) in _PLACES.items()
+        if place in (None, each)
+        for p in (folder / each).glob(f"*{suffix}")
+        if _KEY.fullmatch(p.stem)
+        for s in [p.stat()]
     ]
-    return sorted(found, key=lambda d: d.age_seconds)
+    return sorted(found, key=lambda k: k.age_seconds)
 
 
-def use_directions(file: Path) -> None:
-    """Note that a file of protected directions was used; its age stays."""
+def use(file: Path) -> None:
+    """Note that a file of `kept` was used; its age stays."""
     with suppress(PermissionError):  # another user's
         os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
 
@@ -165,7 +183,7 @@ def strangers(folder: Path) -> list[str]:
 
 
 def clear(folder: Path, key: str | None = None) -> tuple[list[str], list[str]]:
-    """Delete one analysis or file of protected directions, or all; only files that we wrote.
+    """Delete one analysis, file of protected directions or of texts, or all; only what we wrote.
 
     Returns:
         The keys of the analyses that were removed, and of those that are in use and stay.
@@ -174,34 +192,35 @@ def clear(folder: Path, key: str | None = None) -> tuple[list[str], list[str]]:
         ValueError: nothing of that key, or an analysis that is in use.
     """
     keys = [e.key for e in entries(folder)]
-    found = [d.key for d in directions(folder)]
-    if key is not None and key not in [*keys, *found]:
-        raise ValueError(f"'{folder}' has no analysis '{key}'; it has {[*keys, *found] or 'none'}")
+    files = kept(folder)
+    known = [*keys, *(k.key for k in files)]
+    if key is not None and key not in known:
+        raise ValueError(f"'{folder}' has no analysis '{key}'; it has {known or 'none'}")
     chosen = [k for k in keys if key in (None, k)]
     removed = [each for each in chosen if remove_log(folder / each)]
     if key in chosen and not removed:
         raise ValueError(f"analysis '{key}' is in use by a running analysis; try again after it")
-    for each in found:
-        if key in (None, each):
-            _remove_directions(folder, each)
+    for file in files:
+        if key in (None, file.key):
+            _remove_kept(folder, file)
     return removed, [each for each in chosen if each not in removed]
 
 
-def _remove_directions(folder: Path, key: str) -> None:
-    (folder / DIRECTIONS / f"{key}.safetensors").unlink(missing_ok=True)
+def _remove_kept(folder: Path, what: Kept) -> None:
+    kept_file(folder, what.place, what.key).unlink(missing_ok=True)
     with suppress(OSError):  # something else is in it
-        (folder / DIRECTIONS).rmdir()
+        (folder / what.place).rmdir()
 
 
 def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
     """Drop what was used longest ago until the rest fits into `limit` gigabytes.
 
-    The analysis or directions `keep`, and analyses in use, stay whatever they take. Returns the
-    dropped keys.
+    The analysis or file of `kept` called `keep`, and analyses in use, stay whatever they take.
+    Returns the dropped keys.
     """
     if limit is None:
         return []
-    found: list[Entry | KeptDirections] = [*entries(folder), *directions(folder)]
+    found: list[Entry | Kept] = [*entries(folder), *kept(folder)]
     size, dropped = sum(e.bytes for e in found), []
     for each in sorted(found, key=lambda e: e.used):
         if size <= limit * 1e9:
@@ -213,7 +232,7 @@ def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
             LOG.info(
                 "loki: dropped %s %s%s (%.2f GB) from the cache, the one used longest ago;"
                 " loki.cache_limit is %g GB",
-                "analysis" if of else "protected directions",
+                each.what if isinstance(each, Kept) else "analysis",
                 each.key,
                 of,
                 each.bytes / 1e9,
@@ -222,12 +241,12 @@ def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
     return dropped
 
 
-def _remove(folder: Path, what: Entry | KeptDirections) -> bool:
+def _remove(folder: Path, what: Entry | Kept) -> bool:
     """Delete it; False if it is in use, or another user's."""
     with suppress(PermissionError):
         if isinstance(what, Entry):
             return remove_log(folder / what.key)
-        _remove_directions(folder, what.key)
+        _remove_kept(folder, what)
         return True
     return False
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.tokenizers import CHATML, make_tokenizer
 
-from loki_plugin.analysing.calibration.prompts import load_prompts, question_text
+from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts, question_text
 from loki_plugin.analysing.calibration.sources import load_records
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -155,6 +155,43 @@ def test_samples_per_subject_draws_and_long_prompts_are_dropped_whole(tokenizer,
         load_prompts(tokenizer, source, max_tokens=5)
 
 
+def test_a_dialogue_is_asked_up_to_its_last_answer_and_protects_with_all_of_it(tokenizer, tmp_path):
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "say the number"},
+        {"role": "assistant", "content": "seven"},
+    ]
+    whole = tokenizer.apply_chat_template(said)["input_ids"]
+    asked = tokenizer.apply_chat_template(said[:2], add_generation_prompt=True)["input_ids"]
+    rows = [{"messages": said}, {"messages": said[:2]}]
+    source = write(tmp_path, rows)
+    with_answer = load_prompts(tokenizer, write(tmp_path, rows[:1], "one.jsonl"), target="gold")
+    (prompt,) = with_answer.prompts
+    assert list(prompt.ids) == asked and prompt.target == tokenizer("seven")["input_ids"][0]
+    (same,) = load_prompts(tokenizer, source).prompts  # of both rows: without the answer
+    assert list(same.ids) == asked and same.target is None
+    records = load_records(source)
+    assert load_texts(tokenizer, records)[0] == tuple(whole)
+    other = [{"turns": said, "messages": "of another kind"}]
+    file = write(tmp_path, other, "named.jsonl")
+    assert load_records(file, {"messages": "turns"})[0].messages == records[0].messages
+
+
+def test_a_dialogue_that_the_template_refuses_is_named(tmp_path):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    tokenizer = make_tokenizer(tmp_path, strict)
+    said = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    source = write(tmp_path, [{"messages": said}])
+    for read in (
+        lambda: load_prompts(tokenizer, source),
+        lambda: load_texts(tokenizer, load_records(source)),
+    ):
+        with pytest.raises(
+            ValueError, match="questions.jsonl:1: the chat template refuses .* no sys"
+        ):
+            read()
+
+
 def test_few_shot_examples_are_solved_and_never_the_question_itself(tokenizer, tmp_path):
     rows = [QUESTION | {"question": f"Number {i}?", "answer": i % 4} for i in range(6)]
     shots = []
@@ -293,6 +330,16 @@ def test_mmlu_is_drawn_from_the_hub(tokenizer, monkeypatch):
         (QUESTION | {"question": " "}, "`question` must be a text"),
         ({"prompt": 3}, "`prompt` must be a text, got 3"),
         ({"prompt": "x", "target": ""}, "`target` must be a text"),
+        ({"messages": "hello"}, r"`messages` must be a list of .*, got 'hello'"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            r"`messages` must .*got {'from': 'human'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            r"`messages` must be a list of {'role': system \| user \| assistant, 'content': text}",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "`messages` holds nothing that"),
         ({"colour": "red"}, r"needs `question`.*it has \['colour'\]"),
     ],
 )

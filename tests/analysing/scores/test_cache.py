@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from loki_plugin.analysing.calibration.prompts import Calibration, Prompt
 from loki_plugin.analysing.scores.cache import (
     clear,
-    directions,
     entries,
     find_log,
     fingerprint_of,
+    kept,
     open_log,
     prune,
     strangers,
-    use_directions,
+    use,
 )
 from loki_plugin.analysing.scores.log import ScoreLog, fill
 from loki_plugin.cli import loki
@@ -145,19 +145,20 @@ def test_files_of_others_in_our_folders_stay(tmp_path):
     for name in ("notes.txt", "scores.safetensors", "sub/manifest.json"):
         (log.folder / name).parent.mkdir(exist_ok=True)
         (log.folder / name).touch()
-    (tmp_path / "directions").mkdir()
-    (tmp_path / "directions" / f"{'a' * 20}.safetensors").touch()
-    (tmp_path / "directions" / "notes.txt").touch()
+    for place, suffix in KEPT:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{'a' * 20}.{suffix}").touch()
+        (tmp_path / place / "notes.txt").touch()
     assert clear(tmp_path) == ([log.folder.name], [])
     left = [f"{log.folder.name}/{n}" for n in ("notes.txt", "scores.safetensors")]
-    left += [f"{log.folder.name}/sub/manifest.json", "directions/notes.txt"]
+    left += [f"{log.folder.name}/sub/manifest.json", "directions/notes.txt", "texts/notes.txt"]
     assert files(tmp_path) == sorted(left)
 
 
-def protected(folder, key, used, size=10_000):
-    """A file of protected directions; `used` is as in `analysis`."""
-    (folder / "directions").mkdir(exist_ok=True)
-    file = folder / "directions" / f"{key * 20}.safetensors"
+def protected(folder, key, used, size=10_000, place="directions", suffix="safetensors"):
+    """A file of protected directions, or of texts; `used` is as in `analysis`."""
+    (folder / place).mkdir(exist_ok=True)
+    file = folder / place / f"{key * 20}.{suffix}"
     file.write_bytes(bytes(size))
     then = int(time.time()) - used
     os.utime(file, (then, then - 50))
@@ -171,7 +172,7 @@ def test_protected_directions_count_and_go_by_their_last_use_as_analyses_do(tmp_
     made = old.stat().st_mtime_ns
     limit = (size + 20_000) / 1e9
     assert prune(tmp_path, limit, keep="") == []
-    use_directions(old)
+    use(old)
     assert old.stat().st_mtime_ns == made  # its age stays
     assert prune(tmp_path, limit - 1e-9, keep="") == [log.folder.name]
     assert prune(tmp_path, 15_000 / 1e9, keep="b" * 20) == ["a" * 20]
@@ -180,15 +181,23 @@ def test_protected_directions_count_and_go_by_their_last_use_as_analyses_do(tmp_
     assert prune(tmp_path, 1e-9, keep="") == ["b" * 20] and list(tmp_path.iterdir()) == []
 
 
-def test_protected_directions_are_listed_and_cleared_by_their_key(tmp_path):
+KEPT = {("directions", "safetensors"): "protected directions",
+        ("texts", "jsonl"): "texts of the model's own"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "what"), KEPT.items())
+def test_what_is_kept_beside_analyses_is_listed_and_cleared_by_its_key(tmp_path, where, what):
     log = analysis(tmp_path)
-    protected(tmp_path, "a", 100), protected(tmp_path, "b", 1000)
+    place, suffix = where
+    for key, used in (("a", 100), ("b", 1000)):
+        protected(tmp_path, key, used, place=place, suffix=suffix)
     told = run("list", "--dir", tmp_path).output
-    assert f"{'a' * 20}  protected directions, 0.0 MiB" in told and log.folder.name in told
+    assert f"{'a' * 20}  {what}, 0.0 MiB" in told and log.folder.name in told
     result = run("clear", "a" * 20, "--dir", tmp_path)
     assert result.exit_code == 0 and "removed 0 analyses" in result.output
-    assert "removed 1 files of protected directions" in result.output
-    assert [d.key for d in directions(tmp_path)] == ["b" * 20] and log.folder.exists()
+    assert f"removed 1 files of {what}" in result.output
+    assert [(k.place, k.key) for k in kept(tmp_path)] == [(place, "b" * 20)]
+    assert log.folder.exists()
 
 
 def test_an_analysis_that_runs_keeps_its_log(tmp_path):
