@@ -88,6 +88,16 @@ TRIED = {
         "loki_soft99_eighth_q90": "an eighth of the prompts, 90 % of the rows",
         "loki_soft99_text_q90": "the prompts and plain text, 90 % of the rows",
         "loki_soft99_text_q30": "the prompts and plain text, 30 % of the rows",
+        "loki_soft99_written_q90": "the prompts and what the base writes itself, 90 % of the rows",
+    },
+    "an anchor on the prompts and what the base writes itself": {
+        "loki_soft99_written_anchor_q90": "soft inputs that have seen it too, 90 % of the rows",
+        "loki_written_anchor_q90": "without, 90 % of the rows",
+        "loki_written_anchor_q30": "without, 30 % of the rows",
+        "random_written_anchor_q90": "without, 90 % of the rows, random",
+        "lora_written_anchor": "LoRA r16 on all linears",
+        "lora_soft99_written_anchor": "LoRA r16 on all linears, soft inputs that have seen it too",
+        "lora_writtenreplay50": "replayed as half of the data of LoRA r16 instead",
     },
 }
 Runs = list[dict]
@@ -249,7 +259,7 @@ def targets(lines: list[dict], share: float = 0.0) -> list[dict]:
         arms = {x["arm"]: x for x in lines if x["task"] == task and x["forgetting"] is not None}
         plain = [a for a in arms if a.startswith("loki") and not PROTECTED.search(a)]
         ours = [a for a in arms if a.startswith("loki") and PROTECTED.search(a)]
-        others = [a for a in arms if a not in ours and "replay" not in a]
+        others = [a for a in arms if a not in ours and not a.startswith("lora_replay")]
         without = [a for a in others if a.startswith(("random", "protect", "lora"))]
         without = [a for a in without if "protect" in a or "soft" in a]
         foreign = [a for a in others if not re.search("protect|soft", a) and a not in plain]

@@ -14,10 +14,13 @@ SHOWN = {
     "osf": ("OSF", "tab:brown"),
     "lora_anchor": ("LoRA r16 + anchor", "tab:purple"),
     "lora_soft99": ("LoRA r16, soft inputs", "tab:pink"),
+    "lora_written_anchor": ("LoRA r16 + anchor on its own text", "indigo"),
     "random_q30": ("random rows, 30 %", "tab:cyan"),
     "loki_q30": ("LoKI, 30 %", "tab:blue"),
     "loki_soft99_q30": ("LoKI, 30 %, soft inputs", "tab:green"),
     "loki_soft99_q90": ("LoKI, 90 %, soft inputs", "tab:red"),
+    "loki_written_anchor_q90": ("LoKI, 90 % + anchor on its own text", "gold"),
+    "loki_soft99_written_anchor_q90": ("the same, soft inputs", "tab:orange"),
 }
 _PER_LINE = 3
 

@@ -225,7 +225,7 @@ def cache(given: str | None) -> list[Finding]:
         do = "set LOKI_CACHE_DIR, or `loki.cache_dir` in the YAML, to a folder of yours"
         return [Finding("cache", BROKEN, f"{folder} cannot be written: {_short(error)}", do)]
     analyses = entries(folder)
-    size = sum(each.bytes for each in [*analyses, *kept(folder)])
+    size = sum(a.bytes for a in analyses) + sum(k.bytes for k in kept(folder))
     limit = LokiConfig().cache_limit
     said = f"{folder}: {len(analyses)} analyses, {size / 1e9:.2f} GB of {limit:g} GB"
     said += " (loki.cache_limit)"

@@ -10,7 +10,7 @@ import torch
 from helpers.families import tiny
 
 from benchmarks.forgetting import base as bases
-from benchmarks.forgetting import choosing, report, silencing
+from benchmarks.forgetting import choosing, report, silencing, sweep
 from benchmarks.forgetting.arms import ARMS, passes
 from benchmarks.forgetting.building import Context, lora_protected
 from benchmarks.forgetting.measures import flips, kl
@@ -171,6 +171,38 @@ def test_the_base_that_is_kept_is_the_one_of_its_results(tmp_path):
     assert loss == pytest.approx(base.report["loss_on_unseen_sums"], rel=1e-3)
 
 
+def test_what_a_base_writes_is_of_all_kinds_but_not_what_is_measured(tmp_path):
+    """Else an anchor on it would rehearse the examination."""
+    context = Context(bases.load(tmp_path, "brief", 1), 0)
+    texts = [context.base.tokenizer.decode(ids) for ids in context.written]
+    assert 400 < len(texts) <= 512 and len(set(texts)) > 0.95 * len(texts)
+    for sign in ("is a city of", " : the ", " , ", " likes the colour "):
+        assert sum(sign in text for text in texts) > 10, sign
+    measured = [item for items in context.base.world.measured().values() for item in items]
+    asked = [i for i in measured if any(f"{i.prompt} {i.answer}" in text for text in texts)]
+    assert len(measured) == 931 and len(asked) < 10
+    assert context.texts("written") == [*context.prompts, *context.written]
+    assert len(context.texts("eighth")) == -(-len(context.prompts) // 8)
+    people = context.texts("people")
+    assert 0 < len(people) < len(context.prompts) and all(p in context.prompts for p in people)
+
+
+def test_the_anchor_draws_from_the_texts_of_its_arm(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep, "divergence", lambda model, texts: drawn.append(texts) or 0.0)
+
+    class Texts:
+        seed = 0
+
+        def texts(self, of):
+            return [of] * 40
+
+    for arm in ("lora_anchor", "lora_written_anchor"):
+        sweep._anchor(None, ARMS[arm], Texts())(0)
+    assert drawn == [["prompts"] * 16, ["written"] * 16]
+    assert sweep._anchor(None, ARMS["lora_all_r16"], Texts()) is None
+
+
 def test_runs_of_two_bases_never_stand_in_one_file(tmp_path):
     size = {"hidden": 64}
     first = {"size": size, "train_loss": 0.3202, "loss_on_unseen_sums": 0.288}
@@ -284,6 +316,7 @@ def test_fisher_information_is_the_square_of_the_plain_gradient():
 def test_protected_lora_leaves_the_calibration_as_it_is():
     class Known:
         draw, prompts = 0, [[5, 6, 7, 8], [9, 10, 11]]
+        texts = staticmethod(lambda of: Known.prompts)
 
     def said(model, ids):
         with torch.no_grad():

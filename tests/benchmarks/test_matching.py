@@ -33,6 +33,7 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
         line("random_protect_q30", 0.02, 0.01),
         line("full", 0.1, 0.0),
         line("lora_replay1", None),
+        line("lora_replay5", 0.01),  # real data: no rival
     ]
     found = {r["aim"]: r for r in matching.targets(lines)}
     half = found["LoKI without protection forgets at most half of LoRA r16"]
@@ -46,6 +47,8 @@ def test_targets_are_judged_by_the_best_of_each_side_and_by_the_noise():
     every = found["LoKI with its best protection forgets less than every rival"]
     assert (every["ours"], every["rival"]) == ("loki_protect_q30 0.120", "full 0.100")
     assert every["shown"] == "no"
+    own = {r["aim"]: r for r in matching.targets([*lines, line("lora_selfreplay", 0.05)])}
+    assert own[every["aim"]]["rival"] == "lora_selfreplay 0.050"  # needs no data of others
     assert not any("replay" in aim for aim in found)  # it never reached the score
 
 
