@@ -57,6 +57,7 @@ WORDS = {
     "B": "base",
     "T": "out/merged",
     "Qwen/Qwen2.5-0.5B": "base",
+    "Qwen/Qwen2.5-0.5B-Instruct": "base",
     "FILE.h5": "kva_mmlu.h5",
     "outputs/loki/loki_directions.safetensors": "out/loki_directions.safetensors",
     "scores.h5": "kva_mmlu.h5",
@@ -75,6 +76,7 @@ WHOLE = {
     "loki merge": "loki merge config.yaml",
     "loki report": "loki report outputs",
     "loki suppress": "loki suppress base",
+    "loki write": "loki write base --output own.jsonl",
     "loki verify": "loki verify BASE TUNED --rows FILE",
     "loki verify --directions FILE": "loki verify BASE out/merged --rows out/loki_rows.json"
     " --directions out/loki_directions.safetensors",
@@ -280,6 +282,7 @@ SAID = {
     "stability": "two halves:",
     "suppress": "highest by |score|",
     "verify": "OK: ",
+    "write": " dialogues and ",
     "cache": " analyses ",
 }
 

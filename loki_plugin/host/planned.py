@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..choices import SELF
 from ..estimating.base import Stored
 from ..estimating.planned import Planned
 from .sharding import SPREADING
@@ -68,4 +69,9 @@ def not_counted(run: Mapping[str, Any]) -> list[str]:
         found.append(f"rl: {run['rl']}: counted as plain fine-tuning on the same number of tokens")
     if ((run.get("loki") or {}).get("attribution") or {}).get("path") == "sequence":
         found.append("attribution.path: sequence: counted as `token`, which is many times faster")
+    text = ((run.get("loki") or {}).get("protect") or {}).get("text")
+    if text:
+        found.append(f"protect.text: {text}: the anchor is counted with calibration prompts only")
+    if text == SELF:
+        found.append("protect.text: self: the time that the model takes to write is not counted")
     return found

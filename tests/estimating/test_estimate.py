@@ -182,6 +182,14 @@ def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
     assert all(facts["step_seconds"][c] > plain["step_seconds"][c] for c in plain["step_seconds"])
 
 
+def test_what_is_not_known_of_the_texts_is_said(big, tmp_path):
+    for text, told in (("own.txt", 1), ("self", 2)):
+        run = big | {"loki": {"protect": {"anchor": 1.0, "text": text}}}
+        assumed = asked(run, tmp_path, "--json", "--card", "48")["assumed"]
+        said = [line for line in assumed if f"text: {text}: " in line]
+        assert len(said) == told and "with calibration prompts only" in said[0], said
+
+
 def test_a_rows_file_of_an_earlier_run_tells_how_many_train(big, tmp_path):
     """It carries a fingerprint, and an estimate has no weights to hold against it."""
     mark = {"config": "c", "identity": "i", "weights": "w", "quantisation": "none:bfloat16"}
