@@ -20,6 +20,7 @@ from .analysing.calibration.sources import Record, load_records, record_of
 from .analysing.directions import find_directions
 from .analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
 from .args import LokiConfig
+from .choices import TEXT_COUNT, TEXT_TOKENS
 from .directions import FILE_NAME, Directions
 from .inputs import Inputs
 from .model.fingerprint import fingerprint
@@ -50,7 +51,7 @@ def own_texts(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
 
 def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     identity = {
-        "written": [own_text.COUNT, own_text.TOKENS],
+        "written": [TEXT_COUNT, TEXT_TOKENS],
         "fingerprint": fingerprint(model, unchanged=True),
         "turn": own_text.user_turn(tokenizer),
         "template": getattr(tokenizer, "chat_template", None),
@@ -66,7 +67,7 @@ def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
             LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
             use(path)
             return found
-    rows = own_text.write_texts(model, tokenizer, own_text.COUNT, own_text.TOKENS)
+    rows = own_text.write_texts(model, tokenizer, TEXT_COUNT, TEXT_TOKENS)
     try:
         write_text(path, own_text.lines(rows))
         LOG.info("loki: the model wrote %d texts for its protection (%s)", len(rows), path)

@@ -19,24 +19,23 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from .. import ranks
+from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_TOKENS, TextKind
 from ..model.quantised import evaluating
 from .attribution.devices import first_device, give_back, out_of_memory
 from .calibration.prompts import chat
 
 LOG = logging.getLogger("loki_plugin")
-COUNT, TOKENS, BATCH = 512, 128, 64
-KINDS = ("both", "dialogues", "text")
 _WORDS = "WHAT-A-USER-SAYS"  # stands in for them in the chat template
 
 
 def write_texts(
     model: nn.Module,
     tokenizer: Any,
-    count: int = COUNT,
-    tokens: int = TOKENS,
-    kind: str = "both",
+    count: int = TEXT_COUNT,
+    tokens: int = TEXT_TOKENS,
+    kind: TextKind = "both",
     seed: int = 0,
-    batch_size: int = BATCH,
+    batch_size: int = TEXT_BATCH,
 ) -> list[dict[str, Any]]:
     """Let `model` write: `{"messages": [...]}`, what a user says and its answer, `{"text": ...}`.
 
@@ -47,7 +46,7 @@ def write_texts(
         count: dialogues and texts together, half of each; texts only, where the tokenizer has no
             chat template or the template begins no user's turn.
         tokens: at most so many in a text, in a user's words, and in an answer.
-        kind: one of `KINDS`.
+        kind: dialogues, text, or both.
         batch_size: how many are written at once; halved where memory runs out.
 
     Raises:

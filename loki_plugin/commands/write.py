@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_KINDS, TEXT_TOKENS
 from .shared import Answer, Command, make_room
 
 
@@ -17,11 +18,17 @@ from .shared import Answer, Command, make_room
 )
 @click.argument("model")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="a .jsonl file")
-@click.option("--kind", default="both", show_default=True, help="both, dialogues, or text")
-@click.option("--count", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option("--kind", default="both", show_default=True, type=click.Choice(TEXT_KINDS))
+@click.option(
+    "--count",
+    default=TEXT_COUNT,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="dialogues and texts together",
+)
 @click.option(
     "--tokens",
-    default=128,
+    default=TEXT_TOKENS,
     show_default=True,
     type=click.IntRange(min=1),
     help="at most so many in a text, in a user's words, and in an answer",
@@ -29,7 +36,7 @@ from .shared import Answer, Command, make_room
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--batch-size",
-    default=64,
+    default=TEXT_BATCH,
     show_default=True,
     type=click.IntRange(min=1),
     help="how many are written at once; halved where memory runs out",
@@ -45,13 +52,11 @@ def write_command(model, output, kind, count, tokens, seed, batch_size, device, 
     """
     from transformers import AutoTokenizer
 
-    from ..analysing.own_text import KINDS, lines, write_texts
+    from ..analysing.own_text import lines, write_texts
     from ..forgetting import load_model
     from ..model.writing import write_text
 
     file = Path(output)
-    if kind not in KINDS:
-        raise ValueError(f"--kind '{kind}' is unknown; give {', '.join(KINDS)}")
     if file.suffix != ".jsonl":
         raise ValueError(f"--output '{file}' must be a .jsonl file")
     make_room(output)

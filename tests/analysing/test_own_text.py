@@ -205,7 +205,7 @@ def test_the_command_writes_a_file_that_calibration_reads_and_refuses_others(bas
     assert json.loads(found.stdout)["file"] == str(file) and load_records(str(file)) != rows
     for options, message in (
         (["--output", tmp_path / "own.txt"], "own.txt' must be a .jsonl file"),
-        (["--output", file, "--kind", "poems"], "'poems' is unknown; give both, dialogues, text"),
+        (["--output", file, "--kind", "poems"], "is not one of 'both', 'dialogues', 'text'"),
     ):
         result = run(*options)
-        assert result.exit_code == 1 and message in result.output
+        assert result.exit_code and message in result.output
