@@ -46,13 +46,18 @@ def fingerprint(model: nn.Module, block: int = _BLOCK, unchanged: bool = False) 
         any two of the loads in float32, bfloat16 and float16 agree if the checkpoint is stored in
         bfloat16 or float16 (|values| below 65280), and float32 and float16 if it is stored in
         float32. `weights`: checksum over every stored byte, including 4-bit storage and its scales.
+        `packed`, of a quantised model: the same without what `identity` covers, and with a matrix
+        that is not quantised (the head) rounded as in `half`, so that the model agrees with itself
+        after PEFT's `prepare_model_for_kbit_training` has made float32 of the rest.
         `quantisation`: how the weights are stored.
 
     Raises:
         ValueError: a model whose weights are not in this process.
     """
     unpack(model)
-    identity, half, weights = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    quantisation = _quantisation(model)
+    exact = quantisation.startswith("none")
+    identity, half, weights, packed = (hashlib.sha256() for _ in range(4))
     for name, tensor, stored in _tensors(model):
         if stored.is_meta:
             raise ValueError(
@@ -67,12 +72,16 @@ def fingerprint(model: nn.Module, block: int = _BLOCK, unchanged: bool = False) 
         if tensor is not None:
             _update(identity, name, tensor, _BF16, block, unchanged)
             _update(half, name, tensor, _HALF, block, unchanged)
+        elif not exact:
+            plain = name.endswith((".weight", ".bias")) and here.is_floating_point()
+            _update(packed, name, here, _HALF if plain else (), block, unchanged)
     return {
         "config": config_hash(model),
         "identity": identity.hexdigest(),
         "half": half.hexdigest(),
         "weights": weights.hexdigest(),
-        "quantisation": _quantisation(model),
+        **({} if exact else {"packed": packed.hexdigest()}),
+        "quantisation": quantisation,
     }
 
 
@@ -87,8 +96,11 @@ def same_model(made_for: dict[str, str], given: dict[str, str]) -> str | None:
     half = made_for.get("half", "unknown") == given.get("half")  # 0.1.1 did not note it
     if made_for.get("identity") != given["identity"] and not half:
         return "its embeddings or norms have other values"
-    same_storage = made_for.get("quantisation") == given["quantisation"]
-    if same_storage and made_for.get("weights") != given["weights"]:
+    if made_for.get("quantisation") != given["quantisation"]:
+        return None
+    exact = given["quantisation"].startswith("none")
+    packed = not exact and made_for.get("packed", "unknown") == given.get("packed")  # since 0.6.0
+    if made_for.get("weights") != given["weights"] and not packed:
         return "its weights have other values (a fine-tune of the same base?)"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import tiny
+from peft import prepare_model_for_kbit_training
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -12,6 +13,7 @@ from loki_plugin import implant
 from loki_plugin.model import fingerprint as module
 from loki_plugin.model.fingerprint import difference, fingerprint, same_model
 from loki_plugin.model.quantised import quantised_modules, row_scales
+from loki_plugin.rows import RowSelection
 
 
 def test_wrapping_an_adapter_and_training_mode_change_nothing():
@@ -50,6 +52,36 @@ def test_what_loading_and_trainers_change_does_not_count():
     assert fingerprint(model) == before
     model.config.rms_norm_eps = 1e-3
     assert fingerprint(model)["config"] != before["config"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_the_same_after_peft_has_prepared_it(tmp_path, bits):
+    """As scripts do before they implant rows that were found earlier."""
+    tiny("qwen2").to(torch.bfloat16).save_pretrained(tmp_path)  # it has biases
+
+    def load():
+        how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.bfloat16, quantization_config=how
+        )
+
+    before = fingerprint(load())
+    prepared = prepare_model_for_kbit_training(load())
+    assert prepared.lm_head.weight.dtype == prepared.model.norm.weight.dtype == torch.float32
+    after = fingerprint(prepared)
+    assert after["weights"] != before["weights"]
+    assert same_model(before, after) is None and same_model(after, before) is None
+    rows = RowSelection([[1, 2]] * prepared.config.num_hidden_layers, 48, before)
+    implant(prepared, RowSelection.load(rows.save(tmp_path / "rows.json")))
+    old = {k: v for k, v in before.items() if k != "packed"}  # of a version before 0.6.0
+    assert "its weights have other values" in same_model(old, after)
+    other = prepare_model_for_kbit_training(load())
+    with torch.no_grad():
+        other.lm_head.weight[3, 4] += 0.5
+    assert "its weights have other values" in same_model(before, fingerprint(other))
+    other = prepare_model_for_kbit_training(load())
+    other.model.layers[1].mlp.down_proj.weight.data.view(-1)[7] += 1
+    assert "its weights have other values" in same_model(before, fingerprint(other))
 
 
 def test_loads_of_one_checkpoint_in_other_precisions_are_the_same_model(tmp_path):

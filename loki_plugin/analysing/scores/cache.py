@@ -30,8 +30,9 @@ _PLACES = {
 # Raised when the same model, prompts and settings get other scores, not with every release.
 _SCORES, _SCORES_8_BIT = "0.1.1", "0.2.0"
 # What a manifest notes, and what tells no analysis from another: the name that a model was loaded
-# by, and its fingerprint in the other half precision.
-_BESIDE = ("model", "half")
+# by, and what versions after 0.1.1 have added to its fingerprint.
+_ADDED = ("half", "packed")
+_BESIDE = ("model", *_ADDED)
 _KEY = re.compile(r"[0-9a-f]+")
 
 
@@ -88,7 +89,7 @@ def open_log(
         "loki_plugin": _SCORES_8_BIT if eight_bit else _SCORES,
         "model": model,
         "fingerprint": {field: fingerprint[field] for field in FIELDS},
-        "half": fingerprint.get("half"),
+        **{field: fingerprint.get(field) for field in _ADDED},
         "calibration": calibration.hash,
         "settings": settings,
         "num_layers": num_layers,
@@ -100,8 +101,9 @@ def open_log(
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         manifest |= {k: kept[k] for k in _BESIDE if k in kept}
-        if "half" not in kept:  # of a version before 0.5.0
-            del manifest["half"]
+        for field in _ADDED:
+            if field not in kept:  # of an earlier version
+                del manifest[field]
         with suppress(PermissionError):  # another user's
             os.utime(path)  # when it was last used
     return ScoreLog(folder / key, manifest)
@@ -114,8 +116,8 @@ def _key(manifest: dict[str, Any]) -> str:
 
 def fingerprint_of(log: ScoreLog) -> dict[str, str]:
     """The fingerprint of the model that was analysed, as far as its version noted it."""
-    half = log.manifest.get("half")
-    return {**log.manifest["fingerprint"], **({"half": half} if half else {})}
+    added = {field: log.manifest.get(field) for field in _ADDED}
+    return {**log.manifest["fingerprint"], **{k: v for k, v in added.items() if v}}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -121,14 +121,18 @@ def test_another_users_finished_analysis_is_used_and_an_unfinished_one_is_named(
 
 
 def test_rows_from_the_cache_know_the_model_in_the_other_half_precision_too(tmp_path):
-    log = open_log(tmp_path, MARK | {"half": "h"}, CALIBRATION, SETTINGS, 2, 8, "model")
-    assert fingerprint_of(log) == MARK | {"half": "h"}
+    whole = MARK | {"half": "h", "packed": "p"}
+    log = open_log(tmp_path, whole, CALIBRATION, SETTINGS, 2, 8, "model")
+    assert fingerprint_of(log) == whole
     old = analysis(tmp_path / "old")
     manifest = json.loads((old.folder / "manifest.json").read_text())
-    del manifest["half"]  # as before 0.5.0
-    (old.folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1))
-    again = open_log(tmp_path / "old", MARK | {"half": "h"}, CALIBRATION, SETTINGS, 2, 8, "model")
-    assert again.folder == old.folder and fingerprint_of(again) == MARK
+    for since in ("packed", "half"):  # as before 0.6.0, and before 0.5.0
+        del manifest[since], whole[since]
+        (old.folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1))
+        newer = MARK | {"half": None, "packed": "p"}
+        again = open_log(tmp_path / "old", newer, CALIBRATION, SETTINGS, 2, 8, "model")
+        assert again.folder == old.folder and "packed" not in fingerprint_of(again)
+    assert fingerprint_of(again) == MARK == whole
 
 
 def test_a_copied_analysis_under_another_name_is_not_ours_to_delete(tmp_path):
