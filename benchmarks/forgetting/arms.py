@@ -186,6 +186,9 @@ ARMS: dict[str, Arm] = {
     ),
     "loki_written_anchor_q90": _rows(loki(90), anchor=1.0, anchored="written"),
     "loki_written_anchor_q30": _rows(loki(30), anchor=1.0, anchored="written"),
+    "loki_written_anchor_lowrank_q90": _rows(
+        loki(90, rank=16), 5e-4, anchor=1.0, anchored="written"
+    ),
     "random_written_anchor_q90": _rows(loki(90, "random"), anchor=1.0, anchored="written"),
     "lora_written_anchor": Arm(lora(), anchor=1.0, anchored="written"),
     "lora_soft99_written_anchor": Arm(
