@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--size", choices=base.SIZES, default="small")
     parser.add_argument("--arms", help="names, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}; of axolotl: facts")
     parser.add_argument("--minutes", type=float, help="begin no run after that")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--parts", default="", help="folders to join, separated by commas")
@@ -64,7 +64,7 @@ def main() -> None:
         return
     if options.work is None:
         parser.error("--work DIR says where base models are kept; they are trained where missing")
-    if options.base and options.what in ("axolotl", "suppress"):
+    if options.base and options.what == "suppress":
         parser.error(f"{options.what} is told of the first base only; leave --base out")
     known = base.load(options.work, options.size, options.base)
     screen = options.what == "screen"
@@ -75,9 +75,11 @@ def main() -> None:
         silencing.suppress(known, options.output)
         return
     arms = options.arms.split(",") if options.arms else None
-    finalists, tasks = arms or FINALISTS.split(","), options.tasks.split(",")
+    finalists = arms or FINALISTS.split(",")
+    tasks = options.tasks.split(",") if options.tasks else list(TASKS)
     if options.what == "axolotl":
-        through.run_all(known, runs, options.output, options.work)
+        tasks = tasks if options.tasks else ["facts"]
+        through.run_all(known, runs, options.output, options.work, arms or through.ARMS, tasks)
     elif screen:
         runs.run_all(sweep.screening(arms), until)
     elif options.what == "final":

@@ -62,9 +62,7 @@ def write(folder: Path, evidence: Path = EVIDENCE) -> None:
     if noise:
         parts += ["## How much is noise", _NOISE, table([_shown(x) for x in noise])]
     parts += _tries(bases if final else [])
-    checked = read(folder / "forgetting_axolotl.csv")
-    if checked:
-        parts += ["## Through `axolotl train`", _agreement(checked, final)]
+    parts += _through(folder)
     everything = screen + final
     parts += ["## What predicts forgetting", _predictors(everything)]
     silenced = read(folder / "suppress.csv")
@@ -198,27 +196,38 @@ def _shown(line: dict, digits: int = 3) -> dict:
     }
 
 
-def _agreement(checked: Runs, final: Runs) -> str:
-    """The same runs as a user would start them beside those of the sweep."""
+def _through(folder: Path) -> list[str]:
+    """The same runs as a user would start them beside those of the sweep, base by base."""
+    tables = []
+    for file in sorted(folder.glob("forgetting_final*.csv")):
+        kept = about(file)
+        rows = _agreement(read(folder / results("axolotl", kept["base"]["seed"])), read(file))
+        tables += [f"{_title(kept)}:", table([_shown(x) for x in rows])] if rows else []
+    if not tables:
+        return []
+    return [
+        "## Through `axolotl train`",
+        "The sweep trains in one process; here the same arms at one rate run as a YAML through the"
+        " real command, with unpacked batches of as many sequences and Axolotl's own shuffling.",
+        *tables,
+    ]
+
+
+def _agreement(checked: Runs, final: Runs) -> list[dict]:
     rows = []
     for run in checked:
         twin = next((r for r in final if _same(r, run)), None)
         if twin is None:
             continue
-        row = {"arm": run["arm"], "lr": f"{run['lr']:.3g}"}
+        row = {"arm": run["arm"], "task": run["task"], "lr": f"{run['lr']:.3g}"}
         for measure in ("task_score", "retention", "forgetting", "kl_general"):
             row |= {measure: twin[measure], f"{measure}, axolotl": run[measure]}
         rows.append(row)
-    return (
-        "The sweep trains in one process; here the same arms at one rate run as a YAML through the"
-        " real command, with unpacked batches of as many sequences and Axolotl's own shuffling."
-        "\n\n" + (table([_shown(x) for x in rows]) if rows else "The sweep has no such runs yet.")
-    )
+    return rows
 
 
 def _same(run: dict, other: dict) -> bool:
-    same = all(run[k] == other[k] for k in ("arm", "lr", "steps"))
-    return same and run["task"] == "facts" and run["seed"] == 0
+    return run["seed"] == 0 and all(run[k] == other[k] for k in ("arm", "task", "lr", "steps"))
 
 
 def _predictors(runs: Runs) -> str:

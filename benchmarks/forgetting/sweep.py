@@ -34,7 +34,7 @@ _ANCHOR_PROMPTS = 16
 _ROUNDED = 0.006  # losses of a base that are told apart: older files have them rounded
 # The ladder of rates, each twice the one before: `finals` takes the first five; `bracket` begins in
 # their middle, where a task is learned, and may go further.
-_START, _LAST = {"facts": 2, "classes": 2, "calls": 4}, 7
+START, _LAST = {"facts": 2, "classes": 2, "calls": 4}, 7
 _COLLAPSE = 10  # the last one that `climb` tries
 
 
@@ -174,7 +174,7 @@ class Sweep:
         """
         for name in names:
             scores: dict[int, float] = {}
-            step = _START[task]
+            step = START[task]
             while 0 <= step <= _LAST and step not in scores:
                 key = Key(name, task, seed, rate(name, step))
                 self.run_all([key], until)

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from peft import PeftModel
 from benchmarks.forgetting.base import Base, encode
 from benchmarks.forgetting.building import LINEARS
 from benchmarks.forgetting.measures import before, measure
-from benchmarks.forgetting.sweep import ROWS, WIDTH, Key, Sweep, rate
+from benchmarks.forgetting.sweep import ROWS, START, WIDTH, Key, Sweep, rate, results
 from benchmarks.forgetting.tasks import TASKS
 
-FILE = "forgetting_axolotl.csv"
-# Arms that a YAML can say, and the step on their ladder of rates.
+STAGE = "axolotl"
+# Arms that a YAML can say; they run at the rate that `bracket` begins with.
 ARMS: dict[str, dict[str, Any]] = {
     "lora_all_r16": {
         "adapter": "lora",
@@ -37,21 +39,33 @@ ARMS: dict[str, dict[str, Any]] = {
     "loki_soft99_q30": {"loki": {"quota": 30, "protect": {"inputs": 0.99, "soft": True}}},
     "loki_soft99_q90": {"loki": {"quota": 90, "protect": {"inputs": 0.99, "soft": True}}},
     "loki_protect_q30": {"loki": {"quota": 30, "protect": {"inputs": 0.99}}},
-}
-STEP = 2
+    "loki_written_anchor_q90": {
+        "loki": {"quota": 90, "protect": {"anchor": 1.0, "anchor_batch": 16, "text": "self"}}
+    },
+    "loki_soft99_written_anchor_q90": {
+        "loki": {
+            "quota": 90,
+            "protect": {
+                "inputs": 0.99, "soft": True, "anchor": 1.0, "anchor_batch": 16, "text": "self"
+            },
+        }
+    },
+}  # fmt: skip
 
 
-def run_all(base: Base, sweep: Sweep, folder: Path, work: Path) -> None:
-    """One line per arm in `FILE`; arms that are there already are not run again."""
-    path = folder / FILE
+def run_all(
+    base: Base, sweep: Sweep, folder: Path, work: Path, arms: Iterable[str], tasks: Iterable[str]
+) -> None:
+    """One line per arm and task in the stage's file; what is there already is not run again."""
+    path = folder / results(STAGE, base.report["seed"])
     done = []
     if path.is_file():
         with path.open(newline="") as file:
-            done = [row["arm"] for row in csv.DictReader(file)]
-    for arm in ARMS:
-        if arm in done:
+            done = [(row["arm"], row["task"]) for row in csv.DictReader(file)]
+    for arm, task in product(arms, tasks):
+        if (arm, task) in done:
             continue
-        row = _run(arm, base, sweep, work / f"axolotl-{base.folder.name}-{arm}")
+        row = _run(arm, task, base, sweep, work / f"axolotl-{base.folder.name}-{arm}-{task}")
         new = not path.is_file()
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)
@@ -61,8 +75,8 @@ def run_all(base: Base, sweep: Sweep, folder: Path, work: Path) -> None:
         print(row, flush=True)
 
 
-def _run(arm: str, base: Base, sweep: Sweep, work: Path) -> dict:
-    key = Key(arm, "facts", 0, rate(arm, STEP))
+def _run(arm: str, task: str, base: Base, sweep: Sweep, work: Path) -> dict:
+    key = Key(arm, task, 0, rate(arm, START[task]))
     learned, tested = TASKS[key.task](base.world, key.seed, sweep.people)
     work.mkdir(parents=True, exist_ok=True)
     coded = [encode(base.tokenizer, item) for item in learned]
@@ -101,7 +115,7 @@ def _run(arm: str, base: Base, sweep: Sweep, work: Path) -> dict:
     was = before(base.model(), base, {key.task: tested})
     found = measure(model, base, was, key.task, tested)
     kept = ("task_score", "retention", "forgetting", "kl_general", "kl_uncovered")
-    return {"arm": arm, "lr": key.lr, "steps": sweep.steps} | {
+    return {"arm": arm, "task": task, "lr": key.lr, "steps": sweep.steps} | {
         k: float(f"{found[k]:.6g}") for k in kept
     }
 
