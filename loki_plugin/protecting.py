@@ -28,6 +28,7 @@ from .model.loading import is_loaded
 from .model.writing import write_text
 
 LOG = logging.getLogger("loki_plugin")
+_WRITING = 1  # raised when the same model would write other texts
 
 
 def protecting_prompts(tokenizer, config: LokiConfig, inputs: Inputs) -> list[tuple[int, ...]]:
@@ -50,11 +51,14 @@ def own_texts(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
 
 
 def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
+    marks = own_text.Marks.of(model, tokenizer)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     identity = {
-        "written": [TEXT_COUNT, TEXT_TOKENS],
+        "written": [_WRITING, TEXT_COUNT, TEXT_TOKENS],
         "fingerprint": fingerprint(model, unchanged=True),
-        "turn": own_text.user_turn(tokenizer),
         "template": getattr(tokenizer, "chat_template", None),
+        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "marks": [marks.beginning, sorted(marks.ends)],
     }
     folder = cache_folder(config.cache_dir)
     path = kept_file(folder, TEXTS, _key(identity))

@@ -101,3 +101,10 @@ def test_a_models_own_texts_are_written_once_and_again_where_they_are_damaged(
     assert written(model(seed=1)) != first  # another model
     written(model(), make_tokenizer(tmp_path / "plain", None))  # another way to ask
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 3
+    mended = model()
+    mended.generation_config.eos_token_id = 9  # its texts end elsewhere
+    written(mended)
+    other = make_tokenizer(tmp_path / "other", None)
+    other.add_tokens(["answer"])  # the same words in other tokens
+    written(model(), other)
+    assert len(list((tmp_path / "cache" / "texts").iterdir())) == 5

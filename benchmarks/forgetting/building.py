@@ -83,7 +83,7 @@ class Context:
             return [p for p, k in zip(self.prompts, kinds, strict=True) if k == "people"]
         if of == "eighth":
             return self.prompts[::8]
-        return self.prompts + {"prompts": [], "text": self.text, "written": self.written}[of]
+        return self.prompts + ([] if of == "prompts" else getattr(self, of))
 
     @cached_property
     def _directions(self) -> dict:

@@ -208,7 +208,8 @@ def _through(folder: Path) -> list[str]:
     return [
         "## Through `axolotl train`",
         "The sweep trains in one process; here the same arms at one rate run as a YAML through the"
-        " real command, with unpacked batches of as many sequences and Axolotl's own shuffling.",
+        " real command, with unpacked batches of as many sequences and Axolotl's own shuffling."
+        " What the base writes itself has up to 128 tokens there, 40 in the sweep.",
         *tables,
     ]
 

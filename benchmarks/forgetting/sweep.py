@@ -221,9 +221,10 @@ class Sweep:
             self.base.tokenizer.pad_token_id,
             context.draw,
         )
+        extra = _anchor(model, arm, context)
         started = time.perf_counter()
         with PeakMemory(torch.device("cpu")) as memory:
-            losses = fit(model, optimizer, stream, self.steps, extra=_anchor(model, arm, context))
+            losses = fit(model, optimizer, stream, self.steps, extra=extra)
         seconds = time.perf_counter() - started
         found = measure(model, self.base, was, key.task, tested)
         row = {

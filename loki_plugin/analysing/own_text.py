@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +24,57 @@ from .. import ranks
 from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_TOKENS, TextKind
 from ..model.quantised import evaluating
 from .attribution.devices import first_device, give_back, out_of_memory
+from .attribution.quiet import attending
 from .calibration.prompts import chat
 
 LOG = logging.getLogger("loki_plugin")
-_WORDS = "WHAT-A-USER-SAYS"  # stands in for them in the chat template
+# Two users' words that begin and end differently: what stands around them is what they share.
+_WORDS = ("Apples", "zigzag 7")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user's turn in the chat template.
+
+    Attributes:
+        start: token ids before the user's words.
+        marks: added tokens behind them; one of these ends the words.
+        behind: the first line of letters behind them, where no added token stands there; it ends
+            the words too.
+    """
+
+    start: list[int]
+    marks: frozenset[int]
+    behind: str
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Token ids: behind `beginning` a text begins, each of `ends` is no text."""
+
+    beginning: int
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any) -> Marks:
+        """Every special token ends a text, and what the model itself ends with.
+
+        Raises:
+            ValueError: no token begins a text, nor ends the one before.
+        """
+        settings = model.generation_config
+        ends = settings.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        special = [i for i, token in _added(tokenizer).items() if token.special]
+        first = (tokenizer.bos_token_id, settings.bos_token_id, *ends, tokenizer.eos_token_id)
+        beginning = next((i for i in first if i is not None), None)
+        if beginning is None:
+            raise ValueError(
+                "neither tokenizer nor model names a token that begins or ends a text, so the model"
+                " cannot write one; set `bos_token` or `eos_token`"
+            )
+        found = {*special, *tokenizer.all_special_ids, *ends, tokenizer.eos_token_id}
+        return cls(beginning, frozenset(found - {None}))
 
 
 def write_texts(
@@ -36,6 +85,7 @@ def write_texts(
     kind: TextKind = "both",
     seed: int = 0,
     batch_size: int = TEXT_BATCH,
+    finished: bool = False,
 ) -> list[dict[str, Any]]:
     """Let `model` write: `{"messages": [...]}`, what a user says and its answer, `{"text": ...}`.
 
@@ -43,57 +93,66 @@ def write_texts(
     that fewer than `count` may come.
 
     Args:
-        count: dialogues and texts together, half of each; texts only, where the tokenizer has no
-            chat template or the template begins no user's turn.
+        count: dialogues and texts together, half of each; texts only, where `user_turn` is None.
         tokens: at most so many in a text, in a user's words, and in an answer.
         kind: dialogues, text, or both.
         batch_size: how many are written at once; halved where memory runs out.
+        finished: leave out dialogues that `tokens` cut off: who learns from them learns to stop.
 
     Raises:
         ValueError: no token begins a text, or nothing usable was written.
     """
-    turn = None if kind == "text" else user_turn(tokenizer)
+    marks = Marks.of(model, tokenizer)
+    turn = None if kind == "text" else user_turn(model, tokenizer)
     if turn is None and kind == "dialogues":
         raise ValueError(
             "the tokenizer has no chat template that begins a user's turn, so the model cannot"
             " write dialogues; ask for plain text"
         )
     dialogues = 0 if turn is None else count // (1 + (kind == "both"))
-    stop = _ends(model, tokenizer)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     passes = 2 * dialogues + (count - dialogues)
     hidden = not ranks.is_first()
+    found: list[dict[str, Any]] = []
     with (
         torch.random.fork_rng(sorted(devices)),
         evaluating(model),
+        attending(model, "sdpa" if model._supports_sdpa else "eager"),
+        _own_settings(model),
         tqdm(total=passes, desc="loki: the model writes", unit=" texts", disable=hidden) as bar,
     ):
         torch.manual_seed(seed)
 
-        def go_on(starts: Sequence[list[int]]) -> list[list[int]]:
+        def go_on(starts: Sequence[list[int]], stop: frozenset[int]) -> list[list[int]]:
             return _continued(model, starts, tokens, stop, batch_size, bar.update)
 
-        found: list[dict[str, Any]] = []
         if turn is not None:
-            before, behind = turn
-            start = tokenizer(before, add_special_tokens=False)["input_ids"]
-            said = [_words(tokenizer, ids, behind) for ids in go_on([start] * dialogues)]
-            asked = list(dict.fromkeys(filter(None, said)))
+            stop = marks.ends | turn.marks
+            said = go_on([turn.start] * dialogues, stop)
+            if finished:
+                said = [ids for ids in said if ids[-1] in stop or _passed(tokenizer, ids, turn)]
+            asked = list(dict.fromkeys(filter(None, (_words(tokenizer, i, turn) for i in said))))
             bar.update(dialogues - len(asked))
             begun = [chat(tokenizer, [("user", words)], "a text of the model") for words in asked]
-            for words, ids in zip(asked, go_on(begun), strict=True):
-                if answer := _words(tokenizer, ids):
+            for words, ids in zip(asked, go_on(begun, marks.ends), strict=True):
+                answer = _words(tokenizer, ids)
+                if answer and (not finished or ids[-1] in marks.ends):
                     messages = [("user", words), ("assistant", answer)]
                     found.append({"messages": [{"role": r, "content": c} for r, c in messages]})
         if count > dialogues:
-            start = [_beginning(model, tokenizer)]
-            texts = [_words(tokenizer, ids) for ids in go_on([start] * (count - dialogues))]
-            found += [{"text": text} for text in dict.fromkeys(filter(None, texts))]
+            texts = go_on([[marks.beginning]] * (count - dialogues), marks.ends)
+            plain = dict.fromkeys(filter(None, (_words(tokenizer, ids) for ids in texts)))
+            found += [{"text": text} for text in plain]
     give_back()
     if not found:
-        raise ValueError("the model wrote nothing but empty texts; is its tokenizer the right one?")
+        raise ValueError(
+            "the model wrote nothing usable: every text is empty"
+            + (f" or not finished after {tokens} tokens" if finished else "")
+            + "; is its tokenizer the right one?"
+        )
     if len(found) < count:
-        LOG.info("loki: of %d texts %d are empty or repeated", count, count - len(found))
+        why = "empty, repeated or not finished" if finished else "empty or repeated"
+        LOG.info("loki: of %d texts %d are %s", count, count - len(found), why)
     return found
 
 
@@ -102,44 +161,64 @@ def lines(written: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
 
 
-def user_turn(tokenizer: Any) -> tuple[str, str] | None:
-    """What the chat template puts before and behind a user's words; None where it does not tell."""
+def user_turn(model: nn.Module, tokenizer: Any) -> Turn | None:
+    """What the chat template puts around a user's words.
+
+    None where there is no template, or one that puts nothing before them, or that does so with
+    tokens for which the model has no embeddings yet.
+
+    Raises:
+        ValueError: the template refuses a user who speaks first.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    told = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _WORDS}], add_generation_prompt=True, tokenize=False
-    )
-    before, found, behind = told.partition(_WORDS)
-    # A blank belongs to the word that follows it.
-    return (before.rstrip(" "), behind.strip()) if found and before.strip() else None
+    one, other = (chat(tokenizer, [("user", words)], "a user's turn") for words in _WORDS)
+    start, behind = _common(one, other), _common(one[::-1], other[::-1])[::-1]
+    if max(one) >= model.get_input_embeddings().num_embeddings:
+        LOG.warning("loki: the chat template has tokens that are new to the model: it writes plain")
+        return None
+    if not start or len(start) + len(behind) >= len(one):
+        return None
+    added = _added(tokenizer).keys() | set(tokenizer.all_special_ids)
+    first = next((n for n, i in enumerate(behind) if i in added), len(behind))
+    letters = tokenizer.decode(behind[:first]).strip()
+    return Turn(start, frozenset(added & set(behind)), letters.splitlines()[0] if letters else "")
 
 
-def _words(tokenizer: Any, ids: Sequence[int], behind: str = "") -> str:
-    """What was written, up to what ends a user's turn where that is written out."""
-    words = tokenizer.decode(ids, skip_special_tokens=True)
-    return (words.partition(behind.split()[0])[0] if behind else words).strip()
+def _common(one: list[int], other: list[int]) -> list[int]:
+    pairs = zip(one, other, strict=False)
+    return one[: next((n for n, (a, b) in enumerate(pairs) if a != b), len(one))]
 
 
-def _beginning(model: nn.Module, tokenizer: Any) -> int:
-    """The token behind which a text begins: also the one that ended the text before."""
-    settings = model.generation_config
-    ends = settings.eos_token_id
-    last = ends[0] if isinstance(ends, list) else ends
-    for token in (tokenizer.bos_token_id, settings.bos_token_id, last, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError(
-        "neither tokenizer nor model names a token that begins or ends a text, so the model cannot"
-        " write one; set `bos_token` or `eos_token`"
-    )
+def _added(tokenizer: Any) -> Mapping[int, Any]:
+    """Tokens that are no part of the text; tokenizers of mistral-common do not list them."""
+    found = getattr(tokenizer, "added_tokens_decoder", None)
+    return found if isinstance(found, Mapping) else {}
 
 
-def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token that is no text, and what the model itself ends with."""
-    marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = model.generation_config.eos_token_id
-    marks |= set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
-    return sorted(marks - {None})
+def _words(tokenizer: Any, ids: Sequence[int], turn: Turn | None = None) -> str:
+    """What was written; of a user, up to the letters that end a user's turn."""
+    marks = turn.marks if turn else frozenset()
+    words = tokenizer.decode([i for i in ids if i not in marks], skip_special_tokens=True)
+    if turn and turn.behind:
+        words = words.partition(turn.behind)[0]
+    return words.strip()
+
+
+def _passed(tokenizer: Any, ids: Sequence[int], turn: Turn) -> bool:
+    """Whether the user's words end at letters of the template."""
+    return bool(turn.behind) and turn.behind in tokenizer.decode(ids)
+
+
+@contextmanager
+def _own_settings(model: nn.Module) -> Iterator[None]:
+    """Without the model's own settings: they cut its distribution, and fill in what ours leave."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 @torch.no_grad()
@@ -147,11 +226,11 @@ def _continued(
     model: nn.Module,
     starts: Sequence[list[int]],
     tokens: int,
-    stop: list[int],
+    stop: frozenset[int],
     batch_size: int,
     done: Callable[[int], Any],
 ) -> list[list[int]]:
-    """What the model writes behind each start, without the token that ends it."""
+    """What the model writes behind each start, with the token that ends it where one came."""
     written: list[list[int]] = []
     while len(written) < len(starts):
         batch = starts[len(written) : len(written) + batch_size]
@@ -172,10 +251,10 @@ def _continued(
 
 
 def _generate(
-    model: nn.Module, starts: Sequence[list[int]], tokens: int, stop: list[int]
+    model: nn.Module, starts: Sequence[list[int]], tokens: int, stop: frozenset[int]
 ) -> list[list[int]]:
     device, width = first_device(model), max(map(len, starts))
-    pad = stop[0] if stop else 0
+    pad = min(stop, default=0)
     ids = torch.tensor([[pad] * (width - len(s)) + s for s in starts], device=device)
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in starts], device=device)
     settings = GenerationConfig(
@@ -183,13 +262,11 @@ def _generate(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        repetition_penalty=1.0,
         max_new_tokens=tokens,
-        eos_token_id=stop or None,
+        eos_token_id=sorted(stop) or None,
         pad_token_id=pad,
         use_cache=True,
     )
     said = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    ends = set(stop)
     new = said[:, width:].tolist()
-    return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+    return [row[: next((n + 1 for n, i in enumerate(row) if i in stop), len(row))] for row in new]

@@ -14,7 +14,7 @@ from .shared import Answer, Command, make_room
     "write",
     cls=Command,
     example="loki write Qwen/Qwen2.5-0.5B-Instruct --output own.jsonl\n"
-    "loki write ./base --output replay.jsonl --kind dialogues --count 2000",
+    "loki write ./base --output replay.jsonl --kind dialogues --tokens 1024",
 )
 @click.argument("model")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="a .jsonl file")
@@ -48,7 +48,8 @@ def write_command(model, output, kind, count, tokens, seed, batch_size, device, 
 
     MODEL is a folder or a hub id. The file is for `protect.text` (where `self` does the same inside
     a run, with the run's own quantised base), for `calibration.source`, or, of `--kind dialogues`,
-    an Axolotl data set of `type: chat_template` that replays what the model knew.
+    an Axolotl data set of `type: chat_template` that replays what the model knew: there dialogues
+    that are not finished within --tokens are left out.
     """
     from transformers import AutoTokenizer
 
@@ -60,8 +61,10 @@ def write_command(model, output, kind, count, tokens, seed, batch_size, device, 
     if file.suffix != ".jsonl":
         raise ValueError(f"--output '{file}' must be a .jsonl file")
     make_room(output)
-    loaded, tokenizer = load_model(model, None, device, dtype), AutoTokenizer.from_pretrained(model)
-    found = write_texts(loaded, tokenizer, count, tokens, kind, seed, batch_size)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = load_model(model, None, device, dtype)
+    learned = kind == "dialogues"
+    found = write_texts(loaded, tokenizer, count, tokens, kind, seed, batch_size, finished=learned)
     write_text(file, lines(found))
     dialogues = sum("messages" in row for row in found)
     told = f"{dialogues} dialogues and {len(found) - dialogues} texts in {file}"

@@ -49,6 +49,7 @@ class Run:
     @classmethod
     def start(cls, cfg, model, files: Files) -> Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
+        from ..analysing.own_text import Marks, user_turn
         from ..forgetting import load_questions
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
@@ -64,6 +65,9 @@ class Run:
             check_base(cfg, downloaded=True)
         check_adaptable(find_anatomy(model), model)
         tokenizer = calibration_tokenizer(cfg, model, files)
+        if files.config.protect.text == SELF:  # what it cannot write is known before the analysis
+            Marks.of(model, tokenizer)
+            user_turn(model, tokenizer)
         started = time.perf_counter()
         if files.rows is None:
             selection = choose_rows(model, tokenizer, files.config, files.inputs)
@@ -103,6 +107,8 @@ class Run:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
                 self.told.append(("texts", f"the model wrote {len(inputs.texts)} by itself"))
             prompts = protecting_prompts(tokenizer, self.config, inputs)
+            # Letters that the model wrote may be one token that the YAML adds.
+            prompts = [p for p in prompts if max(p) < self.tokens]
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:

@@ -73,8 +73,13 @@ def fingerprint(model: nn.Module, block: int = _BLOCK, unchanged: bool = False) 
             _update(identity, name, tensor, _BF16, block, unchanged)
             _update(half, name, tensor, _HALF, block, unchanged)
         elif not exact:
-            plain = name.endswith((".weight", ".bias")) and here.is_floating_point()
-            _update(packed, name, here, _HALF if plain else (), block, unchanged)
+            # The head, say. 4-bit storage may be of a floating dtype too.
+            plain = (
+                here.is_floating_point()
+                and name.endswith((".weight", ".bias"))
+                and getattr(stored, "quant_state", None) is None
+            )
+            _update(packed, name, here, _HALF if plain else (), block, unchanged or not plain)
     return {
         "config": config_hash(model),
         "identity": identity.hexdigest(),

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers.runs import model
 from helpers.tokenizers import CHATML, make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.analysing import own_text
 from loki_plugin.analysing.calibration.prompts import load_texts
 from loki_plugin.analysing.calibration.sources import load_records, record_of
-from loki_plugin.analysing.own_text import user_turn, write_texts
+from loki_plugin.analysing.own_text import Marks, Turn, user_turn, write_texts
 from loki_plugin.cli import loki
 from loki_plugin.model.fingerprint import fingerprint
+from loki_plugin.model.quantised import quantised_modules
 
-SAID = [("say the number", "the answer, please"), ("and the number", "say and say")]
+SAID = [
+    ("say the number", "the answer, please, and say the number"),
+    ("and the number", "say and say"),
+]
 DIALOGUES = [[{"role": "user", "content": u}, {"role": "assistant", "content": a}] for u, a in SAID]
 TEXTS = ["please say the answer and the number", "the number and the answer"]
 ANSWERS = dict(SAID)
@@ -47,7 +52,7 @@ def learned(tokenizer):
     ids = [tokenizer.apply_chat_template(d)["input_ids"] for d in DIALOGUES]
     ids += [tokenizer("<s>" + t + "<|im_end|>")["input_ids"] for t in TEXTS]
     optimizer = torch.optim.AdamW(llama.parameters(), 5e-3)
-    for _ in range(120):
+    for _ in range(250):
         loss = sum(llama(input_ids=i, labels=i).loss for i in map(torch.tensor, [[x] for x in ids]))
         loss.backward()
         optimizer.step()
@@ -73,10 +78,26 @@ def test_padding_changes_nothing(learned, tokenizer):
         tokenizer.apply_chat_template(d[:1], add_generation_prompt=True)["input_ids"]
         for d in [*DIALOGUES, [{"role": "user", "content": "say the number and the number"}]]
     ]
-    stop = own_text._ends(learned, tokenizer)
+    stop = Marks.of(learned, tokenizer).ends
     together = own_text._continued(learned, starts, 24, stop, 3, lambda n: None)
     assert len({len(s) for s in starts}) > 1
-    assert [tokenizer.decode(t) for t in together[:2]] == list(ANSWERS.values())
+    assert [own_text._words(tokenizer, t) for t in together[:2]] == list(ANSWERS.values())
+    assert all(ids[-1] in stop and not {*ids[:-1]} & stop for ids in together)
+
+
+def test_who_learns_from_them_gets_no_dialogues_that_were_cut_off(learned, tokenizer):
+    def answers(tokens, **how):
+        written = write_texts(learned, tokenizer, 30, tokens, kind="dialogues", **how)
+        return {row["messages"][1]["content"] for row in written}
+
+    sizes = {a: max(len(tokenizer(x)["input_ids"]) for x in (u, a)) for u, a in SAID}
+    (short, few), (long, many) = sorted(sizes.items(), key=lambda pair: pair[1])
+    assert few < many
+    assert {short, long} <= answers(many) & answers(many + 1, finished=True)
+    found = answers(many, finished=True)  # no room for the token that ends it
+    assert short in found and long not in found
+    with pytest.raises(ValueError, match="is empty or not finished after 1 tokens"):
+        write_texts(learned, tokenizer, 9, 1, kind="dialogues", finished=True)
 
 
 def test_the_same_seed_writes_the_same_and_nothing_is_left_changed(tokenizer):
@@ -109,36 +130,124 @@ def test_a_quantised_base_writes_and_keeps_every_byte(base, tokenizer, bits):
     quantised = AutoModelForCausalLM.from_pretrained(base, quantization_config=how).eval()
     mark = fingerprint(quantised)
     assert write_texts(quantised, tokenizer, 6, 5)
+    states = [getattr(m.weight, "quant_state", None) for m in quantised_modules(quantised)]
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
     assert fingerprint(quantised) == mark
 
 
+def test_neither_settings_nor_attention_of_the_model_have_a_say(tokenizer):
+    llama = model()
+    llama.config._attn_implementation_internal = "eager"
+    plain = write_texts(llama, tokenizer, 8, 6)
+    own = GenerationConfig(
+        min_p=0.9, no_repeat_ngram_size=1, stop_strings=["e"], num_beams=3, max_length=7
+    )
+    llama.generation_config = own
+    seen = []
+    hook = llama.register_forward_pre_hook(lambda m, _: seen.append(m.config._attn_implementation))
+    assert write_texts(llama, tokenizer, 8, 6) == plain
+    hook.remove()
+    assert llama.generation_config is own and llama.config._attn_implementation == "eager"
+    assert set(seen) == {"sdpa"}
+
+
+# The template, what stands before a user's words, which marks and letters end them.
 TEMPLATES = {
-    "chatml": (CHATML, ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant")),
+    "chatml": (CHATML, "<|im_start|>user\n", {"<|im_start|>", "<|im_end|>"}, ""),
     "llama2": (
         "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
-        ("<s>[INST]", "[/INST]"),
+        "<s>[INST]",
+        set(),
+        "[/INST]",
     ),
     "system": (
         "<s>You are helpful.\n{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}\n"
-        "{% endfor %}",
-        ("<s>You are helpful.\n[user]", ""),
+        "{% endfor %}{% if add_generation_prompt %}### Response:\n- {% endif %}",
+        "<s>You are helpful.\n[user]",
+        set(),
+        "### Response:",
     ),
-    "none": (None, None),
-    "other words": ("<s>{% for m in messages %}{{ m.content | lower }}{% endfor %}", None),
-    "bare": ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
-}
+    "thinks": (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt"
+        " %}<|im_end|><think>\n{% if not enable_thinking %}\n</think>{% endif %}{% endif %}",
+        "<|im_start|>",
+        {"<|im_end|>"},
+        "",
+    ),
+    "small letters": (
+        "<s>{% for m in messages %}{{ m.content | lower }}{% endfor %}", "<s>", set(), ""
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("template", "turn"), TEMPLATES.values(), ids=TEMPLATES)
-def test_what_stands_around_a_users_words(tmp_path, template, turn):
-    assert user_turn(make_tokenizer(tmp_path, template)) == turn
+@pytest.mark.parametrize(
+    ("template", "before", "marks", "letters"), TEMPLATES.values(), ids=TEMPLATES
+)
+def test_what_stands_around_a_users_words(tmp_path, template, before, marks, letters):
+    tokenizer = make_tokenizer(tmp_path, template)
+    turn = user_turn(model(), tokenizer)
+    assert tokenizer.decode(turn.start).rstrip() == before.rstrip()
+    assert set(tokenizer.convert_ids_to_tokens(turn.marks)) == marks
+    assert turn.behind == letters
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "seven"}])["input_ids"]
+    assert said[: len(turn.start)] == turn.start
 
 
-def test_words_end_where_the_template_ends_them_in_plain_letters(tmp_path):
-    tokenizer = make_tokenizer(tmp_path, TEMPLATES["llama2"][0])
+@pytest.mark.parametrize(
+    "template",
+    [None, "{% for m in messages %}{{ m.content }}{% endfor %}", "<s>always the same"],
+    ids=["none", "bare", "same"],
+)
+def test_a_template_that_begins_no_users_turn(tmp_path, template):
+    assert user_turn(model(), make_tokenizer(tmp_path, template)) is None
+
+
+def test_a_template_with_tokens_new_to_the_model_begins_none(tmp_path, our_log):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(400)] + ["<says>"])
+    tokenizer.chat_template = "{% for m in messages %}<s><says>{{ m.content }}{% endfor %}"
+    assert user_turn(model(), tokenizer) is None and "new to the model" in our_log.text
+    with pytest.raises(ValueError, match="a user's turn: the chat template refuses"):
+        tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
+        user_turn(model(), tokenizer)
+
+
+def test_words_end_where_the_template_ends_them(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<says>"])  # no special token
     ids = tokenizer(" say the number [/INST] 7")["input_ids"]
-    assert own_text._words(tokenizer, ids, "[/INST]") == "say the number"
+    turn = Turn([1], frozenset(), "[/INST]")
+    assert own_text._words(tokenizer, ids, turn) == "say the number"
+    assert own_text._passed(tokenizer, ids, turn)
+    assert not own_text._passed(tokenizer, ids[:5], turn)
+    marked = [*tokenizer("say")["input_ids"], tokenizer.convert_tokens_to_ids("<says>")]
+    assert own_text._words(tokenizer, marked, Turn([1], frozenset(marked[-1:]), "")) == "say"
+
+
+def test_tokenizers_of_mistral_common_write_too(tmp_path):
+    """They are what transformers takes for a folder with their vocabulary, and list no tokens."""
+    import mistral_common
+    from transformers import MistralCommonBackend
+
+    data = Path(mistral_common.__file__).parent / "data"
+    (tmp_path / "tekken.json").write_bytes((data / "tekken_240911.json").read_bytes())
+    tokenizer = MistralCommonBackend.from_pretrained(tmp_path)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            vocab_size=len(tokenizer.get_vocab()),
+        )
+    )
+    turn = user_turn(llama, tokenizer)
+    if turn is not None:
+        said = tokenizer.apply_chat_template([{"role": "user", "content": "seven"}])["input_ids"]
+        assert said[: len(turn.start)] == turn.start
+    assert tokenizer.bos_token_id == Marks.of(llama, tokenizer).beginning
+    assert write_texts(llama, tokenizer, 4, 5)
 
 
 def test_without_a_users_turn_all_is_plain_text_and_dialogues_are_refused(tmp_path):
@@ -150,14 +259,14 @@ def test_without_a_users_turn_all_is_plain_text_and_dialogues_are_refused(tmp_pa
 
 def test_a_text_begins_behind_the_token_that_ends_one_where_none_begins_one(tmp_path):
     tokenizer, llama = make_tokenizer(tmp_path), model()
-    assert own_text._beginning(llama, tokenizer) == tokenizer.bos_token_id
+    assert Marks.of(llama, tokenizer).beginning == tokenizer.bos_token_id
     tokenizer.bos_token = None
     llama.generation_config.bos_token_id = None
     llama.generation_config.eos_token_id = [7, 8]
-    assert own_text._beginning(llama, tokenizer) == 7
-    assert {7, 8} <= set(own_text._ends(llama, tokenizer))
+    assert Marks.of(llama, tokenizer).beginning == 7
+    assert {7, 8} <= Marks.of(llama, tokenizer).ends
     llama.generation_config.eos_token_id = None
-    assert own_text._beginning(llama, tokenizer) == tokenizer.eos_token_id
+    assert Marks.of(llama, tokenizer).beginning == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="names a token that begins or ends a text"):
         write_texts(llama, tokenizer, 6, 5)
@@ -176,17 +285,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(tokenizer, monk
     monkeypatch.setattr(own_text, "_generate", small)
     starts = [[tokenizer.bos_token_id]] * 7
     with our_log.at_level("INFO", "loki_plugin"):
-        written = own_text._continued(llama, starts, 4, [], 64, lambda n: None)
+        written = own_text._continued(llama, starts, 4, frozenset(), 64, lambda n: None)
     assert len(written) == 7 and sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert "going on with 1 texts at once" in our_log.text
     monkeypatch.setattr(own_text, "_generate", lambda *a: (_ for _ in ()).throw(RuntimeError("x")))
     with pytest.raises(RuntimeError, match="x"):
-        own_text._continued(llama, starts, 4, [], 64, lambda n: None)
+        own_text._continued(llama, starts, 4, frozenset(), 64, lambda n: None)
 
 
 def test_a_model_that_writes_nothing_is_told(tokenizer, monkeypatch):
     monkeypatch.setattr(own_text, "_generate", lambda model, starts, *rest: [[]] * len(starts))
-    with pytest.raises(ValueError, match="wrote nothing but empty texts"):
+    with pytest.raises(ValueError, match="wrote nothing usable: every text is empty; is"):
         write_texts(model(), tokenizer, 6, 5)
 
 

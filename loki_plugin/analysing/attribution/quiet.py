@@ -23,8 +23,7 @@ def quiet(model: nn.Module) -> Iterator[OwnAttention]:
     """
     training = {id(m) for m in model.modules() if m.training}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
-    found = [(c, c._attn_implementation_internal) for c in configs.values()]
+    found = attention_settings(model)
     unpack(model)
 
     @contextmanager
@@ -53,6 +52,23 @@ def quiet(model: nn.Module) -> Iterator[OwnAttention]:
             parameter.requires_grad_(True)
         for module in model.modules():
             module.training = id(module) in training
+
+
+@contextmanager
+def attending(model: nn.Module, implementation: str) -> Iterator[None]:
+    """For the duration the model attends by that entry of transformers' attention interface."""
+    found = attention_settings(model)
+    try:
+        _set_attention([(config, implementation) for config, _ in found])
+        yield
+    finally:
+        _set_attention(found)
+
+
+def attention_settings(model: nn.Module) -> list[tuple[Any, str | None]]:
+    """The configurations that say how the model attends, and what they say."""
+    configs = {id(m.config): m.config for m in model.modules() if _has_attention_setting(m)}
+    return [(c, c._attn_implementation_internal) for c in configs.values()]
 
 
 def implementation(model: nn.Module) -> str:

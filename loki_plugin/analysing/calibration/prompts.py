@@ -256,7 +256,7 @@ def _with_answer(tokenizer, messages, answer: str, where: str):
             return ids, joined[len(ids)]
     added = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not added:
-        raise ValueError(f"the target {answer!r} has no token")
+        raise ValueError(f"{where}: the target {answer!r} has no token")
     return ids, added[0]
 
 
