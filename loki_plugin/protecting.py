@@ -31,12 +31,23 @@ LOG = logging.getLogger("loki_plugin")
 _WRITING = 1  # raised when the same model would write other texts
 
 
-def protecting_prompts(tokenizer, config: LokiConfig, inputs: Inputs) -> list[tuple[int, ...]]:
-    """Token ids of the calibration prompts and of `protect.text`, distinct ones once, in order."""
+def protecting_prompts(
+    tokenizer, config: LokiConfig, inputs: Inputs, known: int | None = None
+) -> list[tuple[int, ...]]:
+    """Token ids of the calibration prompts and of `protect.text`, distinct ones once, in order.
+
+    Args:
+        known: how many tokens the model has embeddings for; prompts with others are left out, for
+            letters that the model has written may be one token that the YAML adds.
+    """
     settings = config.calibration.model_dump()
     found = load_prompts(tokenizer, **settings, records=inputs.records).prompts
     prompts = [p.ids for p in found] + load_texts(tokenizer, inputs.texts)
-    return list(dict.fromkeys(prompts))
+    distinct = list(dict.fromkeys(prompts))
+    kept = [p for p in distinct if known is None or max(p) < known]
+    if len(kept) < len(distinct):
+        LOG.info("loki: %d texts with new tokens left out", len(distinct) - len(kept))
+    return kept
 
 
 def own_texts(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.runs import configure, model
 from helpers.tokenizers import make_tokenizer
 
+from loki_plugin.analysing.calibration.sources import record_of
 from loki_plugin.directions import Directions
+from loki_plugin.inputs import Inputs
 from loki_plugin.model import fingerprint as module
-from loki_plugin.protecting import choose_directions, own_texts
+from loki_plugin.protecting import choose_directions, own_texts, protecting_prompts
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
 
@@ -108,3 +112,17 @@ def test_a_models_own_texts_are_written_once_and_again_where_they_are_damaged(
     other.add_tokens(["answer"])  # the same words in other tokens
     written(model(), other)
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 5
+
+
+def test_texts_with_tokens_that_the_model_does_not_know_are_left_out(tmp_path, our_log):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    known = max(tokenizer.get_vocab().values()) + 1
+    tokenizer.add_tokens(["<think>"])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say"}\n')
+    config = configure(str(tmp_path / "prompts.jsonl"), tmp_path, protect={"anchor": 1.0})
+    written = [record_of({"text": text}, "here") for text in ("the number", "a <think> b")]
+    inputs = replace(Inputs.read(config), texts=written)
+    everything = protecting_prompts(tokenizer, config, inputs)
+    with our_log.at_level("INFO", "loki_plugin"):
+        assert protecting_prompts(tokenizer, config, inputs, known) == everything[:2]
+    assert len(everything) == 3 and "1 texts with new tokens left out" in our_log.text

@@ -106,9 +106,7 @@ class Run:
             if settings.text == SELF:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
                 self.told.append(("texts", f"the model wrote {len(inputs.texts)} by itself"))
-            prompts = protecting_prompts(tokenizer, self.config, inputs)
-            # Letters that the model wrote may be one token that the YAML adds.
-            prompts = [p for p in prompts if max(p) < self.tokens]
+            prompts = protecting_prompts(tokenizer, self.config, inputs, self.tokens)
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:
