@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from .model.loading import is_loaded
 from .model.writing import write_text
 
 LOG = logging.getLogger("loki_plugin")
+T = TypeVar("T")
 _WRITING = 1  # raised when the same model would write other texts
 
 
@@ -61,6 +62,12 @@ def own_texts(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     return ranks.broadcast(*_by_one(model, lambda: _write(model, tokenizer, config)))
 
 
+def told_of(texts: Sequence[Record]) -> str:
+    """What the model wrote, in one line; without dialogues where its template begins no turn."""
+    dialogues = sum(t.messages is not None for t in texts)
+    return f"the model wrote {dialogues} dialogues and {len(texts) - dialogues} plain texts"
+
+
 def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     marks = own_text.Marks.of(model, tokenizer)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -73,15 +80,10 @@ def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     }
     folder = cache_folder(config.cache_dir)
     path = kept_file(folder, TEXTS, _key(identity))
-    if path.exists():
-        try:
-            found = load_records(str(path))
-        except ValueError as error:
-            LOG.warning("loki: %s; the model writes its texts again", error)
-        else:
-            LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
-            use(path)
-            return found
+    kept = _kept(path, lambda: load_records(str(path)), "the model writes its texts again")
+    if kept is not None:
+        LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
+        return kept
     rows = own_text.write_texts(model, tokenizer, TEXT_COUNT, TEXT_TOKENS)
     try:
         write_text(path, own_text.lines(rows))
@@ -100,6 +102,19 @@ def _by_one(model: nn.Module, work: Callable[[], Any]) -> tuple[Any, int]:
     first = loaded.index(True)  # sharded training loads the weights of one rank only
     with ranks.together():
         return (work() if ranks.current() == first else None), first
+
+
+def _kept(path: Path, read: Callable[[], T], otherwise: str) -> T | None:
+    """What the cache keeps at `path`; None where it keeps nothing, or something damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = read()
+    except ValueError as error:
+        LOG.warning("loki: %s; %s", error, otherwise)
+        return None
+    use(path)
+    return found
 
 
 def _key(identity: dict[str, Any]) -> str:
@@ -175,15 +190,10 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
     }
     folder = cache_folder(config.cache_dir)
     path = kept_file(folder, DIRECTIONS, _key(identity))
-    if path.exists():
-        try:
-            kept = Directions.load(path)
-        except ValueError as error:
-            LOG.warning("loki: %s; they will be found again", error)
-        else:
-            LOG.info("loki: protected directions found in the cache (%s)", path)
-            use(path)
-            return kept
+    kept = _kept(path, lambda: Directions.load(path), "they will be found again")
+    if kept is not None:
+        LOG.info("loki: protected directions found in the cache (%s)", path)
+        return kept
     started = time.perf_counter()
     found = find_directions(
         model, prompts, settings["inputs"], settings["directions"], True, settings["soft"]

@@ -185,7 +185,6 @@ ARMS: dict[str, Arm] = {
         loki(90, protect=0.99, of="written", soft=True), anchor=1.0, anchored="written"
     ),
     "loki_written_anchor_q90": _rows(loki(90), anchor=1.0, anchored="written"),
-    "loki_written_anchor_q30": _rows(loki(30), anchor=1.0, anchored="written"),
     "loki_written_anchor_lowrank_q90": _rows(
         loki(90, rank=16), 5e-4, anchor=1.0, anchored="written"
     ),

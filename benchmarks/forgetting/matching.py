@@ -93,7 +93,6 @@ TRIED = {
     "an anchor on the prompts and what the base writes itself": {
         "loki_soft99_written_anchor_q90": "soft inputs that have seen it too, 90 % of the rows",
         "loki_written_anchor_q90": "without, 90 % of the rows",
-        "loki_written_anchor_q30": "without, 30 % of the rows",
         "loki_written_anchor_lowrank_q90": "without, 90 % of the rows, rank 16",
         "random_written_anchor_q90": "without, 90 % of the rows, random",
         "lora_written_anchor": "LoRA r16 on all linears",

@@ -96,6 +96,7 @@ class Run:
             own_texts,
             protecting_prompts,
             report,
+            told_of,
         )
 
         settings = self.config.protect
@@ -105,7 +106,7 @@ class Run:
             inputs = files.inputs
             if settings.text == SELF:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
-                self.told.append(("texts", f"the model wrote {len(inputs.texts)} by itself"))
+                self.told.append(("texts", told_of(inputs.texts)))
             prompts = protecting_prompts(tokenizer, self.config, inputs, self.tokens)
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)

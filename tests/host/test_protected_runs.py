@@ -135,7 +135,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(run_config, train, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
 def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on(
-    run_config, train, tmp_path, four_bit, monkeypatch
+    run_config, train, tmp_path, four_bit, monkeypatch, our_log
 ):
     monkeypatch.setattr("loki_plugin.protecting.TEXT_COUNT", 12)
     monkeypatch.setattr("loki_plugin.protecting.TEXT_TOKENS", 16)
@@ -149,6 +149,8 @@ def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on
     (file,) = (tmp_path / "cache" / "texts").iterdir()
     own = len(file.read_text().splitlines())
     assert 6 < own <= 12 and report["verified"]
+    dialogues = sum('"messages"' in line for line in file.read_text().splitlines())
+    assert f"wrote {dialogues} dialogues and {own - dialogues} plain texts" in our_log.text
     assert report["protection"]["text"] == "self" and report["protection"]["prompts"] == 8 + own
     again = run_config | {
         "resume_from_checkpoint": str(out / "checkpoint-3"),

@@ -169,6 +169,11 @@ def record_of(row: dict[str, Any], where: str, columns: dict[str, str] | None = 
                 )
             return Record(where, subject, target=target, **{key: row[key]})
     if row.get("messages") is not None:
+        if row.get("target") is not None:
+            raise ValueError(
+                f"{where}: `target` is what follows a `prompt`; of `messages` it is what the"
+                " assistant says last. Leave `target` out"
+            )
         return Record(where, subject, messages=_messages(row["messages"], where))
     raise ValueError(
         f"{where}: needs `question`, `choices`, `answer`, or `prompt`, `text` or `messages`; it has"

@@ -339,6 +339,10 @@ def test_mmlu_is_drawn_from_the_hub(tokenizer, monkeypatch):
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             r"`messages` must be a list of {'role': system \| user \| assistant, 'content': text}",
         ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "target": "y"},
+            "`target` is what follows a `prompt`; of `messages` it is",
+        ),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "`messages` holds nothing that"),
         ({"colour": "red"}, r"needs `question`.*it has \['colour'\]"),
     ],
