@@ -6,6 +6,7 @@
     python -m benchmarks.forgetting climb --size small --work DIR     # ... and up to the collapse
     python -m benchmarks.forgetting axolotl --size small --work DIR   # through `axolotl train`
     python -m benchmarks.forgetting suppress --size small --work DIR  # do the scores mean anything?
+    python -m benchmarks.forgetting written --size small --work DIR   # what does the base write?
     python -m benchmarks.forgetting join --parts A,B                  # files of several processes
     python -m benchmarks.forgetting report                            # figures, docs/evidence.md
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.forgetting import base, matching, report, silencing, sweep, through
+from benchmarks.forgetting import base, matching, overlap, report, silencing, sweep, through
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.writer import RESULTS
 
@@ -38,7 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "what",
-        choices=("screen", "final", "bracket", "climb", "axolotl", "suppress", "join", "report"),
+        choices=(
+            *("screen", "final", "bracket", "climb", "axolotl", "suppress", "written"),
+            *("join", "report"),
+        ),
     )
     parser.add_argument("--work", type=Path, help="where base models are kept")
     parser.add_argument("--base", type=int, default=0, help="seed of the world and of its base")
@@ -67,6 +71,9 @@ def main() -> None:
     if options.base and options.what == "suppress":
         parser.error(f"{options.what} is told of the first base only; leave --base out")
     known = base.load(options.work, options.size, options.base)
+    if options.what == "written":
+        overlap.write(known, options.output)
+        return
     screen = options.what == "screen"
     stage = "screen" if screen else "reported" if options.size == "reported" else "final"
     file = options.output / sweep.results(stage, options.base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.forgetting import overlap
 from benchmarks.forgetting.matching import (
     MATCHED,
     SCREENED,
@@ -39,7 +40,7 @@ def write(folder: Path, evidence: Path = EVIDENCE) -> None:
     files = [f for s in ("final", "reported") for f in sorted(folder.glob(f"forgetting_{s}*.csv"))]
     others = [(about(f), read(f)) for f in files if f not in own]
     bases = [(_title(first), final or screen), *((_title(kept), runs) for kept, runs in others)]
-    parts = [_head(first)]
+    parts = [_head(first) + _written(read(folder / overlap.FILE))]
     columns = {
         f"{title}: {task}": [r for r in runs if r["task"] == task]
         for title, runs in bases
@@ -158,13 +159,25 @@ def _head(kept: dict) -> str:
         f" `benchmarks/results/forgetting_*.csv`. {kept['machine']}.\n\n"
         f"{_base(kept['base'])} Calibration, anchors and protected inputs see half of the"
         " items of four kinds (people, arithmetic, opposites, instructions); measured are the other"
-        " half and three kinds that no calibration covers (places, grammar, sequences). Arms called"
-        " *written* also see up to 512 texts that the base wrote by itself (`protect.text: self`):"
-        " these are of all kinds, but of the measured questions hardly one stands in them (2 of 931"
-        " on the small base of world 1, none of 1,481 on the larger one).\n\n"
+        " half and three kinds that no calibration covers (places, grammar, sequences).\n\n"
         "*retention*: share of what the base answered right that is still right; *forgetting*: rise"
         " of the answers' cross-entropy; both are means over the seven kinds, *uncovered* over the"
         " three. KL is forward KL(base || tuned) at the answers' positions."
+    )
+
+
+def _written(found: Runs) -> str:
+    if not found:
+        return ""
+    told = "; ".join(
+        f"{r['standing']:.0f} of {r['measured']:.0f} in {r['texts']:.0f} texts"
+        f" ({r['parameters'] / 1e6:.1f} M, world {r['base']:.0f})"
+        for r in found
+    )
+    return (
+        "\n\nArms called *written* also see what the base writes by itself (`protect.text: self`),"
+        " which is of all kinds. Measured questions that stand there with their answers, seed 0:"
+        f" {told}."
     )
 
 

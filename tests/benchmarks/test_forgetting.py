@@ -10,7 +10,7 @@ import torch
 from helpers.families import tiny
 
 from benchmarks.forgetting import base as bases
-from benchmarks.forgetting import choosing, report, silencing, sweep
+from benchmarks.forgetting import choosing, overlap, report, silencing, sweep
 from benchmarks.forgetting.arms import ARMS, passes
 from benchmarks.forgetting.building import Context, lora_protected
 from benchmarks.forgetting.measures import flips, kl
@@ -178,9 +178,13 @@ def test_what_a_base_writes_is_of_all_kinds_but_not_what_is_measured(tmp_path):
     assert 400 < len(texts) <= 512 and len(set(texts)) > 0.95 * len(texts)
     for sign in ("is a city of", " : the ", " , ", " likes the colour "):
         assert sum(sign in text for text in texts) > 10, sign
-    measured = [item for items in context.base.world.measured().values() for item in items]
-    asked = [i for i in measured if any(f"{i.prompt} {i.answer}" in text for text in texts)]
-    assert len(measured) == 931 and len(asked) < 10
+    overlap.write(context.base, tmp_path)
+    overlap.write(context.base, tmp_path)  # the same base again: one line
+    (row,) = csv.DictReader((tmp_path / overlap.FILE).open())
+    assert row["measured"] == "931" and int(row["standing"]) < 10
+    assert int(row["texts"]) == len(texts)
+    told = report._written([{k: float(v) for k, v in row.items()}])
+    assert f"{row['standing']} of 931 in {row['texts']} texts (0.5 M, world 1)" in told
     assert context.texts("written") == [*context.prompts, *context.written]
     assert len(context.texts("eighth")) == -(-len(context.prompts) // 8)
     people = context.texts("people")
