@@ -7,7 +7,7 @@ _NAMES = {
     "LokiPlugin": ".plugin",
     "LokiArgs": ".args",
     "attribute": ".analysing",
-    "input_directions": ".analysing",
+    "input_directions": ".protecting",
     "select_rows": ".selecting",
     "implant": ".implanting",
     "RowSelection": ".rows",

@@ -90,7 +90,7 @@ def run_json(*arguments):
 def _directions(folder):
     import torch
 
-    from loki_plugin.directions import Directions
+    from loki_plugin.protecting.directions import Directions
 
     basis = [torch.linalg.qr(torch.randn(20, 2))[0] for _ in range(3)]
     made = {"energy": [0.9] * 3, "held_out": [0.8, 0.7, 0.9], "tokens": 50}

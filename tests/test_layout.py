@@ -11,21 +11,23 @@ PACKAGE = ROOT / "loki_plugin"
 FLOORS = [
     {"loki_plugin.model", "loki_plugin.ranks", "loki_plugin.choices", "loki_plugin._short_name"},
     {"loki_plugin.picturing.drawing"},
-    {"loki_plugin.rows", "loki_plugin.directions"},
+    {"loki_plugin.rows"},
     {
         "loki_plugin.analysing",
         "loki_plugin.selecting",
-        "loki_plugin.implanting",
         "loki_plugin.evaluating",
     },
+    {"loki_plugin.protecting"},
+    {"loki_plugin.implanting"},
     {"loki_plugin.args"},
     {"loki_plugin.inputs"},
     {
         "loki_plugin.pipeline",
-        "loki_plugin.protecting",
+        "loki_plugin.protecting.preparing",
+        "loki_plugin.protecting.leaking",
         "loki_plugin.estimating",
-        "loki_plugin.forgetting",
-        "loki_plugin.suppress",
+        "loki_plugin.evaluating.forgetting",
+        "loki_plugin.evaluating.curve",
         "loki_plugin.reporting",
         "loki_plugin.picturing",
     },
@@ -79,14 +81,20 @@ def test_imports_run_downwards():
 
 
 def test_the_stages_do_not_import_each_other():
+    """But for protection, which stands between them: it reads a model as analysing does, and
+    implanting puts it into the update."""
     stages = ("analysing", "selecting", "implanting", "evaluating")
+    above = floor("loki_plugin.pipeline")  # what joins stages may lie in the room of one
     crossing = [
         f"{name} imports {other}"
         for name, others in GRAPH.items()
         for other in others & MODULES.keys()
         for a in stages
         for b in stages
-        if a != b and name.startswith(f"loki_plugin.{a}") and other.startswith(f"loki_plugin.{b}")
+        if a != b
+        and floor(name) < above
+        and name.startswith(f"loki_plugin.{a}")
+        and other.startswith(f"loki_plugin.{b}")
     ]
     assert not crossing
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from loki_plugin.cli import loki
-from loki_plugin.forgetting import load_model
+from loki_plugin.evaluating.forgetting import load_model
 from loki_plugin.rows import FILE_NAME
 
 ROOT = Path(__file__).parents[1]

@@ -21,10 +21,10 @@ from benchmarks.forgetting.world import COVERED
 from loki_plugin import attribute, implant, input_directions, select_rows
 from loki_plugin.analysing.calibration.prompts import load_texts
 from loki_plugin.analysing.calibration.sources import record_of
-from loki_plugin.analysing.directions import leading, soften
-from loki_plugin.analysing.own_text import write_texts
-from loki_plugin.implanting.protection import ProtectedA, folded_delta
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.protecting.finding import leading, soften
+from loki_plugin.protecting.own_text import write_texts
+from loki_plugin.protecting.reading import ProtectedA, folded_delta
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -18,7 +18,7 @@ from benchmarks.forgetting.building import Context
 from benchmarks.forgetting.measures import Before, before, measure
 from benchmarks.forgetting.tasks import TASKS
 from benchmarks.machine import PeakMemory, describe
-from loki_plugin.implanting.anchor import divergence
+from loki_plugin.protecting.anchor import divergence
 
 # People to learn about (tasks b and c take as many items), steps of a screening run and of a final.
 # Few steps favour whatever learns fast at a rate that does little harm, so that finals are longer.

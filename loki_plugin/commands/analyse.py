@@ -63,7 +63,7 @@ def analyse_command(config: Path, output: Path | None):
 
 def _check_adapter_beside(file: Path, found: RowSelection) -> None:
     """Without its own rows file an adapter can be neither merged nor gone on with."""
-    from ..implanting.leaking import is_adapter
+    from ..protecting.leaking import is_adapter
     from ..rows import RowSelection
 
     if is_adapter(file.parent) and file.is_file() and RowSelection.load(file) != found:

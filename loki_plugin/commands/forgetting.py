@@ -38,7 +38,7 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
 
     CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned.
     """
-    from .. import forgetting
+    from ..evaluating import forgetting
 
     make_room(output, picture)
     if config is not None:

@@ -49,8 +49,8 @@ def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot,
         "overlap_by_chance": found.chance,
     }
     if directions:
-        from ..directions import Directions
-        from ..protecting import describe, report
+        from ..protecting.directions import Directions
+        from ..protecting.preparing import describe, report
 
         protected = Directions.load(directions)
         told += f"\n{describe(protected)}"

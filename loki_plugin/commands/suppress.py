@@ -29,9 +29,9 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
 
     from ..analysing.scores.cache import cache_folder, find_log, fingerprint_of
     from ..args import CalibrationArgs
-    from ..forgetting import load_model, load_questions
+    from ..evaluating.curve import curve, text
+    from ..evaluating.forgetting import load_model, load_questions
     from ..model.fingerprint import fingerprint, same_model
-    from ..suppress import curve, text
 
     make_room(output)
     log = find_log(cache_folder(folder), scores)

@@ -39,10 +39,10 @@ def verify_command(base, tuned, rows, revision, trust_remote_code, directions):
 
     TUNED is a merged model, or an adapter's folder.
     """
-    from ..directions import Directions
     from ..implanting.checkpoint import Base
-    from ..implanting.leaking import check_adapter, is_adapter, measure_leakage
     from ..implanting.verify import verify
+    from ..protecting.directions import Directions
+    from ..protecting.leaking import check_adapter, is_adapter, measure_leakage
     from ..rows import RowSelection, union
 
     base = Base(base, revision, trust_remote_code)

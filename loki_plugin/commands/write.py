@@ -53,9 +53,9 @@ def write_command(model, output, kind, count, tokens, seed, batch_size, device, 
     """
     from transformers import AutoTokenizer
 
-    from ..analysing.own_text import lines, write_texts
-    from ..forgetting import load_model
+    from ..evaluating.forgetting import load_model
     from ..model.writing import write_text
+    from ..protecting.own_text import lines, write_texts
 
     file = Path(output)
     if file.suffix != ".jsonl":

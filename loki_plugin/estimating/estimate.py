@@ -10,9 +10,9 @@ from torch import nn
 
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
-from ..analysing.eigen import BUDGET, EXACT_COPIES
 from ..args import LokiConfig
 from ..model.anatomy import Anatomy, linear_sizes
+from ..protecting.eigen import BUDGET, EXACT_COPIES
 from .base import quantised_linears, weight_bytes
 from .disk import adapter_bytes, score_log_bytes
 from .planned import Planned, changes

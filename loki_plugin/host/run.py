@@ -13,8 +13,8 @@ from .. import ranks
 from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
 from ..choices import SELF
-from ..directions import Directions
-from ..implanting.anchor import Anchor
+from ..protecting.anchor import Anchor
+from ..protecting.directions import Directions
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME, RowSelection
 from .base import check_base
@@ -49,12 +49,12 @@ class Run:
     @classmethod
     def start(cls, cfg, model, files: Files) -> Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
-        from ..analysing.own_text import Marks, user_turn
-        from ..forgetting import load_questions
+        from ..evaluating.forgetting import load_questions
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
         from ..model.loading import is_loaded
         from ..pipeline import choose_rows
+        from ..protecting.own_text import Marks, user_turn
 
         meet()
         check_anchor(cfg, files.config.protect)
@@ -89,7 +89,7 @@ class Run:
 
     def _protect(self, cfg, model, tokenizer, files: Files) -> None:
         """Directions from what training goes on from, or from the calibration; anchor prompts."""
-        from ..protecting import (
+        from ..protecting.preparing import (
             choose_directions,
             describe,
             earlier_directions,
@@ -137,9 +137,9 @@ class Run:
 
     def install(self, cfg, model) -> None:
         from ..implanting.adapter import install, trainable_share
-        from ..implanting.protection import protect_inputs
         from ..model.fingerprint import fingerprint
         from ..model.loading import is_loaded
+        from ..protecting.reading import protect_inputs
 
         fresh = not cfg.lora_model_dir
         install(model, self.selection, self.config.rank, fresh)
@@ -155,9 +155,9 @@ class Run:
         LOG.info(block("training", told))
 
     def prepare_trainer(self, cfg, trainer) -> None:
-        from ..implanting.protection import DirectionsBesideCheckpoints
         from ..implanting.recording import record
         from ..implanting.training import prepare_trainer, save_whole_checkpoints
+        from ..protecting.reading import DirectionsBesideCheckpoints
         from .preference import model_of
 
         if cfg.rl:
@@ -281,7 +281,7 @@ class Run:
 
     def _measure_forgetting(self, model) -> None:
         """How much did the run forget? On the calibration prompts, which take a minute."""
-        from ..forgetting import of_an_adapter
+        from ..evaluating.forgetting import of_an_adapter
         from ..model.loading import is_sharded
 
         if not self.measured or is_sharded(model):

@@ -62,7 +62,7 @@ def calibration_tokenizer(cfg, model, files: Files):
 def _largest_id(tokenizer, files: Files) -> int:
     """Of all ids that analysing and protecting read."""
     from ..analysing.calibration.prompts import load_prompts
-    from ..protecting import protecting_prompts
+    from ..protecting.preparing import protecting_prompts
 
     if not files.inputs.records:
         return -1  # nothing is read

@@ -16,10 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..directions import Directions
 from ..model.anatomy import Anatomy, find_anatomy
+from ..protecting.directions import Directions
+from ..protecting.reading import ProtectedA, protect_inputs
 from ..rows import RowSelection
-from .protection import ProtectedA, protect_inputs
 from .saved import save_rows_with
 from .selected import KEY, RowFactor, RowScatter, RowSelector
 

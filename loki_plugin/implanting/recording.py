@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..model.loading import is_sharded
-from .protection import ProtectedA, outside
+from ..protecting.reading import ProtectedA, outside
 from .selected import RowFactor, RowScatter
 
 NORM, KL, ROWS = "loki/update_norm", "loki/kl_to_base", "loki/rows"

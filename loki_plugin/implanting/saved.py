@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from .. import ranks
-from ..directions import FILE_NAME as DIRECTIONS_NAME
-from ..directions import Directions
 from ..model.loading import whole
+from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
+from ..protecting.directions import Directions
+from ..protecting.reading import LEAKAGE, leakage
 from ..rows import FILE_NAME, RowSelection
 from .checkpoint import open_tensors
-from .protection import LEAKAGE, leakage
 from .selected import RowFactor, RowSelector
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,8 +11,8 @@ from helpers.prompts import LM_EVAL_TASK
 
 from loki_plugin import implant
 from loki_plugin.cli import loki
+from loki_plugin.evaluating.forgetting import load_model, measure
 from loki_plugin.evaluating.harness import changes, check_tasks, evaluate_tasks
-from loki_plugin.forgetting import load_model, measure
 
 
 @pytest.fixture(scope="module")

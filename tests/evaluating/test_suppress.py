@@ -11,9 +11,9 @@ from helpers.prompts import pad, prompts
 
 from loki_plugin import attribute
 from loki_plugin.evaluating import log_probabilities
+from loki_plugin.evaluating.curve import curve, text
 from loki_plugin.evaluating.suppress import suppressed
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.suppress import curve, text
 
 ROWS = [torch.tensor(r) for r in ([0, 5], [], [47])]
 

@@ -10,9 +10,10 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from loki_plugin import pipeline, protecting
+from loki_plugin import pipeline
 from loki_plugin.cli import loki
-from loki_plugin.directions import FILE_NAME, Directions
+from loki_plugin.protecting import preparing
+from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.rows import RowSelection
 
 
@@ -43,7 +44,7 @@ def test_training_takes_rows_and_directions_from_the_cache(
         raise AssertionError("analysed again")
 
     monkeypatch.setattr(pipeline, "analyse", again)
-    monkeypatch.setattr(protecting, "find_directions", again)
+    monkeypatch.setattr(preparing, "find_directions", again)
     train(run_config)
     trained = RowSelection.load(out / "loki_rows.json")
     assert trained == ahead and trained.fingerprint == ahead.fingerprint

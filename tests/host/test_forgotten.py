@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_plugin.args import CalibrationArgs
 from loki_plugin.evaluating import compare, log_probabilities
-from loki_plugin.forgetting import load_questions
+from loki_plugin.evaluating.forgetting import load_questions
 
 pytestmark = pytest.mark.slow
 

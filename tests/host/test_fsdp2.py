@@ -19,9 +19,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loki_plugin.directions import FILE_NAME, Directions
 from loki_plugin.host.files import Files
-from loki_plugin.implanting.protection import leakage
+from loki_plugin.protecting.directions import FILE_NAME, Directions
+from loki_plugin.protecting.reading import leakage
 
 EXAMPLE = Path(__file__).parents[2] / "example_configs" / "multi-gpu-fsdp2.yaml"
 SCRIPT = """

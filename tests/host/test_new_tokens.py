@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_plugin.cli import loki
-from loki_plugin.forgetting import load_model
+from loki_plugin.evaluating.forgetting import load_model
 from loki_plugin.host.settings import EMBEDDINGS
 from loki_plugin.rows import RowSelection
 
@@ -75,7 +75,7 @@ def test_new_tokens_train_the_rows_and_nothing_else(
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
         )
     if added is CHATML:  # the directions are those of the base, before it grows
-        monkeypatch.setattr("loki_plugin.protecting.TEXT_COUNT", 12)
+        monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_COUNT", 12)
         run_config["loki"] |= {"protect": {"inputs": 0.9, "soft": True, "text": "self"}}
     train(run_config)
     out = Path(run_config["output_dir"])

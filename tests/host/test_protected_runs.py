@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loki_plugin.cli import loki
-from loki_plugin.directions import FILE_NAME, Directions
 from loki_plugin.host.files import Files
-from loki_plugin.implanting.protection import leakage
+from loki_plugin.protecting.directions import FILE_NAME, Directions
+from loki_plugin.protecting.reading import leakage
 from loki_plugin.rows import RowSelection
 
 ADAPTER = "adapter_model.safetensors"
@@ -137,8 +137,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(run_config, train, tm
 def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on(
     run_config, train, tmp_path, four_bit, monkeypatch, our_log
 ):
-    monkeypatch.setattr("loki_plugin.protecting.TEXT_COUNT", 12)
-    monkeypatch.setattr("loki_plugin.protecting.TEXT_TOKENS", 16)
+    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_COUNT", 12)
+    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 16)
     run_config["load_in_4bit"] = four_bit
     run_config |= {"save_strategy": "steps", "save_steps": 3}
     protect = {"directions": 5, "soft": True, "anchor": 1.0, "text": "self"}

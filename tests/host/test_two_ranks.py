@@ -10,8 +10,8 @@ import torch
 from helpers.torchrun import two_ranks
 from safetensors.torch import load_file
 
-from loki_plugin.directions import FILE_NAME, Directions
-from loki_plugin.implanting.protection import outside
+from loki_plugin.protecting.directions import FILE_NAME, Directions
+from loki_plugin.protecting.reading import outside
 
 pytestmark = pytest.mark.slow
 

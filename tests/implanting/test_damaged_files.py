@@ -196,7 +196,7 @@ def test_of_a_base_in_two_forms_that_one_is_merged_which_transformers_loads(file
 
 
 def test_leakage_of_a_model_that_lacks_a_layer_is_refused(files):
-    from loki_plugin.directions import Directions
+    from loki_plugin.protecting.directions import Directions
 
     Directions([torch.eye(80)[:, :4]] * 3).save(files / "u.safetensors")
     tensors = load_file(files / "merged" / SINGLE)

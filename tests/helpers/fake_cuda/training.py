@@ -56,7 +56,7 @@ def implanted(model: nn.Module, quota: int, rank: int | None, dtype: str, direct
     """`implant`, with the adapter in `dtype` and, if `directions`, that many protected inputs."""
     from loki_plugin import RowSelection, implant
     from loki_plugin.implanting.adapter import constrained_modules
-    from loki_plugin.implanting.protection import ProtectedA, protected_modules
+    from loki_plugin.protecting.reading import ProtectedA, protected_modules
 
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     with _disable_current_modes():  # rows are read on the host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..directions import SOFTEST
+from .directions import SOFTEST
 
 # Bytes for the matrices C of the layers of one pass and for the work on one of them.
 BUDGET = 2 << 30

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .evaluating.quick import Forgetting, compare, log_probabilities
-from .evaluating.suppress import suppressed
-from .selecting.select import select_rows
+from ..selecting.select import select_rows
+from .quick import Forgetting, compare, log_probabilities
+from .suppress import suppressed
 
 # What is silenced, and the strategy that finds it.
 WHICH = {"lowest": "layer_balanced", "random": "random", "highest": "layer_highest"}

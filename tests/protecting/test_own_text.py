@@ -12,13 +12,13 @@ from helpers.runs import model
 from helpers.tokenizers import CHATML, make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from loki_plugin.analysing import own_text
 from loki_plugin.analysing.calibration.prompts import load_texts
 from loki_plugin.analysing.calibration.sources import load_records, record_of
-from loki_plugin.analysing.own_text import Marks, Turn, user_turn, write_texts
 from loki_plugin.cli import loki
 from loki_plugin.model.fingerprint import fingerprint
 from loki_plugin.model.quantised import quantised_modules
+from loki_plugin.protecting import own_text
+from loki_plugin.protecting.own_text import Marks, Turn, user_turn, write_texts
 
 SAID = [
     ("say the number", "the answer, please, and say the number"),

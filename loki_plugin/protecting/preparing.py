@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import ranks
-from .analysing import own_text
-from .analysing.calibration.prompts import load_prompts, load_texts
-from .analysing.calibration.sources import Record, load_records, record_of
-from .analysing.directions import find_directions
-from .analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
-from .args import LokiConfig
-from .choices import TEXT_COUNT, TEXT_TOKENS
+from .. import ranks
+from ..analysing.calibration.prompts import load_prompts, load_texts
+from ..analysing.calibration.sources import Record, load_records, record_of
+from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
+from ..args import LokiConfig
+from ..choices import TEXT_COUNT, TEXT_TOKENS
+from ..inputs import Inputs
+from ..model.fingerprint import fingerprint
+from ..model.loading import is_loaded
+from ..model.writing import write_text
+from . import own_text
 from .directions import FILE_NAME, Directions
-from .inputs import Inputs
-from .model.fingerprint import fingerprint
-from .model.loading import is_loaded
-from .model.writing import write_text
+from .finding import find_directions
 
 LOG = logging.getLogger("loki_plugin")
 T = TypeVar("T")

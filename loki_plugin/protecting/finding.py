@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..analysing.attribute import unpad
+from ..analysing.attribution.quiet import quiet
+from ..analysing.precision import exact_products
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.hooks import removing
 from . import eigen
-from .attribute import unpad
-from .attribution.quiet import quiet
 from .eigen import leading, soften
-from .precision import exact_products
 
 # Tokens that run at once.
 _TOKENS = 2048

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin import RowSelection, implant, input_directions
-from loki_plugin.directions import FILE_NAME, Directions
-from loki_plugin.implanting import adapter, protection
-from loki_plugin.implanting.leaking import check_adapter, measure_leakage
+from loki_plugin.implanting import adapter
 from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.fingerprint import fingerprint
+from loki_plugin.protecting import reading
+from loki_plugin.protecting.directions import FILE_NAME, Directions
+from loki_plugin.protecting.leaking import check_adapter, measure_leakage
 
 
 def directions(family="llama", dtype=torch.float32, count=20):
@@ -47,7 +48,7 @@ def test_the_update_reads_no_direction_and_writes_selected_rows_only(family, ran
         assert torch.allclose(merged(input_ids=IDS).logits, tuned, atol=1e-4, rtol=1e-4)
     for delta, u, rows in zip(updates(merged, family), basis, ROWS, strict=True):
         assert (delta != 0).any(1).nonzero()[:, 0].tolist() == sorted(rows)
-        assert protection.leakage(delta, u) < 1e-5  # rounding of W, of which ΔW is the difference
+        assert reading.leakage(delta, u) < 1e-5  # rounding of W, of which ΔW is the difference
     assert all(d.norm() > 0.1 for d in updates(merged, family))
 
 
@@ -56,7 +57,7 @@ def test_without_protection_the_same_training_does_read_them():
     model = implant(tiny("llama"), ROWS)
     train(model)
     for delta, u in zip(updates(model.merge_and_unload()), directions(), strict=True):
-        assert protection.leakage(delta, u) > 0.2
+        assert reading.leakage(delta, u) > 0.2
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -98,7 +99,7 @@ def test_a_step_is_a_step_of_the_adapter_that_sees_the_rest_of_its_input(rank):
 def test_few_and_many_tokens_go_different_ways_to_the_same_answer(rank):
     torch.manual_seed(0)
     u = torch.linalg.qr(torch.randn(80, 9))[0]
-    a = protection.ProtectedA(torch.nn.Parameter(torch.randn(6, 80)), u)
+    a = reading.ProtectedA(torch.nn.Parameter(torch.randn(6, 80)), u)
     x = torch.randn(40, 80)
     whole, single = a(x), torch.cat([a(row[None]) for row in x])
     assert torch.allclose(whole, single, atol=1e-5)
@@ -113,7 +114,7 @@ def test_half_precision_autocast_does_not_leak(dtype):
     u = torch.linalg.qr(torch.randn(512, 64))[0]
     part = torch.randn(16, 64) @ u.T
     weight = torch.nn.Parameter((10 * part + torch.randn(16, 512)).to(dtype))
-    a = protection.ProtectedA(weight, u)
+    a = reading.ProtectedA(weight, u)
     x = torch.randn(100, 64) @ u.T
     for inputs in (x, x[:4]):
         with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +133,7 @@ def test_folding_twice_keeps_the_bytes_and_the_function():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         u = torch.linalg.qr(torch.randn(300, 40))[0]
-        a = protection.ProtectedA(torch.nn.Parameter(torch.randn(7, 300).to(dtype)), u)
+        a = reading.ProtectedA(torch.nn.Parameter(torch.randn(7, 300).to(dtype)), u)
         x = torch.randn(50, 300).to(dtype)
         before = a(x)
         a.fold()
@@ -140,7 +141,7 @@ def test_folding_twice_keeps_the_bytes_and_the_function():
         assert torch.allclose(a(x), before, atol=50 * torch.finfo(dtype).eps, rtol=0.05)
         a.fold(), a.state_dict()
         assert torch.equal(a.weight, once)
-        share = protection.leakage(once, u)
+        share = reading.leakage(once, u)
         assert share <= torch.finfo(dtype).eps
 
 
@@ -154,7 +155,7 @@ def test_stock_peft_loads_what_is_saved_as_the_running_model(tmp_path, rank, sof
     names = {n.split(".", 7)[-1] for n in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {"lora_A.weight", "lora_B.weight"}
     stock = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
-    assert not list(protection.protected_modules(stock))
+    assert not list(reading.protected_modules(stock))
     with torch.no_grad():
         ours, theirs = model.eval()(input_ids=IDS).logits, stock(input_ids=IDS).logits
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -224,7 +225,7 @@ def test_quantised_bases_are_protected_as_well(folder, tmp_path, bits, rank):
             saved[f"base_model.model.model.layers.{i}.mlp.down_proj.lora_{x}.weight"] for x in "AB"
         )
         delta = b.double() @ a.double()
-        assert delta.norm() > 0.05 and protection.leakage(delta, u) < 1e-6
+        assert delta.norm() > 0.05 and reading.leakage(delta, u) < 1e-6
         assert (delta != 0).any(1).nonzero()[:, 0].tolist() == sorted(rows)
     stock = PeftModel.from_pretrained(load(), tmp_path).train()
     with torch.no_grad():
@@ -256,7 +257,7 @@ def test_a_protected_model_can_be_copied_and_moved():
         assert torch.allclose(twin.merge_and_unload()(input_ids=IDS).logits, tuned, atol=1e-4)
         assert torch.equal(model(input_ids=IDS).logits, before)
     model.to(torch.bfloat16)
-    (_, a), *_ = protection.protected_modules(model)
+    (_, a), *_ = reading.protected_modules(model)
     assert a.weight.dtype == torch.bfloat16 and a.directions.dtype == torch.float32
 
 
@@ -264,7 +265,7 @@ def test_layers_without_rows_or_without_directions_stay_plain():
     basis = directions()
     basis[0] = basis[0][:, :0]
     model = implant(tiny("llama"), [[1, 2], [], [5, 6]], protect=basis)
-    assert [n.split(".")[4] for n, _ in protection.protected_modules(model)] == ["2"]
+    assert [n.split(".")[4] for n, _ in reading.protected_modules(model)] == ["2"]
 
 
 def test_a_saved_adapter_is_read_back_with_its_leakage(tmp_path):
@@ -277,7 +278,7 @@ def test_a_saved_adapter_is_read_back_with_its_leakage(tmp_path):
     assert shares[1] == 0 and all(0 < share < 1e-6 for share in (shares[0], shares[2]))
     with pytest.raises(ValueError, match="holds other directions than those in use"):
         check_saved_protection(tmp_path, names, Directions(directions(count=19)))
-    *_, (_, last) = protection.protected_modules(model)
+    *_, (_, last) = reading.protected_modules(model)
     last.fold = lambda: None  # what a trainer that saves past the modules would write
     train(model)
     model.save_pretrained(tmp_path)
@@ -322,11 +323,11 @@ def test_directions_that_were_checked_stand_what_a_host_does_to_the_base():
     model.resize_token_embeddings(97 + 3, mean_resizing=False)
     wrapped = implant(model, ROWS)
     with pytest.raises(ValueError, match="found on another model"):
-        protection.protect_inputs(wrapped, made)
-    protection.protect_inputs(wrapped, made, checked=True)
-    assert len(list(protection.protected_modules(wrapped))) == 3
+        reading.protect_inputs(wrapped, made)
+    reading.protect_inputs(wrapped, made, checked=True)
+    assert len(list(reading.protected_modules(wrapped))) == 3
     with pytest.raises(ValueError, match="the directions are for 2 layers"):
-        protection.protect_inputs(wrapped, Directions(made.basis[:2]), checked=True)
+        reading.protect_inputs(wrapped, Directions(made.basis[:2]), checked=True)
 
 
 def test_the_directions_file_keeps_everything(tmp_path):

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .model.anatomy import find_anatomy
-from .model.fingerprint import fingerprint, same_model
-from .model.loading import is_loaded
-from .model.writing import replacing
+from ..model.anatomy import find_anatomy
+from ..model.fingerprint import fingerprint, same_model
+from ..model.loading import is_loaded
+from ..model.writing import replacing
 
 FILE_NAME = "loki_directions.safetensors"
 FORMAT = "loki_directions"

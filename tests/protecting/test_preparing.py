@@ -10,10 +10,10 @@ from helpers.runs import configure, model
 from helpers.tokenizers import make_tokenizer
 
 from loki_plugin.analysing.calibration.sources import record_of
-from loki_plugin.directions import Directions
 from loki_plugin.inputs import Inputs
 from loki_plugin.model import fingerprint as module
-from loki_plugin.protecting import choose_directions, own_texts, protecting_prompts
+from loki_plugin.protecting.directions import Directions
+from loki_plugin.protecting.preparing import choose_directions, own_texts, protecting_prompts
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
 
@@ -86,8 +86,8 @@ def test_a_launched_rank_that_cannot_talk_to_the_others_is_protected_too(config,
 def test_a_models_own_texts_are_written_once_and_again_where_they_are_damaged(
     tmp_path, config, our_log, monkeypatch
 ):
-    monkeypatch.setattr("loki_plugin.protecting.TEXT_COUNT", 6)
-    monkeypatch.setattr("loki_plugin.protecting.TEXT_TOKENS", 5)
+    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_COUNT", 6)
+    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 5)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
 
     def written(llama, tokenizer=tokenizer):

@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from loki_plugin import RowSelection, implant, input_directions
-from loki_plugin.directions import FILE_NAME, SOFTEST, Directions
-from loki_plugin.implanting import adapter, protection
-from loki_plugin.implanting.leaking import measure_leakage
+from loki_plugin.implanting import adapter
 from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.protecting import reading
+from loki_plugin.protecting.directions import FILE_NAME, SOFTEST, Directions
+from loki_plugin.protecting.leaking import measure_leakage
 
 
 def soft(family="llama", dtype=torch.float32, **more):
@@ -122,7 +123,7 @@ def test_a_saved_adapter_is_installed_again_with_its_function(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
     adapter.install(again, RowSelection(ROWS, 48), 2, fresh=False)
-    protection.protect_inputs(again, basis, fresh=False)
+    reading.protect_inputs(again, basis, fresh=False)
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
@@ -177,14 +178,14 @@ def test_undoing_what_is_saved_costs_no_more_than_rounding(dtype):
     torch.manual_seed(0)
     taken = torch.linspace(SOFTEST, 0.1, 64)  # the first is read a thousand times less
     v = torch.linalg.qr(torch.randn(512, 64))[0] * taken.sqrt()
-    a = protection.ProtectedA(torch.nn.Parameter(torch.randn(16, 512).to(dtype)), v)
+    a = reading.ProtectedA(torch.nn.Parameter(torch.randn(16, 512).to(dtype)), v)
     x = torch.randn(40, 512).double()
 
     def said():  # in float64: what the weights are worth, without the rounding of the product
         return (x - (x @ v.double()) @ v.double().T) @ a.weight.detach().double().T
 
     before, first = said(), a.fold().float()
-    loaded = protection.ProtectedA(torch.nn.Parameter(torch.zeros(16, 512).to(dtype)), v)
+    loaded = reading.ProtectedA(torch.nn.Parameter(torch.zeros(16, 512).to(dtype)), v)
     loaded.load_state_dict(a.state_dict())
     assert torch.equal(loaded.weight, a.weight)
     a._folded = None  # fold anew

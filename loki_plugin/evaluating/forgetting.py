@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .analysing.calibration.prompts import Prompt, load_prompts
-from .analysing.calibration.sources import Record, load_records
-from .args import CalibrationArgs
-from .evaluating.change import TaskChange, mean_relative_drop
-from .evaluating.harness import changes, check_tasks, evaluate_tasks
-from .evaluating.quick import Forgetting, compare, log_probabilities
-from .implanting.anchor import adapter_off
-from .implanting.saved import WEIGHTS, open_tensors
+from ..analysing.calibration.prompts import Prompt, load_prompts
+from ..analysing.calibration.sources import Record, load_records
+from ..args import CalibrationArgs
+from ..implanting.saved import WEIGHTS, open_tensors
+from ..protecting.anchor import adapter_off
+from .change import TaskChange, mean_relative_drop
+from .harness import changes, check_tasks, evaluate_tasks
+from .quick import Forgetting, compare, log_probabilities
 
 ADAPTER = "adapter_config.json"
 # Enough for a figure, few enough for a minute on an 8B model.
@@ -150,8 +150,8 @@ def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
 
 def plot(report: ForgettingReport, path: str | Path) -> Path:
     """Draw every task before and after, and the prompts' accuracy where they have answers."""
-    from .picturing.drawing.change import change_figure
-    from .picturing.drawing.style import save
+    from ..picturing.drawing.change import change_figure
+    from ..picturing.drawing.style import save
 
     bars = [(c.task, c.before, c.after) for c in report.tasks]
     if report.prompts.accuracy_before is not None and report.prompts.accuracy_after is not None:
@@ -163,7 +163,7 @@ def plot(report: ForgettingReport, path: str | Path) -> Path:
 
 
 def load_questions(
-    tokenizer, settings: CalibrationArgs, records: list[Record] | None = None
+    tokenizer: Any, settings: CalibrationArgs, records: list[Record] | None = None
 ) -> list[Prompt]:
     """The prompts of a calibration source, with their gold tokens where every record has one."""
     records = records or load_records(settings.source, settings.columns, settings.split)
@@ -207,7 +207,9 @@ def _on_prompts(
     return compare(before, log_probabilities(model, ids), [p.target for p in found])
 
 
-def load_model(model: str, adapter: str | None, device: str | None, dtype: str, **loading: Any):
+def load_model(
+    model: str, adapter: str | None, device: str | None, dtype: str, **loading: Any
+) -> Any:
     """A model, with a saved adapter if one is given, on a device (None: the GPU, if any).
 
     Raises:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from .. import ranks
+from ..analysing.attribution.devices import first_device, give_back, out_of_memory
+from ..analysing.attribution.quiet import attending
+from ..analysing.calibration.prompts import chat
 from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_TOKENS, TextKind
 from ..model.quantised import evaluating
-from .attribution.devices import first_device, give_back, out_of_memory
-from .attribution.quiet import attending
-from .calibration.prompts import chat
 
 LOG = logging.getLogger("loki_plugin")
 # Two users' words that begin and end differently: what stands around them is what they share.

@@ -10,7 +10,7 @@ from helpers.prompts import prompts
 from transformers import Trainer, TrainingArguments
 
 from loki_plugin import implant
-from loki_plugin.implanting.anchor import Anchor, divergence
+from loki_plugin.protecting.anchor import Anchor, divergence
 
 ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
 PROMPTS = [tuple(p.tolist()) for p in prompts(lengths=(9, 5, 12, 7))]

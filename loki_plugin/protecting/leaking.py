@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from ..directions import Directions
+from ..implanting.adapters import Adapter, opened
+from ..implanting.checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
+from ..implanting.identity import check_base
+from ..implanting.saved import WEIGHTS, adapter_leakage
+from ..implanting.verify import open_as_trained
+from ..implanting.vocabulary import new_rows
 from ..rows import RowSelection
-from .adapters import Adapter, opened
-from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
-from .identity import check_base
-from .protection import leakage
-from .saved import WEIGHTS, adapter_leakage
-from .verify import open_as_trained
-from .vocabulary import new_rows
+from .directions import Directions
+from .reading import leakage
 
 
 @dataclass(frozen=True)

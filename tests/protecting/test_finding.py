@@ -9,10 +9,10 @@ from helpers.prompts import pad, prompts
 from helpers.reference import Exact
 
 from loki_plugin import input_directions
-from loki_plugin.analysing import directions, eigen
-from loki_plugin.analysing.directions import find_directions
-from loki_plugin.analysing.eigen import leading, soften
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.protecting import eigen, finding
+from loki_plugin.protecting.eigen import leading, soften
+from loki_plugin.protecting.finding import find_directions
 
 LENGTHS = (40, 64, 23, 57, 64, 31)  # 279 tokens for at most 69 directions
 
@@ -104,7 +104,7 @@ def test_what_is_held_of_prompts_that_were_kept_back():
 def test_padding_and_batches_do_not_count(monkeypatch, tokens):
     ids = prompts(lengths=LENGTHS)
     wanted = find_directions(tiny("llama", dtype=torch.float64), ids, 0.9, None).basis
-    monkeypatch.setattr(directions, "_TOKENS", tokens)
+    monkeypatch.setattr(finding, "_TOKENS", tokens)
     for side in ("left", "right"):
         model = tiny("llama", dtype=torch.float64)
         found = input_directions(model, *pad(ids, side), energy=0.9)

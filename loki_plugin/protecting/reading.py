@@ -26,8 +26,8 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import ranks
-from ..directions import FILE_NAME, Directions, is_soft
 from ..model.anatomy import find_anatomy
+from .directions import FILE_NAME, Directions, is_soft
 
 # Folding again takes away what rounding left; it converges at once.
 _FOLDS = 4
