@@ -22,7 +22,7 @@ from loki_plugin import attribute, implant, input_directions, select_rows
 from loki_plugin.analysing.calibration.prompts import load_texts
 from loki_plugin.analysing.calibration.sources import record_of
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.protecting.finding import leading, soften
+from loki_plugin.protecting.eigen import leading, soften
 from loki_plugin.protecting.own_text import write_texts
 from loki_plugin.protecting.reading import ProtectedA, folded_delta
 
@@ -193,8 +193,8 @@ def lora_protected(energy: float = 0.99, soft: bool = False, of: str = "prompts"
         for hook in hooks:
             hook.remove()
         for name, module in layers.items():
-            u = leading(moments[name], energy)[0]
-            kept = (soften(moments[name], u) if soft else u).float()
+            found = leading(moments[name], energy)
+            kept = (soften(found) if soft else found.vectors).float()
             module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, kept)
             module.get_delta_weight = functools.partial(folded_delta, module)
         return wrapped

@@ -1,10 +1,12 @@
-"""The anchor: every step also pays for what the model now says differently on general prompts.
+"""The anchor: training also pays for what the model now says differently on general text.
 
-    loss + weight · KL(base ‖ tuned), mean over all real tokens of a few calibration prompts
+    loss + weight · KL(base ‖ tuned), mean over all real tokens of a few texts
 
-The base is the same model with its adapter switched off, so no second model is loaded. Learning
-without forgetting (arXiv 1606.09282) with prompts instead of the new task's inputs; SA-SFT
-(arXiv 2602.20162) replays dialogues that the base wrote for itself.
+The base is the same model with its adapter switched off, so no second model is loaded; what it says
+of a text is computed once and kept: its `TOP` likeliest tokens, and all others as one. The KL over
+these classes is a lower bound of the whole one. Learning without forgetting (arXiv 1606.09282) with
+other texts than the new task's; SA-SFT (arXiv 2602.20162) replays dialogues that the base wrote for
+itself.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -22,20 +25,37 @@ from transformers import Trainer
 from .. import ranks
 from ..model.quantised import evaluating
 
+TOP = 64  # likeliest tokens of the base that are kept one by one
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the base says behind every token of a text, on the CPU.
+
+    Attributes:
+        tokens: [T, K] its likeliest next tokens.
+        logs: [T, K + 1] log-probabilities of these, and of all others together.
+    """
+
+    tokens: torch.Tensor
+    logs: torch.Tensor
+
 
 class Anchor:
     """Adds the anchor to a trainer's loss.
 
     Attributes:
         weight: λ in loss + λ·KL.
-        batch: prompts of one micro step on one rank.
+        batch: texts of one micro step on one rank.
+        every: steps from one anchor to the next; each then counts that many times.
         last: the latest KL in nats per token, a tensor; None before the first step.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], weight: float, batch: int):
-        self.prompts, self.weight, self.batch = list(prompts), weight, batch
+    def __init__(self, prompts: Sequence[Sequence[int]], weight: float, batch: int, every: int = 1):
+        self.prompts, self.weight, self.batch, self.every = list(prompts), weight, batch, every
         self.last: torch.Tensor | None = None
         self._step, self._micro = -1, 0
+        self._said: dict[int, Said] = {}
 
     def attach(self, trainer: Trainer) -> None:
         """Wrap `trainer.compute_loss`; evaluation stays as it is.
@@ -51,23 +71,40 @@ class Anchor:
                 return_outputs=return_outputs,
                 num_items_in_batch=num_items_in_batch,
             )
-            if not model.training:
+            if not model.training or trainer.state.global_step % self.every:
                 return found
             loss, *outputs = found if return_outputs else (found,)
             wrapped = trainer.accelerator.unwrap_model(model)
-            kl = divergence(wrapped, self.draw(trainer.state.global_step, trainer.args.seed))
+            kl = self.divergence(wrapped, self.draw(trainer.state.global_step, trainer.args.seed))
             self.last = kl.detach()
-            loss = loss + self.weight * kl.to(loss.device) / _counted(trainer, num_items_in_batch)
+            weight = self.weight * self.every / _counted(trainer, num_items_in_batch)
+            loss = loss + weight * kl.to(loss.device)
             return (loss, *outputs) if return_outputs else loss
 
         trainer.compute_loss = compute_loss
 
-    def draw(self, step: int, seed: int) -> list[Sequence[int]]:
-        """The prompts of the next micro step; they depend on the step, so that a run resumes."""
+    def draw(self, step: int, seed: int) -> list[int]:
+        """Which texts the next micro step takes; by the step, so that a run resumes."""
         self._micro = self._micro + 1 if step == self._step else 0
         self._step = step
         chance = random.Random(f"{seed}/{step}/{self._micro}/{ranks.current()}")
-        return chance.sample(self.prompts, min(self.batch, len(self.prompts)))
+        return chance.sample(range(len(self.prompts)), min(self.batch, len(self.prompts)))
+
+    def divergence(self, model: PeftModel, drawn: Sequence[int]) -> torch.Tensor:
+        """KL(base ‖ tuned) in nats, mean over all tokens of the texts that were drawn.
+
+        Over the base's `TOP` tokens and the rest as one. The base says each text alone, once: what
+        it says does not depend on which texts were drawn together, so that a run resumes.
+        """
+        with evaluating(model):
+            for i in drawn:
+                if i not in self._said:
+                    self._said[i] = said(model, self.prompts[i])
+            texts, kept = [self.prompts[i] for i in drawn], [self._said[i] for i in drawn]
+            tuned = _logits(model, texts)
+        tokens = torch.cat([k.tokens for k in kept]).to(tuned.device)
+        logs = torch.cat([k.logs for k in kept]).to(tuned.device, tuned.dtype)
+        return (logs.exp() * (logs - _lumped(tuned, tokens))).sum(-1).mean()
 
 
 def _counted(trainer: Trainer, num_items_in_batch) -> int:
@@ -78,27 +115,42 @@ def _counted(trainer: Trainer, num_items_in_batch) -> int:
     return trainer.current_gradient_accumulation_steps
 
 
-def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """KL(base ‖ tuned) in nats, mean over all tokens of `prompts`, in float32 or wider.
+def said(model: PeftModel, text: Sequence[int]) -> Said:
+    """What the base of `model`, its adapter off, says behind every token of a text."""
+    with torch.no_grad(), adapter_off(model):
+        logits = _logits(model, [text])
+    tokens = logits.topk(min(TOP, logits.shape[-1] - 1)).indices
+    return Said(tokens.to("cpu", torch.int64), _lumped(logits, tokens).cpu())
 
-    The base is `model` with its adapter off and takes no gradient.
+
+def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """KL(base ‖ tuned) in nats over the whole vocabulary, mean over all tokens of `prompts`.
+
+    In float32 or wider. The base is `model` with its adapter off and takes no gradient.
     """
+    with evaluating(model):
+        with torch.no_grad(), adapter_off(model):
+            base = _logits(model, prompts).log_softmax(-1)
+        tuned = _logits(model, prompts).log_softmax(-1)
+    return (base.exp() * (base - tuned)).sum(-1).mean()
+
+
+def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[all real tokens, V], in float32 or wider."""
     device = model.get_input_embeddings().weight.device
     # Padding stands on the right, after every real token, where causal attention never looks.
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True)
     lengths = torch.tensor([len(p) for p in prompts])
     real = torch.arange(ids.shape[1]) < lengths[:, None]
-    with evaluating(model):
-        with torch.no_grad(), adapter_off(model):
-            base = _log_probabilities(model, ids.to(device), real)
-        tuned = _log_probabilities(model, ids.to(device), real)
-    return (base.exp() * (base - tuned)).sum(-1).mean()
-
-
-def _log_probabilities(model: nn.Module, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits
+    logits = model(input_ids=ids.to(device), use_cache=False).logits
     logits = logits[real.to(logits.device)]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _lumped(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[T, K + 1]: log-probabilities of `tokens` [T, K], and of all others together."""
+    others = logits.scatter(-1, tokens, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, tokens), others], -1).log_softmax(-1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,23 +21,26 @@ from .reading import leakage
 
 @dataclass(frozen=True)
 class LeakageReport:
-    """Leakage per layer, beside what an update that knows nothing of U would have.
+    """Leakage per site, beside what an update that knows nothing of U would have.
 
     Attributes:
-        shares: L numbers ‖ΔW_l U_l‖/‖ΔW_l‖; 0 where nothing changed.
-        chance: L numbers √(u_l/I).
+        shares: per site ‖ΔW U‖/‖ΔW‖, the largest of its modules'; 0 where nothing changed.
+        chance: √(u/I) of each.
         soft: whether the directions may be read, only less.
+        names: of each site's first module.
     """
 
     shares: list[float]
     chance: list[float]
     soft: bool = False
+    names: Sequence[str] = ()
 
     def text(self) -> str:
         worst = max(range(len(self.shares)), key=self.shares.__getitem__)
+        where = self.names[worst] if self.names else f"layer {worst}"
         return (
             f"{'softly ' * self.soft}protected directions: at most {self.shares[worst]:.2g} of the"
-            f" update reads them (layer {worst}; an update blind to them would read"
+            f" update reads them ({where}; an update blind to them would read"
             f" {self.chance[worst]:.2g})"
         )
 
@@ -59,35 +63,46 @@ def measure_leakage(
     """
     found = open_checkpoint(base)
     selection = selection.check_shape(found.anatomy)
-    _check_sizes(found, directions)
+    down = {name: i for i, name in enumerate(found.anatomy.names)}
+    sites = directions.sites or [[name] for name in down]
+    _check_sizes(found, sites, directions)
     chance = [(u.shape[1] / len(u)) ** 0.5 for u in directions.basis]
+    names = [site[0] for site in directions.sites or ()]
     if is_adapter(tuned):
         shares = adapter_leakage(Path(tuned), found.anatomy.names, directions)
-        return LeakageReport(shares, chance, directions.soft)
+        return LeakageReport(shares, chance, directions.soft, names)
     after = tensors(Path(tuned))
-    for key in found.down:
+
+    def share(name: str, u: torch.Tensor) -> float:
+        key, dim = found.linear(name)
         if key not in after or after[key].shape != found.stored[key].shape:
             raise ValueError(f"'{tuned}' has no {key} of the base's shape; it is another model")
-    shares = []
-    layers = zip(found.down, found.anatomy.row_dims, selection.rows, directions.basis, strict=True)
-    for key, dim, rows, u in layers:
+        rows = selection.rows[down[name]] if name in down else slice(None)
         old, new = (_rows(stored[key], rows, dim) for stored in (found.stored, after))
-        shares.append(leakage(new - old, u))
-    return LeakageReport(shares, chance, directions.soft)
+        return leakage(new - old, u)
+
+    pairs = zip(sites, directions.basis, strict=True)
+    shares = [max(share(name, u) for name in site) for site, u in pairs]
+    return LeakageReport(shares, chance, directions.soft, names)
 
 
-def _check_sizes(base: Checkpoint, directions: Directions) -> None:
-    given = [len(u) for u in directions.basis]
-    dims = base.anatomy.row_dims
-    sizes = [base.stored[k].shape[1 - dim] for k, dim in zip(base.down, dims, strict=True)]
-    if given != sizes:
+def _check_sizes(base: Checkpoint, sites: Sequence[Sequence[str]], directions: Directions) -> None:
+    if len(sites) != len(directions.basis):
         raise ValueError(
-            f"the directions are for layers of {given} inputs, the base has {sizes}; give the file"
-            " that stands beside the adapter"
+            f"the directions are for {len(directions.basis)} layers, the base has {len(sites)};"
+            " give the file that stands beside the adapter"
         )
+    for names, u in zip(sites, directions.basis, strict=True):
+        key, dim = base.linear(names[0])
+        size = base.stored[key].shape[1 - dim]
+        if size != len(u):
+            raise ValueError(
+                f"the directions of {names[0]} are for {len(u)} inputs, the base has {size}; give"
+                " the file that stands beside the adapter"
+            )
 
 
-def _rows(stored: Stored, rows: torch.Tensor, dim: int) -> torch.Tensor:
+def _rows(stored: Stored, rows: torch.Tensor | slice, dim: int) -> torch.Tensor:
     weight = stored.tensor()
     return (weight[rows] if dim == 0 else weight[:, rows].T).double()
 
@@ -106,7 +121,9 @@ def check_adapter(base: str | Path | Base, folder: Path, selection: RowSelection
         grown = new_rows(found, adapter.lora)
         layers = len(adapter.layers)
     more = " but for new tokens" if grown else ""
+    others = f", and on {len(selection.linears)} targeted linears" if selection.linears else ""
     return (
         f"base compared with the rows file: {compared}\n"
-        f"OK: an adapter on {layers} down-projections, whose B is zero outside the rows{more}"
+        f"OK: an adapter on {layers} down-projections, whose B is zero outside the rows{others}"
+        f"{more}"
     )

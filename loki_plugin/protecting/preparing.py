@@ -11,21 +11,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .. import ranks
+from ..analysing.attribution.devices import first_device
 from ..analysing.calibration.prompts import load_prompts, load_texts
 from ..analysing.calibration.sources import Record, load_records, record_of
 from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
-from ..args import LokiConfig
-from ..choices import TEXT_COUNT, TEXT_TOKENS
+from ..args import LokiConfig, ProtectArgs
+from ..choices import DOWN, TEXT_COUNT, TEXT_TOKENS
 from ..inputs import Inputs
+from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint
 from ..model.loading import is_loaded
 from ..model.writing import write_text
 from . import own_text
 from .directions import FILE_NAME, Directions
-from .finding import find_directions
+from .finding import Wanted, find_directions, targeted
 
 LOG = logging.getLogger("loki_plugin")
 T = TypeVar("T")
@@ -150,6 +153,13 @@ def earlier_directions(
             f"'{folder}' was trained with protect: {{{had}}}; going on with other directions would"
             " mix two constraints. Give the same settings, or start afresh"
         )
+    if found.blind:
+        LOG.warning(
+            "loki: the directions of '%s' were found by an earlier version, in whose moments the"
+            " massive activations of a few tokens could hide all others: some layers may be"
+            " unprotected. To have them found anew, start afresh, or from the merged model",
+            folder,
+        )
     return found
 
 
@@ -167,10 +177,36 @@ def choose_directions(
     if ranks.count() == 1:
         return found
     layers = ranks.broadcast(found and len(found.basis), first)
-    # Layer by layer: all at once would stand in memory twice.
+    # One after another: all at once would stand in memory twice.
     basis = [ranks.broadcast(found and found.basis[i], first) for i in range(layers)]
-    rest = ranks.broadcast(found and (found.fingerprint, found.made), first)
+    rest = ranks.broadcast(found and (found.fingerprint, found.made, found.sites), first)
     return found or Directions(basis, *rest)
+
+
+def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
+    """What `loki.protect` asks for, within the memory that it may take.
+
+    In float32 where the largest number of directions fits so, else in bfloat16: then P is that of
+    the rounded V, on the card as in what is saved.
+    """
+    settings = config.protect
+    memory = room(settings, first_device(model)) if settings.inputs is not None else None
+    dtype = None
+    if memory is not None:
+        sizes = {id(m): linear_sizes(m) for m in targeted(model, config.targets).values()}
+        most = sum(4 * s[0] * s[0] for s in sizes.values() if s)
+        dtype = torch.bfloat16 if most > memory else None
+    return Wanted(settings.inputs, settings.directions, settings.soft, memory, dtype)
+
+
+def room(settings: ProtectArgs, device: torch.device) -> int | None:
+    """Bytes that directions may take: what the YAML says, else a tenth of the card; None on a CPU,
+    whose memory is large beside what trains there."""
+    if settings.memory is not None:
+        return int(settings.memory * 10**9)
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory // 10
 
 
 def _settings(config: LokiConfig) -> dict[str, Any]:
@@ -178,7 +214,7 @@ def _settings(config: LokiConfig) -> dict[str, Any]:
 
 
 def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
-    settings = _settings(config)
+    settings, wanted = _settings(config), wanted_directions(model, config)
     # In a run the model was read when its rows were chosen; what was written to is read again.
     mark = fingerprint(model, unchanged=True)
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
@@ -186,6 +222,8 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         "loki_plugin": version("loki_plugin"),
         "fingerprint": mark,
         "prompts": digest,
+        "targets": config.targets,
+        "memory": [wanted.memory, str(wanted.dtype)],
         **settings,
     }
     folder = cache_folder(config.cache_dir)
@@ -195,11 +233,20 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         LOG.info("loki: protected directions found in the cache (%s)", path)
         return kept
     started = time.perf_counter()
-    found = find_directions(
-        model, prompts, settings["inputs"], settings["directions"], True, settings["soft"]
-    )
+    found = find_directions(model, prompts, wanted, config.targets, coverage=True)
+    if found.capped:
+        LOG.warning(
+            "loki: the directions of %s %% of what %d of %d inputs read would take more than"
+            " %.2f GB (`protect.memory`); there are as many as fit, the leading ones",
+            f"{100 * settings['inputs']:g}",
+            found.capped,
+            len(found.basis),
+            (wanted.memory or 0) / 10**9,
+        )
     made = {
         **settings,
+        "sinks": found.sinks,
+        "capped": found.capped,
         "energy": [round(e, 6) for e in found.energy],
         "held_out": found.held_out and [round(e, 6) for e in found.held_out],
         "prompts": len(prompts),
@@ -208,7 +255,8 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         "text": config.protect.text,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    directions = Directions(found.basis, mark, made)
+    sites = None if config.targets == DOWN else found.sites
+    directions = Directions(found.basis, mark, made, sites)
     try:
         directions.save(path)
         prune(folder, config.cache_limit, keep=path.stem)
@@ -218,15 +266,23 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
 
 
 def report(directions: Directions) -> dict[str, Any]:
-    """What `loki_report.json` says about the directions; null where the file does not tell."""
-    kept = ("energy", "held_out", "tokens", "prompts", "seconds", "hash", "text")
-    facts = {key: directions.made.get(key) for key in kept}
+    """What `loki_report.json` says about the directions; null where the file does not tell.
+
+    Lists have an entry per input that is read, in layer order; `inputs` says by which modules.
+    """
+    made = directions.made
+    kept = ("tokens", "prompts", "seconds", "hash", "text", "capped")
+    sinks = made.get("sinks")
     return {
         "directions_per_layer": directions.counts,
+        "inputs": directions.sites,
         "soft": directions.soft,
-        "energy_per_layer": facts.pop("energy"),
-        "energy_of_held_out_prompts_per_layer": facts.pop("held_out"),
-        **facts,
+        "energy_per_layer": made.get("energy"),
+        "energy_of_held_out_prompts_per_layer": made.get("held_out"),
+        "sink_directions_per_layer": sinks and [s["directions"] for s in sinks],
+        "sink_energy_per_layer": sinks and [s["energy"] for s in sinks],
+        "sink_tokens_per_layer": sinks and [s["tokens"] for s in sinks],
+        **{key: made.get(key) for key in kept},
     }
 
 
@@ -234,19 +290,29 @@ def describe(directions: Directions) -> str:
     """What is protected, in one line."""
     counts, made = directions.counts, directions.made
     size = sum(b.nbytes for b in directions.basis)
-    inputs = max(b.shape[0] for b in directions.basis)
     held = (
-        f", which hold at least {100 * min(made['energy']):.2f} % of the energy of"
-        f" {made['tokens']} tokens"
+        f", which hold at least {100 * min(made['energy']):.2f} % of what {made['tokens']} tokens"
+        " read"
         if "energy" in made
         else ""
     )
     if made.get("held_out"):
-        held += f" and {100 * min(made['held_out']):.2f} % of that of prompts kept back"
-    low, high = min(counts), max(counts)
-    each = f"{low}" if low == high else f"{low} to {high}"
+        held += f" and {100 * min(made['held_out']):.2f} % of what prompts kept back read"
+    sinks = [s for s in made.get("sinks") or [] if s["directions"]]
+    if sinks:
+        longest = max(s["longest"] for s in sinks)
+        held += f"; {len(sinks)} inputs have sinks, tokens up to {longest:g} times as long as"
+        held += " others, whose directions are among them"
     how = "reads in inverse proportion to their use" if directions.soft else "does not read"
-    return (
-        f"the update {how} {each} of {inputs} input directions per layer{held}"
-        f" ({size / 2**20:.1f} MiB)"
-    )
+    return f"the update {how} {_each(directions, counts)}{held} ({size / 2**20:.1f} MiB)"
+
+
+def _each(directions: Directions, counts: Sequence[int]) -> str:
+    """How many directions of how many inputs, by input size."""
+    said = []
+    for size in sorted({b.shape[0] for b in directions.basis}, reverse=True):
+        some = [n for n, b in zip(counts, directions.basis, strict=True) if b.shape[0] == size]
+        low, high = min(some), max(some)
+        said.append(f"{low if low == high else f'{low} to {high}'} of {size}")
+    where = "per layer" if directions.sites is None else f"at {len(counts)} places"
+    return f"{' and '.join(said)} input directions {where}"

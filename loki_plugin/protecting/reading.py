@@ -15,18 +15,20 @@ matrices, for edits and for the start of A; CorDA (2406.05223) starts A and B fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import ranks
 from ..model.anatomy import find_anatomy
+from ..model.linears import PREFIX
 from .directions import FILE_NAME, Directions, is_soft
 
 # Folding again takes away what rounding left; it converges at once.
@@ -41,8 +43,9 @@ class ProtectedA(nn.Linear):
     `weight` [r, I] is the parameter A; what is saved, loaded or merged is A P.
 
     Attributes:
-        directions: V [I, u], float32 or wider. No buffer: it is neither saved with the adapter nor
-            cast, sharded or sent to other ranks with the model.
+        directions: V [I, u], as it was found: bfloat16, or float32 or wider; it is computed with in
+            float32 or wider. No buffer: it is neither saved with the adapter nor cast, sharded or
+            sent to other ranks with the model. Modules that read one input share it.
         soft: whether P can be undone.
     """
 
@@ -51,9 +54,12 @@ class ProtectedA(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.register_parameter("bias", None)
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
+        directions = directions.detach()
+        if directions.dtype != torch.bfloat16:
+            directions = directions.to(self.wide)
         # The layout is part of what a product rounds to: computed and loaded ones must agree.
-        self.directions = directions.detach().to(wide).contiguous()
+        self.directions = directions.contiguous()
         self.soft = is_soft(directions)
         self._folded: torch.Tensor | None = None  # A P as saved, while A has that version
         self._version = -1
@@ -65,7 +71,7 @@ class ProtectedA(nn.Linear):
     def placed(self, device: torch.device) -> torch.Tensor:
         """V on `device`, moved there once."""
         if self.directions.device != device:
-            self.directions = self.directions.to(device)
+            self.directions = _moved(self.directions, device)
         return self.directions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,9 +82,9 @@ class ProtectedA(nn.Linear):
         # In half precision V would not be orthogonal, and much of what it takes out would stay.
         with torch.autocast(x.device.type, enabled=False):
             if tokens < self.out_features:
-                x = outside(x.to(v.dtype), v).to(x.dtype)
+                x = _Outside.apply(x.to(self.wide), v).to(x.dtype)
             else:
-                weight = outside(weight.to(v.dtype), v).to(weight.dtype)
+                weight = _Outside.apply(weight.to(self.wide), v).to(weight.dtype)
         return nn.functional.linear(x, weight)
 
     def fold(self) -> torch.Tensor:
@@ -111,10 +117,18 @@ class ProtectedA(nn.Linear):
             weight.copy_(weight.double() - inside @ u.T)
 
     def _keep(self, folded: torch.Tensor) -> None:
-        """A <- (A P) P⁻¹, P⁻¹ = I + V diag(1 / (1 - ‖v_i‖²)) Vᵀ, and remember what it is of."""
-        v = self.placed(folded.device).double()
-        apart, wide = v / (1 - v.square().sum(0)), folded.double()
-        self.weight.detach().copy_(wide + (wide @ apart) @ v.T)
+        """A <- (A P) P⁻¹, and remember what it is of.
+
+        P⁻¹ = I + V (I - VᵀV)⁻¹ Vᵀ; VᵀV is diagonal up to the rounding of V.
+        """
+        v, wide = self.placed(folded.device).double(), folded.double()
+        seen = wide @ v
+        if self.directions.dtype == torch.bfloat16:
+            left = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - v.T @ v
+            apart = torch.linalg.solve(left, seen, left=False)
+        else:
+            apart = seen / (1 - v.square().sum(0))
+        self.weight.detach().copy_(wide + apart @ v.T)
         self._folded, self._version = folded, self.weight._version
 
     def take_folded(self) -> None:
@@ -136,20 +150,46 @@ class ProtectedA(nn.Linear):
 
 def outside(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """P x of the vectors x [..., I]: x - U(Uᵀx), for orthonormal U what lies outside span(U)."""
+    u = u.to(x.dtype)
     return x - (x @ u) @ u.T
+
+
+class _Outside(torch.autograd.Function):
+    """`outside`, which keeps nothing for its backward but U itself: P is symmetric."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        ctx.u = u
+        return outside(x, u)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return outside(gradient, ctx.u), None
+
+
+def _moved(directions: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On another device; a second module that shares the tensor gets the same copy."""
+    known = _COPIES.get(directions)
+    if known is None or known.device != device:
+        known = directions.to(device)
+        _COPIES[directions] = known
+    return known
+
+
+_COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def protect_inputs(
     model: PeftModel,
-    directions: Directions | Sequence[torch.Tensor],
+    directions: Directions | Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
     fresh: bool = True,
     checked: bool = False,
 ) -> None:
     """Make the adapter of an implanted model read less, or nothing, of the directions.
 
     Args:
-        model: a LoRA model whose down-projections carry the adapter.
-        directions: L tensors [I, u_l] (see `input_directions`) or a `Directions`.
+        model: a LoRA model whose targeted linears carry the adapter.
+        directions: what `input_directions` returns, or a `Directions`.
         fresh: False for an adapter that was saved with these directions.
         checked: they were found on this model, or checked on it, before what hosts do to a base
             ahead of training: casting what is not quantised, growing embeddings.
@@ -163,21 +203,29 @@ def protect_inputs(
             "protected inputs do not work with DeepSpeed ZeRO-3: it saves the adapter's weights"
             " without folding them. Use ZeRO-2 or DDP, or leave `loki.protect` out"
         )
-    if not isinstance(directions, Directions):
-        directions = Directions(list(directions))
+    found = Directions.of(directions)
     if checked:
-        directions.check_sizes(model)
+        found.check_sizes(model)
     else:
-        directions.check(model)
+        found.check(model)
     adapter = model.active_adapter
-    for module, basis in zip(find_anatomy(model).down, directions.basis, strict=True):
-        if isinstance(module, LoraLayer) and adapter in module.lora_A and basis.shape[1]:
+    known = found.by_module([n.removeprefix(PREFIX) for n in find_anatomy(model).names])
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        basis = known.get(name.removeprefix(PREFIX))
+        if basis is None:
+            raise ValueError(
+                f"there are no directions for {name.removeprefix(PREFIX)}, which trains; find them"
+                " for the same `targets`"
+            )
+        if basis.shape[1]:
             weight = module.lora_A[adapter].weight
             module.lora_A[adapter] = ProtectedA(weight, basis)
             if not fresh:
                 module.lora_A[adapter].take_folded()
             module.get_delta_weight = functools.partial(folded_delta, module)
-    model._loki_directions = directions  # saved beside the adapter and its rows
+    model._loki_directions = found  # saved beside the adapter and its rows
 
 
 def folded_delta(module: LoraLayer, adapter: str) -> torch.Tensor:

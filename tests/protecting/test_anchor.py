@@ -10,6 +10,7 @@ from helpers.prompts import prompts
 from transformers import Trainer, TrainingArguments
 
 from loki_plugin import implant
+from loki_plugin.protecting import anchor as anchoring
 from loki_plugin.protecting.anchor import Anchor, divergence
 
 ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
@@ -103,6 +104,7 @@ def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0):
 def test_it_counts_once_per_step_whatever_is_accumulated(
     tmp_path, accumulate, accepts, monkeypatch
 ):
+    monkeypatch.setattr(anchoring, "TOP", 1000)  # the whole vocabulary
     if not accepts:
         monkeypatch.setattr(Trainer, "_get_num_items_in_batch", lambda *a: None)
     settings = {"accumulate": accumulate, "size": 2}
@@ -140,3 +142,38 @@ def test_prompts_depend_on_the_step_so_that_a_run_resumes():
     assert [again.draw(step, 7) for step in (3, 3, 4, 4)] == drawn[6:]
     assert len({tuple(d) for d in drawn}) > 4
     assert len(Anchor(PROMPTS, 1.0, 99).draw(0, 7)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_base_is_asked_once_and_what_is_lumped_is_a_lower_bound(rank, monkeypatch):
+    model, drawn = tuned(rank), list(range(len(PROMPTS)))
+    passes = []
+    model.get_base_model().model.register_forward_hook(lambda *a: passes.append(1))
+    whole, anchor = float(truth(model).detach()), Anchor(PROMPTS, 1.0, 4)
+    passes.clear()
+    first = anchor.divergence(model, drawn)
+    assert len(passes) == len(PROMPTS) + 1  # the base each text alone, the tuned all together
+    again = anchor.divergence(model, drawn[::-1])
+    assert len(passes) == len(PROMPTS) + 2
+    assert float(again.detach()) == pytest.approx(float(first.detach()), rel=1e-6)
+    assert 0.5 * whole < float(first.detach()) < whole
+    monkeypatch.setattr(anchoring, "TOP", 1)
+    coarse = Anchor(PROMPTS, 1.0, 4).divergence(model, drawn)
+    assert float(coarse.detach()) < float(first.detach())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(coarse, parameters))
+
+
+def test_every_second_step_counts_twice(tmp_path):
+    settings = {"steps": 4, "rate": 0.0}
+    _, plain, _ = run(tmp_path, **settings)
+    anchor = Anchor(PROMPTS, 0.5, 4, every=2)
+    _, last, _ = run(tmp_path, anchor, **settings)  # the last of steps 0 to 3 has no anchor
+    for a, b in zip(last, plain, strict=True):
+        assert torch.equal(a, b)
+    once, twice = Anchor(PROMPTS, 0.5, 4), Anchor(PROMPTS, 0.5, 4, every=2)
+    _, first, _ = run(tmp_path, once)
+    _, doubled, _ = run(tmp_path, twice)
+    _, alone, _ = run(tmp_path)
+    for a, b, c in zip(first, doubled, alone, strict=True):
+        assert torch.allclose(b - c, 2 * (a - c), rtol=1e-3, atol=1e-6)
