@@ -15,8 +15,11 @@ from pydantic import (
 )
 
 from .choices import (
+    AUTO,
     BATCH_SIZE,
+    DOWN,
     FEW_SHOT,
+    LINEAR_RANK,
     PATH,
     QUOTA,
     RULE,
@@ -103,12 +106,18 @@ class AttributionArgs(_Block):
 class ProtectArgs(_Block):
     """What keeps the update away from what the model does on general text."""
 
+    auto: bool = Field(
+        False,
+        description="what the word `auto` stands for: soft directions of 99 % of the inputs, or as"
+        " many as `memory` holds, found on calibration prompts and the model's own text; what is"
+        " set beside it counts",
+    )
     inputs: Number | None = Field(
         None,
         gt=0,
         lt=1,
-        description="share of the energy of the calibration's inputs, e.g. 0.99, whose directions"
-        " the update cannot read; null = off",
+        description="share of what general text reads, e.g. 0.99, whose directions the update"
+        " cannot read; null = off",
     )
     directions: Count | None = Field(
         None, ge=1, description="that many directions in every layer instead of a share"
@@ -118,6 +127,13 @@ class ProtectArgs(_Block):
         description="the update reads those directions in inverse proportion to what general text"
         " uses of them, instead of not at all",
     )
+    memory: Number | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="gigabytes that the directions of a share may take; where they need more, every"
+        " input gets the same part of its size; null = a tenth of the card's memory",
+    )
     anchor: Number = Field(
         0.0,
         ge=0,
@@ -126,6 +142,9 @@ class ProtectArgs(_Block):
     )
     anchor_batch: Count = Field(
         4, ge=1, description="prompts per micro batch and rank for the anchor"
+    )
+    anchor_every: Count = Field(
+        1, ge=1, description="steps from one anchor to the next, which then counts that many times"
     )
     text: str | None = Field(
         None,
@@ -143,6 +162,19 @@ class ProtectArgs(_Block):
     def on(self) -> bool:
         return self.reads or self.anchor > 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_word(cls, given):
+        if given == "off":
+            return {}
+        given = {"auto": True} if given == "auto" else given
+        if isinstance(given, str):
+            raise ValueError(f"got {given!r}, expected `auto`, `off`, or a block of settings")
+        if isinstance(given, dict) and given.get("auto") is True:
+            own = AUTO if given.get("directions") is None else AUTO.keys() - {"inputs"}
+            given = {k: AUTO[k] for k in AUTO if k in own} | given
+        return given
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.inputs is not None and self.directions is not None:
@@ -156,12 +188,16 @@ class ProtectArgs(_Block):
                 "of `soft` directions the last one is read as it is, so that one alone protects"
                 " nothing; give at least 2"
             )
+        if self.memory is not None and self.inputs is None:
+            raise ValueError("`memory` limits the directions of a share; set `inputs` too")
         if self.text is not None and not self.on:
             raise ValueError(
                 "`text` needs something to protect: set `inputs`, `directions` or `anchor`"
             )
         if self.anchor_batch != type(self).model_fields["anchor_batch"].default and not self.anchor:
             raise ValueError("`anchor_batch` is the batch of `anchor`, which is off; set it too")
+        if self.anchor_every > 1 and not self.anchor:
+            raise ValueError("`anchor_every` belongs to `anchor`, which is off; set it too")
         return self
 
 
@@ -182,6 +218,19 @@ class LokiConfig(_Block):
     magnitude: bool = Field(False, description="rank |score| instead of the signed score")
     seed: Count = Field(SEED, ge=0, description="seed of the `random` strategy")
     rows: str | None = Field(None, description="a rows file; skips analysing and selecting")
+    targets: str | list[str] = Field(
+        DOWN,
+        min_length=1,
+        description="what trains: `down`, rows of the down-projections; `all`, a LoRA on every"
+        " other linear of the decoder too; or a list of names, or a regular expression, as"
+        " `lora_target_modules` has them",
+    )
+    linear_rank: Count | None = Field(
+        None,
+        ge=1,
+        description="rank of the LoRA on linears besides the down-projections; null = `rank`, else"
+        f" the YAML's `lora_r`, else {LINEAR_RANK}",
+    )
     exclude: list[str] = Field(
         default_factory=list, description="rows files whose rows must not train again"
     )
@@ -213,8 +262,18 @@ class LokiConfig(_Block):
         " registers a configuration again, when `adapter` and `lora_r` are the carrier's)",
     )
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the rows depend on an analysis: not all of them, nor drawn, nor from a file."""
+        return self.rows is None and self.strategy != "random" and self.quota < 100
+
     @model_validator(mode="after")
     def _form_and_rank_agree(self):
+        if self.linear_rank is not None and self.targets == DOWN:
+            raise ValueError(
+                "`linear_rank` is the rank on linears besides the down-projections, and `targets`"
+                " names none; set `targets: all` too"
+            )
         if self.form is not None and (self.form == "dense") != (self.rank is None):
             raise ValueError(f"form is {self.form}, but rank is {self.rank}; leave `form` out")
         return self

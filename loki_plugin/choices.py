@@ -28,9 +28,12 @@ SOURCE = "builtin"  # of calibration prompts: those that ship with the package
 SELF = "self"  # text for protection that the model writes by itself
 TextKind = Literal["both", "dialogues", "text"]
 TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
+AUTO = {"inputs": 0.99, "soft": True, "text": SELF}  # what `protect: auto` stands for
 TEXT_COUNT, TEXT_TOKENS, TEXT_BATCH = 512, 128, 64
 TARGET: TargetName = "predicted"
 FEW_SHOT = 0
+DOWN, ALL = "down", "all"  # targets: rows of the down-projections only; every other linear too
+LINEAR_RANK = 16  # of the LoRA on linears besides the down-projections
 SEED = 0
 BATCH_SIZE = "auto"
 

@@ -35,7 +35,11 @@ class Inputs:
             ValueError: a file that cannot be read, or a faulty record or row in it.
         """
         source, text = config.calibration, config.protect.text
-        needed = analysed or config.protect.on or (config.report and source.source == SOURCE)
+        needed = (
+            (analysed and config.needs_scores)
+            or config.protect.on
+            or (config.report and source.source == SOURCE)
+        )
         return cls(
             load_records(source.source, source.columns, source.split) if needed else [],
             [RowSelection.load(path) for path in config.exclude],

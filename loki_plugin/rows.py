@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import InvalidOperation
 from numbers import Integral
 from pathlib import Path
@@ -52,23 +52,27 @@ class RowSelection:
         hidden_size: H, or None when it is not known (the bare list form without a model).
         fingerprint: of the model the rows were selected on, or None (bare list form).
         made: how the scores and the selection were made.
+        linears: names of further linear modules, besides the down-projections, that train whole.
 
     Raises:
-        ValueError: an index out of range or a duplicate (layer and index named), or no row at all.
+        ValueError: an index out of range or a duplicate (layer and index named), or nothing that
+            trains.
     """
 
     rows: Sequence[torch.Tensor]  # anything that gives integers is taken
     hidden_size: int | None = None
     fingerprint: dict[str, str] | None = None
     made: Made = field(default_factory=Made)
+    linears: Sequence[str] = ()
 
     def __post_init__(self):
         rows = [_checked(layer, i, self.hidden_size) for i, layer in enumerate(self.rows)]
-        if not any(len(r) for r in rows):
+        if not any(len(r) for r in rows) and not self.linears:
             raise ValueError(
                 f"a row selection needs at least one row, got {len(rows)} layers with none"
             )
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "linears", tuple(self.linears))
 
     @property
     def num_layers(self) -> int:
@@ -83,6 +87,7 @@ class RowSelection:
         return (
             isinstance(other, RowSelection)
             and self.num_layers == other.num_layers
+            and sorted(self.linears) == sorted(other.linears)
             and all(torch.equal(a, b) for a, b in zip(self.rows, other.rows, strict=True))
         )
 
@@ -100,6 +105,8 @@ class RowSelection:
             "made": self.made,
             "rows": [r.tolist() for r in self.rows],
         }
+        if self.linears:
+            content["linears"] = list(self.linears)
         write_text(path, json.dumps(content))
         return path
 
@@ -162,7 +169,10 @@ class RowSelection:
         for key, value in (("fingerprint", mark), ("made", made)):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"`{key}` must be an object, got {_short(value)}")
-        return cls(content["rows"], hidden, mark, _made(made or {}))
+        linears = content.get("linears", [])
+        if not isinstance(linears, list) or not all(isinstance(name, str) for name in linears):
+            raise ValueError(f"`linears` must be a list of module names, got {_short(linears)}")
+        return cls(content["rows"], hidden, mark, _made(made or {}), linears)
 
     def check(self, model: torch.nn.Module) -> RowSelection:
         """Check that the rows belong to `model`; returns the selection with `hidden_size` known.
@@ -191,7 +201,7 @@ class RowSelection:
                 f" {self.hidden_size or 'unknown'} rows, this model has {layers} x {hidden};"
                 " use the file of this model, or leave `loki.rows` out to run the analysis for it"
             )
-        return RowSelection(self.rows, hidden, self.fingerprint, self.made)
+        return replace(self, hidden_size=hidden)
 
 
 def common_rows(one: RowSelection, other: RowSelection) -> list[list[int]]:
@@ -232,7 +242,9 @@ def union(selections: Sequence[RowSelection]) -> RowSelection:
     # One that was made on an unquantised base says most about it.
     marks = sorted((s.fingerprint for s in selections if s.fingerprint), key=_is_quantised)
     made = Made(parts=[s.made for s in selections])
-    return RowSelection(rows, max(sizes, default=None), marks[0] if marks else None, made)
+    linears = dict.fromkeys(name for s in selections for name in s.linears)
+    mark = marks[0] if marks else None
+    return RowSelection(rows, max(sizes, default=None), mark, made, tuple(linears))
 
 
 def _is_quantised(fingerprint: dict[str, str]) -> bool:

@@ -36,6 +36,7 @@ def estimate_command(config: Path, card: int):
     from ..host import settings
     from ..host.estimated import text
     from ..host.planned import not_counted, planned
+    from ..model.linears import chosen_down
 
     given = read_run(config)
     cfg = DictDefault(given)
@@ -46,10 +47,12 @@ def estimate_command(config: Path, card: int):
         "trust_remote_code": bool(given.get("trust_remote_code")),
     }
     model, anatomy = base_of(given["base_model"], **where)
-    assumed = not_counted(given)
+    assumed = not_counted({**given, "loki": cfg["loki"]})
     counts = _counts(given, block, model, anatomy, assumed)
+    down = set(chosen_down(anatomy, block.targets))
+    counts = [c if n in down else 0 for n, c in zip(anatomy.names, counts, strict=True)]
     lengths = _lengths(given, block, where, assumed)
-    analysed = not block.rows and not given.get("lora_model_dir")
+    analysed = block.needs_scores and not given.get("lora_model_dir")
     estimator = Estimator(model, anatomy, block, counts, lengths, analysed)
     facts = estimator.facts(planned(given), card) | {"assumed": assumed}
     fits = facts["card"]["analysis"] and facts["card"]["training"]

@@ -38,20 +38,26 @@ def adapter_bytes(
     counts: Sequence[int],
     rank: int | None,
     dtype: torch.dtype,
+    linears: Mapping[str, tuple[int, int, int]],
 ) -> int:
-    """`adapter_model.safetensors`: A [r, I] and B [H, r] of every layer that trains rows.
+    """`adapter_model.safetensors`: A [r, I] and B [H, r] of every layer that trains rows, and of
+    further linears.
 
     Args:
         names: of the L down-projections in the base model.
         inputs: I of each.
         counts: rows of each that train.
         rank: None for the dense form, where r is the layer's count.
+        linears: (inputs, outputs, rank) by name.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, size, count in zip(names, inputs, counts, strict=True):
         if count:
             shapes[f"base_model.model.{name}.lora_A.weight"] = (rank or count, size)
             shapes[f"base_model.model.{name}.lora_B.weight"] = (hidden, rank or count)
+    for name, (size, outputs, r) in linears.items():
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (r, size)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (outputs, r)
     return safetensors_bytes(shapes, dtype, {"format": "pt"})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import nn
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
 from ..args import LokiConfig
+from ..choices import LINEAR_RANK
 from ..model.anatomy import Anatomy, linear_sizes
+from ..model.linears import chosen
 from ..protecting.eigen import BUDGET, EXACT_COPIES
 from .base import quantised_linears, weight_bytes
 from .disk import adapter_bytes, score_log_bytes
 from .planned import Planned, changes
+from .reading import Reads, direction_counts, reads
 from .training import Shapes, state_bytes, trainable
 from .work import CARDS, Work
 
@@ -43,10 +46,21 @@ class Estimator:
     def parameters(self) -> tuple[int, int]:
         """Those that train, and all of the base."""
         trained = trainable(self.anatomy.input_sizes, self.counts, self.config.rank)
-        return sum(trained), sum(p.numel() for p in self.model.parameters())
+        whole = sum(sum(sizes) for sizes in self.linears().values()) * self.linear_rank
+        return sum(trained) + whole, sum(p.numel() for p in self.model.parameters())
 
-    def disk(self, run: Planned) -> dict[str, int | None]:
-        """Bytes of the files; of directions what is known before they are found."""
+    @property
+    def linear_rank(self) -> int:
+        return self.config.linear_rank or self.config.rank or LINEAR_RANK
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the further linears that carry a LoRA."""
+        names = chosen(self.model, self.anatomy, self.config.targets)
+        sizes = {name: linear_sizes(self.model.get_submodule(name)) for name in names}
+        return {name: size for name, size in sizes.items() if size}
+
+    def disk(self, run: Planned, card: int) -> dict[str, int]:
+        """Bytes of the files; of directions the most that there can be."""
         anatomy = self.anatomy
         return {
             "adapter_bytes": adapter_bytes(
@@ -56,18 +70,49 @@ class Estimator:
                 self.counts,
                 self.config.rank,
                 run.adapter_dtype,
+                {name: (*size, self.linear_rank) for name, size in self.linears().items()},
             ),
             "score_log_bytes": score_log_bytes(
                 len(self.lengths) if self.analysed else 0, anatomy.num_layers, anatomy.hidden_size
             ),
-            "directions_bytes": self.directions_bytes(),
+            "directions_bytes": self.directions_bytes(card),
         }
 
-    def directions_bytes(self) -> int | None:
-        """Of U in float32, on the device and on disk; None: a share of the energy decides."""
-        if self.config.protect.inputs is not None:
-            return None
-        return 4 * (self.config.protect.directions or 0) * sum(self.anatomy.input_sizes)
+    def reads(self) -> list[Reads]:
+        """What the targeted linears read; nothing where no input is protected."""
+        if not self.config.protect.reads:
+            return []
+        return reads(self.model, self.anatomy, self.config.targets)
+
+    def directions_bytes(self, card: int) -> int:
+        """Of V, on the device and on disk, at most."""
+        sizes = [each.size for each in self.reads()]
+        counts, itemsize = direction_counts(self.config.protect, sizes, self.direction_room(card))
+        return sum(itemsize * size * count for size, count in zip(sizes, counts, strict=True))
+
+    def direction_room(self, card: int) -> int:
+        """Bytes that the directions of a share may take on a card of so many gigabytes."""
+        return int(10**9 * (self.config.protect.memory or card / 10))
+
+    def protection_flops(self, run: Planned, card: int) -> float:
+        """Of one micro batch: every A is read through its P, forwards and backwards: 4 r I u."""
+        found = self.reads()
+        sizes = [each.size for each in found]
+        counts, _ = direction_counts(self.config.protect, sizes, self.direction_room(card))
+        rows = dict(zip(self.anatomy.names, self.counts, strict=True))
+        passes = 3 if run.checkpointing else 2
+        return float(
+            sum(
+                passes * 4 * min(self._width(name, rows), run.tokens) * each.size * count
+                for each, count in zip(found, counts, strict=True)
+                for name, _ in each.linears
+            )
+        )
+
+    def _width(self, name: str, rows: Mapping[str, int]) -> int:
+        if name not in rows:
+            return self.linear_rank
+        return (self.config.rank or rows[name]) if rows[name] else 0
 
     def anchor_tokens(self) -> int:
         """Of the anchor prompts of one micro batch, on average."""
@@ -93,7 +138,7 @@ class Estimator:
             "bytes": weights + memory.peak(batch, longest, settings.steps),
         }
         if self.config.protect.reads:
-            largest = max(self.anatomy.input_sizes)
+            largest = max(each.size for each in self.reads())
             finding = max(BUDGET, EXACT_COPIES * 4 * largest**2)
             found["finding_directions_bytes"] = weights + finding
         work = Work.of(self.model, self.anatomy)
@@ -102,7 +147,7 @@ class Estimator:
         times = self._times(run, flops if self.analysed else 0, passes if self.analysed else 0)
         return found | {"seconds": times}
 
-    def training(self, run: Planned) -> dict[str, Any]:
+    def training(self, run: Planned, card: int = 24) -> dict[str, Any]:
         """Memory of the training step by its parts, and the time of an optimizer step."""
         rank, sizes = self.config.rank, self.anatomy.input_sizes
         each = trainable(sizes, self.counts, rank)
@@ -111,6 +156,10 @@ class Estimator:
             pairs = zip(sizes, self.counts, strict=True)
             tensors = [rank * n for size, count in pairs if count for n in (size, count)]
         size = run.adapter_dtype.itemsize
+        linears = self.linears()
+        tensors += [self.linear_rank * n for sizes_of in linears.values() for n in sizes_of]
+        others = sum(map(sum, linears.values())) * self.linear_rank // len(each)
+        each = [n + others for n in each]
         gradients = [size * n for n in each]
         ranks = [(rank or count) if count else 0 for count in self.counts]
         shapes = Shapes.of(self.model, self.anatomy, run.stored)
@@ -129,7 +178,7 @@ class Estimator:
             "weights_bytes": weight_bytes(self.model, run.stored),
             "adapter_bytes": sum(gradients),
             "optimizer_bytes": 8 * sum(tensors) if states is None else states,
-            "directions_bytes": self.directions_bytes() or 0,
+            "directions_bytes": self.directions_bytes(card),
         }
         work = Work.of(self.model, self.anatomy)
         flops = work.training(run.tokens, run.length, sum(each), run.checkpointing)
@@ -140,26 +189,34 @@ class Estimator:
             "activations_bytes": moments,
             "bytes": sum(resident.values()) + max(moments.values()),
             "optimizer_known": states is not None,
-            "step_seconds": self._times(run, flops * run.micro_batches, passes),
+            "step_seconds": self._times(
+                run,
+                flops * run.micro_batches,
+                passes,
+                self.protection_flops(run, card) * run.micro_batches,
+            ),
         }
 
-    def _times(self, run: Planned, flops: float, passes: int) -> dict[str, float]:
-        """Seconds on the named cards; each pass makes every 4-bit weight whole once."""
+    def _times(
+        self, run: Planned, flops: float, passes: int, wide: float = 0.0
+    ) -> dict[str, float]:
+        """Seconds on the named cards; each pass makes every 4-bit weight whole once; `wide`:
+        operations in float32."""
         whole = 0
         if run.stored.bits:
             sizes = map(linear_sizes, quantised_linears(self.model))
             whole = passes * sum(s[0] * s[1] for s in sizes if s)
-        return {card.name: round(card.seconds(flops, whole), 6) for card in CARDS}
+        return {card.name: round(card.seconds(flops, whole, wide), 6) for card in CARDS}
 
     def facts(self, run: Planned, card: int) -> dict[str, Any]:
         """All figures, for `--json`."""
         trained, base = self.parameters()
-        analysis, training = self.analysis(run, card), self.training(run)
+        analysis, training = self.analysis(run, card), self.training(run, card)
         return {
             "trainable_parameters": trained,
             "base_parameters": base,
             "rows_per_layer": list(self.counts),
-            "disk": self.disk(run),
+            "disk": self.disk(run, card),
             "analysis": analysis,
             "training": training,
             "card": self.fits(run, card),
@@ -180,7 +237,7 @@ class Estimator:
     def _room(self, run: Planned, card: int) -> tuple[int, int]:
         """Bytes of a card that analysis and training leave; below zero they do not fit."""
         room = 10**9 * card - CONTEXT
-        analysis, training = self.analysis(run, card), self.training(run)
+        analysis, training = self.analysis(run, card), self.training(run, card)
         finding = analysis.get("finding_directions_bytes", 0)
         needed = max(analysis["least_bytes"], finding) if self.analysed else finding
         return room - needed, room - training["bytes"]

@@ -18,25 +18,28 @@ _BYTES_WHOLE = 5.2
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet: dense bf16 TFLOP/s with float32 sums, GB/s, GB."""
+    """A GPU by its data sheet: dense bf16 TFLOP/s with float32 sums, GB/s, GB, float32 TFLOP/s."""
 
     name: str
     tflops: float
     bandwidth: float
     gigabytes: int
     kind: str
+    wide_tflops: float
 
-    def seconds(self, flops: float, made_whole: float) -> float:
-        """Of so many operations; `made_whole`: 4-bit weights dequantised on the way, in all."""
+    def seconds(self, flops: float, made_whole: float, wide: float = 0.0) -> float:
+        """Of so many operations; `made_whole`: 4-bit weights dequantised on the way, in all;
+        `wide`: operations in float32."""
         products = flops / (1e12 * self.tflops * _SHARE_OF_PEAK[self.kind])
+        products += wide / (1e12 * self.wide_tflops * _SHARE_OF_PEAK[self.kind])
         return products + _BYTES_WHOLE * made_whole / (1e9 * self.bandwidth)
 
 
 CARDS = (
-    Card("RTX 3090", 71, 936, 24, "consumer"),
-    Card("RTX 4090", 165, 1008, 24, "consumer"),
-    Card("H100", 989, 3350, 80, "data centre"),
-    Card("H200", 989, 4800, 141, "data centre"),
+    Card("RTX 3090", 71, 936, 24, "consumer", 35.6),
+    Card("RTX 4090", 165, 1008, 24, "consumer", 82.6),
+    Card("H100", 989, 3350, 80, "data centre", 67),
+    Card("H200", 989, 4800, 141, "data centre", 67),
 )
 
 

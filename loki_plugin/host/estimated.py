@@ -64,10 +64,8 @@ def _of_training(training: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
-def _directions(count: int | None) -> str:
-    if count is None:
-        return "; directions: as many as hold the share of the energy"
-    return f", directions {size(count)}" if count else ""
+def _directions(count: int) -> str:
+    return f", directions up to {size(count)}" if count else ""
 
 
 def _verdict(card: Mapping[str, Any]) -> str:

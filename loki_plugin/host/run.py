@@ -12,7 +12,7 @@ from typing import Any
 from .. import ranks
 from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
-from ..choices import SELF
+from ..choices import LINEAR_RANK, SELF
 from ..protecting.anchor import Anchor
 from ..protecting.directions import Directions
 from ..reporting import Verdict, mark, write_report
@@ -52,6 +52,7 @@ class Run:
         from ..evaluating.forgetting import load_questions
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
+        from ..model.linears import chosen
         from ..model.loading import is_loaded
         from ..pipeline import choose_rows
         from ..protecting.own_text import Marks, user_turn
@@ -63,7 +64,8 @@ class Run:
             take_over_sharded_saving()
         if not Path(cfg.base_model).is_dir():
             check_base(cfg, downloaded=True)
-        check_adaptable(find_anatomy(model), model)
+        anatomy, targets = find_anatomy(model), files.config.targets
+        check_adaptable(anatomy, model, chosen(model, anatomy, targets))
         tokenizer = calibration_tokenizer(cfg, model, files)
         if files.config.protect.text == SELF:  # what it cannot write is known before the analysis
             Marks.of(model, tokenizer)
@@ -76,6 +78,7 @@ class Run:
                 checked = files.rows.check(model) if is_loaded(model) else None
             selection = ranks.broadcast(checked)
         seconds = time.perf_counter() - started
+        selection = _aimed(selection, model, targets, cfg.lora_model_dir)
         run = cls(files.config, selection, model.get_input_embeddings().num_embeddings)
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
@@ -116,18 +119,21 @@ class Run:
             self.facts["protection"] = report(found)
             self.told.append(("protected", describe(found)))
         if settings.anchor:
-            self.anchor = Anchor(prompts, settings.anchor, settings.anchor_batch)
+            every = settings.anchor_every
+            self.anchor = Anchor(prompts, settings.anchor, settings.anchor_batch, every)
             each = f"{settings.anchor:g} x KL(base || tuned) on {settings.anchor_batch}"
-            self.told.append(("anchor", f"every step adds {each} of {len(prompts)} prompts"))
+            when = "every step" if every == 1 else f"every {every}th step"
+            self.told.append(("anchor", f"{when} adds {each} of {len(prompts)} texts"))
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""
         from ..implanting.adapter import lora_settings
         from ..model.anatomy import find_anatomy
 
-        settings = lora_settings(
-            find_anatomy(model), model, self.selection.counts, self.config.rank
-        )
+        config = self.config
+        linear_rank = config.linear_rank or LINEAR_RANK
+        anatomy = find_anatomy(model)
+        settings = lora_settings(anatomy, model, self.selection, config.rank, linear_rank)
         cfg.lora_r = settings["r"]
         cfg.lora_alpha = settings["lora_alpha"]
         cfg.lora_rank_pattern = settings["rank_pattern"] or None
@@ -320,6 +326,25 @@ class Run:
         mark(folder, self.verdict)
         if self.config.report:
             write_report(folder, self.config, self.selection, self.facts, self.verdict)
+
+
+def _aimed(selection: RowSelection, model, targets, adapter: str | None) -> RowSelection:
+    """The rows with the further linears that `targets` names; an adapter that goes on keeps its."""
+    from ..implanting.adapter import aimed
+    from ..model.anatomy import find_anatomy
+
+    found = aimed(selection, model, find_anatomy(model), targets)
+    if adapter and found != selection:
+        raise ValueError(
+            f"lora_model_dir '{adapter}' trains {_kinds(selection)}, `loki.targets: {targets}` asks"
+            f" for {_kinds(found)}; give the targets that it was trained with, or start afresh"
+        )
+    return found
+
+
+def _kinds(selection: RowSelection) -> str:
+    rows = ["rows of the down-projections"] if any(selection.counts) else []
+    return " and ".join([*rows, *sorted({name.rpartition(".")[2] for name in selection.linears})])
 
 
 def leave_alone(cfg, model) -> None:

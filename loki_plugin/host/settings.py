@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..args import LokiConfig
+from ..choices import ALL, DOWN, LINEAR_RANK
 from .preference import preference_faults
 from .sharding import fsdp_faults, is_fsdp2, zero_faults
 from .telling import Line
@@ -49,7 +50,7 @@ REFUSED = {
     "lora_exclude_modules": "use `loki.exclude` or a rows file to leave layers out",
 }
 OVERRIDDEN = {
-    "lora_target_modules": ["down_proj"],
+    "lora_target_modules": ["down_proj"],  # until the rows are known
     "lora_target_linear": None,
     "lora_target_parameters": None,
     "lora_dropout": 0.0,
@@ -59,13 +60,10 @@ OVERRIDDEN = {
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
 }
-_ROWS_ONLY = "LoKI trains rows of the down-projections"
-_KERNEL = "the fused kernel reads lora_B past the constraint to the rows"
+_KERNEL = "the fused kernel reads lora_A and lora_B past what constrains them"
 _WHY = {
-    "lora_target_modules": _ROWS_ONLY,
-    "lora_target_linear": _ROWS_ONLY,
-    "lora_target_parameters": _ROWS_ONLY,
-    "lora_dropout": "the rows train without dropout",
+    "lora_target_parameters": "routed experts do not train",
+    "lora_dropout": "LoKI trains without dropout",
     "lora_mlp_kernel": _KERNEL,
     "lora_qkv_kernel": _KERNEL,
     "lora_o_kernel": _KERNEL,
@@ -123,10 +121,11 @@ def prepare(cfg) -> list[Line]:
         ValueError: a setting that contradicts LoKI, before anything is loaded.
     """
     config = parse(cfg)
-    _refuse(cfg, config)
     adapter, rank = _adapter(cfg, config)
-    form = "dense" if rank is None else "low-rank"
     lines: list[Line] = []
+    config = _aim(cfg, config, rank, lines)
+    _refuse(cfg, config)
+    form = "dense" if rank is None else "low-rank"
     if config.form is None:
         given = cfg.get("adapter") or "not set"
         lines.append(("adapter", f"'{given}' runs as '{adapter}', in the {form} form"))
@@ -137,14 +136,46 @@ def prepare(cfg) -> list[Line]:
         wanted["lora_modules_to_save"] = EMBEDDINGS
     reasons = dict.fromkeys(("lora_r", "lora_alpha"), "set from the rows")
     reasons["lora_modules_to_save"] = "embeddings do not train, those of new tokens neither"
+    told = {"adapter", "lora_target_modules", "lora_target_linear"}
+    if config.targets != DOWN and rank is None and config.linear_rank == _rank(cfg.get("lora_r")):
+        told.add("lora_r")  # it is the rank on the other linears
     for key, value in wanted.items():
         given = cfg.get(key)
-        if given is not None and given != value and key != "adapter":
+        if given is not None and given != value and key not in told:
             reason = reasons.get(key) or f"now {value}, for {_WHY[key]}"
             lines.append(("overrides", f"{key} = {given!r}: {reason}"))
         cfg[key] = value
     cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank, "form": form}
     return lines
+
+
+def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiConfig:
+    """The block with `targets`, which may stand in LoRA's own keys, and the rank on linears."""
+    if config.form is not None:
+        return config
+    key, found = _lora_targets(cfg)
+    if key and config.targets == DOWN and "targets" not in config.model_fields_set:
+        config = _changed(config, targets=found)
+        lines.append(("targets", f"{key} = {cfg[key]!r} is taken as `loki.targets: {found}`"))
+    elif key and config.targets != found:
+        lines.append(("overrides", f"{key} = {cfg[key]!r}: `loki.targets: {config.targets}`"))
+    if config.targets == DOWN:
+        return config
+    linear_rank = config.linear_rank or rank or _rank(cfg.get("lora_r")) or LINEAR_RANK
+    lines.append(("linears", f"besides rows of the down-projections: LoRA of rank {linear_rank}"))
+    return _changed(config, linear_rank=linear_rank)
+
+
+def _changed(config: LokiConfig, **fields: Any) -> LokiConfig:
+    return LokiConfig(**{**config.model_dump(mode="json", exclude_none=True), **fields})
+
+
+def _lora_targets(cfg) -> tuple[str | None, str | list[str]]:
+    """Which of LoRA's keys says what trains, and what it says."""
+    modules = cfg.get("lora_target_modules")
+    if modules:
+        return "lora_target_modules", ALL if modules == "all-linear" else modules
+    return ("lora_target_linear", ALL) if cfg.get("lora_target_linear") else (None, DOWN)
 
 
 def remember(cfg) -> dict[str, Any]:
@@ -174,6 +205,10 @@ def _refuse(cfg, config: LokiConfig) -> None:
         faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
     faults += preference_faults(cfg)
     faults += fsdp_faults(cfg, config.protect)
+    if is_fsdp2(cfg) and config.targets != DOWN:
+        faults.append(
+            "  loki.targets: linears besides the down-projections were not proved with FSDP2"
+        )
     faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(

@@ -70,9 +70,12 @@ def about_training(
     form = "dense: every selected row trains freely"
     if rank is not None:
         form = f"low-rank: the selected rows train together, rank {rank}"
+    kinds = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in selection.linears))
+    linears = [("linears", f"{len(selection.linears)} with a LoRA: {kinds}")] if kinds else []
     return [
-        ("form", form),
+        *([("form", form)] if any(selection.counts) else []),
         ("rows", f"{sum(selection.counts):,} in all"),
+        *linears,
         ("trainable", f"{trainable:,} parameters, {100 * trainable / base:.3f} % of {base:,}"),
         ("frozen", "all the rest; it is compared again after training"),
     ]

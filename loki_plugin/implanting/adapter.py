@@ -1,5 +1,7 @@
 """LoKI as a constraint on LoRA: ΔW = B·A, the rows of B outside the selection equal to zero.
 
+That is the down-projections; further linears, where `targets` names them, carry an ordinary LoRA.
+
 Dense: r = alpha = k, B is the frozen one-hot selector of the k rows, A [k, I] starts at zero and
 trains, so row j of the update is a row of A. Low-rank (LoKI*): A [r, I] and the selected rows of
 B [H, r] train. Both are ordinary PEFT LoRA adapters on disk; in memory only the rows exist.
@@ -9,19 +11,22 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..choices import DOWN, LINEAR_RANK
 from ..model.anatomy import Anatomy, find_anatomy
+from ..model.linears import PREFIX, chosen, chosen_down, kind_of
 from ..protecting.directions import Directions
 from ..protecting.reading import ProtectedA, protect_inputs
 from ..rows import RowSelection
 from .saved import save_rows_with
-from .selected import KEY, RowFactor, RowScatter, RowSelector
+from .selected import KEY, RowFactor, RowScatter, RowSelector, is_ours, let_train
 
 
 def check_rank(rank: int | None, fullest: int) -> None:
@@ -37,17 +42,32 @@ def check_rank(rank: int | None, fullest: int) -> None:
         )
 
 
-def lora_settings(anatomy: Anatomy, model: nn.Module, counts: list[int], rank: int | None) -> dict:
-    """The `LoraConfig` fields that carry a selection with `counts` rows per layer.
+def lora_settings(
+    anatomy: Anatomy,
+    model: nn.Module,
+    selection: RowSelection,
+    rank: int | None,
+    linear_rank: int = LINEAR_RANK,
+) -> dict:
+    """The `LoraConfig` fields that carry a selection.
 
     Scaling is 1 in every layer (alpha = r). Layers without rows are not targeted.
 
     Raises:
-        ValueError: as `check_rank`.
+        ValueError: as `check_rank`, or a linear of the selection that the model does not have.
     """
-    check_rank(rank, max(counts))
-    used = [name for name, count in zip(anatomy.names, counts, strict=True) if count]
+    counts = selection.counts
+    if any(counts):
+        check_rank(rank, max(counts))
     ranks = {n: rank or c for n, c in zip(anatomy.names, counts, strict=True) if c}
+    ranks |= dict.fromkeys(selection.linears, linear_rank)
+    known = {name for name, _ in model.named_modules()}
+    missing = [name for name in ranks if name not in known]
+    if missing:
+        raise ValueError(
+            f"the rows file names the linear module {missing[0]}, which this model does not have;"
+            " use the file of this model"
+        )
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: r for name, r in ranks.items() if r != common}
     return {
@@ -55,25 +75,30 @@ def lora_settings(anatomy: Anatomy, model: nn.Module, counts: list[int], rank: i
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": _shortest_target(model, used),
+        "target_modules": _shortest_targets(model, list(ranks)),
         "fan_in_fan_out": 1 in anatomy.row_dims,
         "lora_dropout": 0.0,
     }
 
 
-def _shortest_target(model: nn.Module, used: list[str]) -> list[str]:
-    """One suffix such as `down_proj` when it names exactly these modules, else all full names."""
-    parts = used[0].split(".")
+def _shortest_targets(model: nn.Module, used: list[str]) -> list[str]:
+    """Suffixes such as `down_proj` where they name exactly these modules, else full names."""
     everything = [name for name, _ in model.named_modules()]
-    for depth in range(1, len(parts)):
-        suffix = ".".join(parts[-depth:])
-        if [n for n in everything if n == suffix or n.endswith("." + suffix)] == used:
-            return [suffix]
-    return used
+    kinds: dict[str, list[str]] = {}
+    for name in used:
+        kinds.setdefault(kind_of(name), []).append(name)
+    found: list[str] = []
+    for names in kinds.values():
+        parts = names[0].split(".")
+        suffixes = [".".join(parts[-depth:]) for depth in range(1, len(parts))]
+        ends = {s: [n for n in everything if n == s or n.endswith(f".{s}")] for s in suffixes}
+        exact = [s for s in suffixes if sorted(ends[s]) == sorted(names)]
+        found += exact[:1] or names
+    return found
 
 
-def check_adaptable(anatomy: Anatomy, model: nn.Module) -> None:
-    """Check that PEFT puts adapters where their names say.
+def check_adaptable(anatomy: Anatomy, model: nn.Module, linears: Sequence[str] = ()) -> None:
+    """Check that PEFT puts adapters where their names say: down-projections, and further linears.
 
     Raises:
         ValueError: a family of which PEFT takes every `down_proj` for its routed experts' weights,
@@ -81,9 +106,10 @@ def check_adaptable(anatomy: Anatomy, model: nn.Module) -> None:
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(anatomy.names))
+    names = [*anatomy.names, *linears]
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=names)
     convert_peft_config_for_transformers(config, model, None)
-    if set(config.target_modules) != set(anatomy.names):
+    if set(config.target_modules) != set(names):
         raise ValueError(
             f"model family '{model.config.model_type}': PEFT takes an adapter for"
             f" {anatomy.names[-1]} for one of the routed experts"
@@ -97,26 +123,32 @@ def implant(
     model: nn.Module,
     rows: RowSelection | list[torch.Tensor] | list[list[int]],
     rank: int | None = None,
-    protect: Directions | Sequence[torch.Tensor] | None = None,
+    protect: Directions | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+    targets: str | Sequence[str] = DOWN,
+    linear_rank: int = LINEAR_RANK,
 ) -> PeftModel:
-    """Wrap `model` so that only the selected rows of its down-projections can change.
+    """Wrap `model` so that of its down-projections only the selected rows can change.
 
     ΔW_l = B_l·A_l with B_l zero outside rows[l]; at the start ΔW = 0. With `protect`,
     ΔW_l = B_l·A_l·(I - V_l V_lᵀ): on inputs inside the span of orthonormal V_l the layer stays as
-    it was; soft ones are read less. Works on
-    16/32-bit and on bitsandbytes 8-bit and 4-bit bases, and in any trainer that takes a
-    `PeftModel`.
+    it was; soft ones are read less. With `targets`, further linear modules of the decoder layers
+    carry an ordinary LoRA, which reads through its own V. Works on 16/32-bit and on bitsandbytes
+    8-bit and 4-bit bases, and in any trainer that takes a `PeftModel`.
 
     Args:
         model: a Hugging Face causal LM without an adapter.
         rows: L lists of row indices (see `select_rows`) or a `RowSelection`.
         rank: None for the dense form (L·k·I trainable parameters), or the rank r < k of LoKI*.
-        protect: L tensors V_l [I, u_l] with orthonormal columns, or soft ones (see
-            `input_directions`), or a `Directions`; None protects no inputs.
+        protect: what `input_directions` returned for the same `targets` (V [I, u] with orthonormal
+            columns, or soft ones), or a `Directions`; None protects no inputs.
+        targets: `down`: the down-projections only; `all`: every linear of the decoder layers but
+            routed experts; or names as LoRA takes them, which leave the rows out unless they name
+            the down-projection. A `RowSelection` that has `linears` of its own keeps them.
+        linear_rank: rank r of the LoRA on the further linears.
 
     Raises:
-        ValueError: rows or directions that do not fit the model, a rank out of range, an
-            unsupported family.
+        ValueError: rows or directions that do not fit the model, a rank out of range, unknown
+            targets, an unsupported family.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -125,13 +157,31 @@ def implant(
     selection = rows if isinstance(rows, RowSelection) else RowSelection(rows)
     selection = selection.check(model)
     anatomy = find_anatomy(model)
-    check_adaptable(anatomy, model)
-    settings = lora_settings(anatomy, model, selection.counts, rank)
+    if targets != DOWN or not selection.linears:
+        selection = aimed(selection, model, anatomy, targets)
+    check_adaptable(anatomy, model, selection.linears)
+    settings = lora_settings(anatomy, model, selection, rank, linear_rank)
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **settings))
     install(wrapped, selection, rank)
     if protect is not None:
         protect_inputs(wrapped, protect)
     return wrapped
+
+
+def aimed(
+    selection: RowSelection, model: nn.Module, anatomy: Anatomy, targets: str | Sequence[str]
+) -> RowSelection:
+    """The selection with the further linears that `targets` name, and without the rows of
+    down-projections that they do not name.
+
+    Raises:
+        ValueError: unknown targets.
+    """
+    down = set(chosen_down(anatomy, targets))
+    nothing = torch.empty(0, dtype=torch.long)
+    pairs = zip(anatomy.names, selection.rows, strict=True)
+    rows = [kept if name in down else nothing for name, kept in pairs]
+    return replace(selection, rows=rows, linears=chosen(model, anatomy, targets))
 
 
 def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: bool = True):
@@ -175,10 +225,23 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
         elif rank is None:
             nn.init.zeros_(a.weight)
         module.lora_B[adapter] = constrained
-    total = sum(isinstance(m, LoraLayer) for m in model.modules())
-    if total != found:
+    modules = dict(model.named_modules())
+    for name in selection.linears:
+        module = modules.get(f"{PREFIX}{name}")
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_B:
+            raise ValueError(f"{name} carries no LoRA adapter '{adapter}'")
+        if module.scaling[adapter] != 1:
+            raise ValueError(
+                f"{name}: the adapter has scaling {module.scaling[adapter]}, expected 1; it was"
+                " made without loki"
+            )
+        let_train(module.lora_B[adapter])
+    total = sum(isinstance(m, LoraLayer) for m in modules.values())
+    expected_total = found + len(selection.linears)
+    if total != expected_total:
         raise ValueError(
-            f"{total} modules carry LoRA, expected only the {found} selected down-projections"
+            f"{total} modules carry LoRA, expected {expected_total}: the selected down-projections"
+            f" and {len(selection.linears)} further linears"
         )
     freeze(model)
     save_rows_with(model, selection)
@@ -198,8 +261,13 @@ def _add_adapter(self: PeftModel, adapter_name: str, peft_config, *args, **kwarg
         return
     for module in self.modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_B:
-            first, like = module.lora_B[self.active_adapter], module.lora_B[adapter_name].weight
-            module.lora_B[adapter_name] = type(first)(first.rows, like).requires_grad_(False)
+            first, second = module.lora_B[self.active_adapter], module.lora_B[adapter_name]
+            if isinstance(first, RowScatter):
+                second = type(first)(first.rows, second.weight)  # type: ignore[call-arg]
+                module.lora_B[adapter_name] = second
+            else:
+                let_train(second)
+            second.requires_grad_(False)
             if isinstance(first, RowSelector):
                 nn.init.zeros_(module.lora_A[adapter_name].weight)
             reads, own = module.lora_A[self.active_adapter], module.lora_A[adapter_name].weight
@@ -212,7 +280,8 @@ def constrained_modules(model: nn.Module) -> Iterable[tuple[str, RowScatter]]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Only lora_A, and in the low-rank form the selected rows of lora_B, require gradients."""
+    """Only lora_A, the selected rows of lora_B in the low-rank form, and the lora_B of further
+    linears require gradients."""
     ours = _owned(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in ours)
@@ -227,12 +296,16 @@ def check(model: nn.Module, finite: bool = False) -> None:
     Raises:
         RuntimeError: with the first violation; the adapter must not be used.
     """
-    if not any(True for _ in constrained_modules(model)):
+    factors = [
+        (name, adapter, b)
+        for name, module in model.named_modules()
+        for adapter, b in getattr(module, "lora_B", {}).items()
+    ]
+    if not any(is_ours(b) for *_, b in factors):
         raise RuntimeError("no row constraint is installed in this model")
-    for name, module in model.named_modules():
-        for adapter, b in getattr(module, "lora_B", {}).items():
-            if not isinstance(b, RowScatter):
-                raise RuntimeError(f"{name}: lora_B of adapter '{adapter}' is not confined to rows")
+    for name, adapter, b in factors:
+        if not is_ours(b):
+            raise RuntimeError(f"{name}: lora_B of adapter '{adapter}' is not confined to rows")
     ours = _owned(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in ours:
@@ -247,7 +320,9 @@ def check(model: nn.Module, finite: bool = False) -> None:
 def _owned(model: nn.Module) -> set[str]:
     """The names of the parameters that LoKI trains."""
     a = {n for n, p in model.named_parameters() if ".lora_A." in n and p.is_floating_point()}
-    b = {f"{n}.{p}" for n, m in constrained_modules(model) for p, _ in m.named_parameters()}
+    b = {
+        f"{n}.{p}" for n, m in model.named_modules() if is_ours(m) for p, _ in m.named_parameters()
+    }
     return a | b
 
 

@@ -51,21 +51,31 @@ class Opened:
         folder: where it lies.
         selection: the rows that it may change.
         lora: the open safetensors file.
-        layers: layer -> the name of its module in the file.
-        scalings: layer -> alpha/r.
+        layers: layer -> the name of its down-projection in the file.
+        linears: names in the file of the further linears that it changes.
+        scalings: name in the file -> alpha/r.
     """
 
     folder: Path
     selection: RowSelection
     lora: Any
     layers: dict[int, str]
-    scalings: dict[int, float]
+    linears: list[str]
+    scalings: dict[str, float]
 
     def update(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """(alpha/r · B A)[rows], [k, I], in `dtype`."""
-        a, b = (self.lora.get_tensor(f"{self.layers[layer]}.lora_{x}.weight") for x in "AB")
-        rows = self.selection.rows[layer]
-        return self.scalings[layer] * (b[rows].to(dtype) @ a.to(dtype))
+        """(alpha/r · B A)[rows] of a down-projection, [k, I], in `dtype`."""
+        return self._update(self.layers[layer], dtype, self.selection.rows[layer])
+
+    def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """alpha/r · B A of a further linear, [out, in], in `dtype`."""
+        return self._update(f"{PREFIX}{name}", dtype)
+
+    def _update(
+        self, module: str, dtype: torch.dtype, rows: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        a, b = (self.lora.get_tensor(f"{module}.lora_{x}.weight") for x in "AB")
+        return self.scalings[module] * (b[rows].to(dtype) @ a.to(dtype))
 
 
 @contextmanager
@@ -85,21 +95,33 @@ def opened(adapters: Sequence[Adapter], names: list[str]) -> Iterator[list[Opene
             _check_mark(adapter.folder)
             config = _lora_config(adapter.folder)
             lora = files.enter_context(open_tensors(adapter.folder / WEIGHTS))
-            layers = adapted_layers(lora.keys(), names, adapter.selection)
+            layers, linears = adapted_layers(lora.keys(), names, adapter.selection)
             check_rows(lora, layers, adapter.selection)
-            scalings = {i: _scaling(config, names[i], _rank(lora, m)) for i, m in layers.items()}
-            found.append(Opened(adapter.folder, adapter.selection, lora, layers, scalings))
+            _check_finite(lora, linears)
+            scalings = {
+                m: _scaling(config, m.removeprefix(PREFIX), _rank(lora, m))
+                for m in (*layers.values(), *linears)
+            }
+            found.append(Opened(adapter.folder, adapter.selection, lora, layers, linears, scalings))
         yield found
 
 
 def check_disjoint(adapters: Sequence[Adapter]) -> None:
-    """Check that no row is changed by two adapters.
+    """Check that no row, and no further linear, is changed by two adapters.
 
     Raises:
-        ValueError: the first two that share rows; layer and rows are named.
+        ValueError: the first two that share some; layer and rows, or the linear, are named.
     """
     for n, one in enumerate(adapters):
         for other in adapters[n + 1 :]:
+            both = [x for x in one.selection.linears if x in other.selection.linears]
+            if both:
+                raise ValueError(
+                    f"adapters '{one.folder}' and '{other.folder}' both change {both[0]}, and"
+                    f" {len(both) - 1} more linears; neither was trained with the other's update"
+                    " there. Train one of them on the other's merged model, or with"
+                    " `targets: down`, or ask for the sum of their updates with --sum-overlaps"
+                )
             common = common_rows(one.selection, other.selection)
             if any(common):
                 layer = next(i for i, shared in enumerate(common) if shared)
@@ -151,20 +173,41 @@ def _rank(lora, module: str) -> int:
     return lora.get_slice(f"{module}.lora_A.weight").get_shape()[0]
 
 
-def adapted_layers(keys, down: list[str], selection: RowSelection) -> dict[int, str]:
+def adapted_layers(
+    keys, down: list[str], selection: RowSelection
+) -> tuple[dict[int, str], list[str]]:
+    """Of an adapter's keys: the down-projection of each layer, and the further linears.
+
+    Raises:
+        ValueError: a module that the rows file does not name, or one that the adapter lacks.
+    """
     names = {f"{PREFIX}{name}": i for i, name in enumerate(down)}
+    linears = [f"{PREFIX}{name}" for name in selection.linears]
     modules = {key.rpartition(".lora_")[0] for key in keys if ".lora_" in key}
-    foreign = sorted(m for m in modules if m not in names)
+    foreign = sorted(m for m in modules if m not in names and m not in linears)
     if foreign:
         raise ValueError(
-            f"the adapter changes {len(foreign)} modules that are no down-projection, such as"
-            f" {foreign[0]}; it is not a LoKI adapter of this model"
+            f"the adapter changes {len(foreign)} modules that the rows file does not name, such as"
+            f" {foreign[0]}; it is not a LoKI adapter of this model, or not the one of these rows"
         )
-    layers = {names[m]: m for m in modules}
+    missing = [m for m in linears if m not in modules]
+    if missing:
+        raise ValueError(f"the rows file names {missing[0]}, which the adapter lacks")
+    layers = {names[m]: m for m in modules if m in names}
     bare = [i for i, rows in enumerate(selection.rows) if len(rows) and i not in layers]
     if bare:
         raise ValueError(f"the rows file selects rows in layers {bare} that the adapter lacks")
-    return layers
+    return layers, linears
+
+
+def _check_finite(lora, modules: Sequence[str]) -> None:
+    for module in modules:
+        for x in "AB":
+            if not torch.isfinite(lora.get_tensor(f"{module}.lora_{x}.weight")).all():
+                raise ValueError(
+                    f"{module.removeprefix(PREFIX)}: the adapter's lora_{x} holds NaN or Inf; its"
+                    " training went wrong"
+                )
 
 
 def check_rows(lora, layers: dict[int, str], selection: RowSelection) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..model.anatomy import Anatomy, find_anatomy
+from ..model.linears import row_dim
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -216,6 +217,21 @@ class Checkpoint:
     vocabulary: list[Vocabulary]
     renamed: dict[str, str]
 
+    def linear(self, name: str) -> tuple[str, int]:
+        """The key of a linear module's weight, and the dimension of it that counts outputs.
+
+        Raises:
+            ValueError: the model has no such module, or the checkpoint stores it in another form.
+        """
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"the model in '{self.folder}' has no module {name}, which the rows file names; it"
+                " is another model"
+            ) from error
+        return _only(f"{name}.weight", self.stored, self.renamed), row_dim(module)
+
 
 def open_checkpoint(base: str | Path | Base) -> Checkpoint:
     """Find out what a checkpoint stores where; only the headers of its files are read.
@@ -241,15 +257,7 @@ def open_checkpoint(base: str | Path | Base) -> Checkpoint:
     anatomy = find_anatomy(model)
     stored = tensors(folder)
     renamed = _renamed(model, stored)
-    down = []
-    for name in anatomy.names:
-        matches = matching_keys(f"{name}.weight", stored, renamed)
-        if len(matches) != 1:
-            raise ValueError(
-                f"the model's {name}.weight matches {len(matches)} tensors of the checkpoint"
-                f" {matches[:3]}; expected exactly one"
-            )
-        down += matches
+    down = [_only(f"{name}.weight", stored, renamed) for name in anatomy.names]
     vocabulary = _vocabulary(model, stored, renamed)
     return Checkpoint(folder, model, anatomy, stored, down, vocabulary, renamed)
 
@@ -262,6 +270,16 @@ def _renamed(model: nn.Module, stored: dict[str, Stored]) -> dict[str, str]:
     steps = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming)]
     names = {key: rename_source_key(key, steps, [])[0] for key in sorted(stored)}
     return {name: key for key, name in names.items() if name != key}
+
+
+def _only(name: str, stored: dict[str, Stored], renamed: dict[str, str]) -> str:
+    matches = matching_keys(name, stored, renamed)
+    if len(matches) != 1:
+        raise ValueError(
+            f"the model's {name} matches {len(matches)} tensors of the checkpoint"
+            f" {matches[:3]}; expected exactly one"
+        )
+    return matches[0]
 
 
 def matching_keys(name: str, stored: dict[str, Stored], renamed: dict[str, str]) -> list[str]:

@@ -67,6 +67,7 @@ class MergeReport:
         adapters: how many were merged.
         layers: how many layers have rows.
         rows: how many rows were written.
+        linears: how many further linears were written whole.
         base: what of the base was compared with the fingerprint in the rows file.
         new_tokens: by how many tokens the embeddings grew.
         rounding: what the checkpoint's dtype could not hold.
@@ -81,12 +82,13 @@ class MergeReport:
     new_tokens: int
     rounding: Rounding
     dtype: str
+    linears: int = 0
 
     def text(self) -> str:
         lines = [
             f"base compared with the rows file: {self.base}",
-            f"merged {self.rows} rows of {self.layers} layers{self._of_adapters()} into"
-            f" {self.output}",
+            f"merged {self.rows} rows of {self.layers} layers{self._more()}"
+            f"{self._of_adapters()} into {self.output}",
             f"{100 * self.rounding.lost_share:.1f} % of the update was rounded away"
             f" ({self.dtype}); {100 * self.rounding.unchanged_share:.1f} % of the numbers that it"
             " changes kept their bytes",
@@ -99,6 +101,9 @@ class MergeReport:
                 " higher learning rate, merge into the base saved in float32, or serve the adapter"
             )
         return "\n".join(lines)
+
+    def _more(self) -> str:
+        return f" and {self.linears} whole linears" if self.linears else ""
 
     def _of_adapters(self) -> str:
         return f" of {self.adapters} adapters" if self.adapters > 1 else ""
@@ -122,7 +127,8 @@ def merge_adapters(
     sum_overlaps: bool = False,
     progress: bool = True,
 ) -> MergeReport:
-    """Write `base` + adapters to `output`: W_l[j] + Σ (alpha/r · B_l A_l)[j] for selected rows j.
+    """Write `base` + adapters to `output`: W_l[j] + Σ (alpha/r · B_l A_l)[j] for selected rows j,
+    and W + Σ alpha/r · B A for the further linears that an adapter trained.
 
     Every shard is copied, then the bytes of its selected rows are replaced where they lie, so
     that all other bytes are the base's by construction; at most one layer's rows are in memory.
@@ -171,6 +177,15 @@ def merge_adapters(
                 rounding += _write_rows(place, selection.rows[i], change, found.anatomy.row_dims[i])
             except OverflowError as error:
                 raise ValueError(f"layer {i}: {error}") from error
+        for name in tqdm(selection.linears, desc="loki: merging linears", disable=not progress):
+            key, dim = found.linear(name)
+            place = stored[key]
+            wide = torch.promote_types(place.torch_dtype, torch.float32)
+            change = sum(p.whole(name, wide) for p in parts if name in p.selection.linears)
+            try:
+                rounding += _write_rows(place, torch.arange(place.shape[dim]), change, dim)
+            except OverflowError as error:
+                raise ValueError(f"{name}: {error}") from error
         report = MergeReport(
             output,
             len(adapters),
@@ -180,6 +195,7 @@ def merge_adapters(
             max(map(len, grown.values()), default=0),
             rounding,
             found.stored[found.down[0]].dtype,
+            len(selection.linears),
         )
         _with_merge(selection, report, base).save(partial / FILE_NAME)
         if output.exists():

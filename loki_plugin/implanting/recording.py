@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ..model.loading import is_sharded
 from ..protecting.reading import ProtectedA, outside
-from .selected import RowFactor, RowScatter
+from .selected import RowFactor, RowScatter, RowSelector, is_ours
 
 NORM, KL, ROWS = "loki/update_norm", "loki/kl_to_base", "loki/rows"
 
@@ -57,21 +57,20 @@ def update_norm(model: nn.Module) -> torch.Tensor | None:
         if not isinstance(module, LoraLayer):
             continue
         for name, b in module.lora_B.items():
-            if isinstance(b, RowScatter):
+            if is_ours(b):
                 squares.append(_square(module.lora_A[name], b))
     if not squares:
         return None
     return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
 
 
-def _square(a: nn.Linear, b: RowScatter) -> torch.Tensor:
+def _square(a: nn.Linear, b: RowScatter | nn.Linear) -> torch.Tensor:
     """‖ΔW‖² of one layer."""
     weight = a.weight.to(torch.promote_types(a.weight.dtype, torch.float32))
     if isinstance(a, ProtectedA):
-        u = a.placed(weight.device)
-        weight = outside(weight.to(u.dtype), u)
-    if not isinstance(b, RowFactor):
+        weight = outside(weight, a.placed(weight.device))
+    if isinstance(b, RowSelector):
         return weight.square().sum()
-    values = b.values.to(weight.dtype)
+    values = (b.values if isinstance(b, RowFactor) else b.weight).to(weight.dtype)
     # Rounding may leave a little less than nothing.
     return ((values.T @ values) * (weight @ weight.T)).sum().clamp(min=0)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from .. import ranks
+from ..model.linears import PREFIX
 from ..model.loading import whole
 from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
 from ..protecting.directions import Directions
@@ -25,7 +26,6 @@ WEIGHTS = "adapter_model.safetensors"
 FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be used
 REPORT_NAME = "loki_report.json"
 PAGE_NAME, FIGURES_NAME = "loki_report.html", "loki_figures.json"
-_PREFIX = "base_model.model."  # PEFT's, around the base model
 
 
 def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
@@ -147,8 +147,8 @@ def check_saved(
         for i, (name, rows) in enumerate(zip(names, selection.rows, strict=True)):
             if not len(rows):
                 continue
-            name = name.removeprefix(_PREFIX)
-            keys = [f"{_PREFIX}{name}.lora_{x}.weight" for x in "AB"]
+            name = name.removeprefix(PREFIX)
+            keys = [f"{PREFIX}{name}.lora_{x}.weight" for x in "AB"]
             missing = [k for k in keys if k not in left]
             if missing:
                 raise ValueError(f"layer {i}: the saved adapter lacks {missing[0]}")
@@ -161,15 +161,23 @@ def check_saved(
                 kind(rows, torch.empty(selection.hidden_size, rank or len(rows))).compact(b)
             except ValueError as error:
                 raise ValueError(f"layer {i}: the saved {error}") from error
+        for name in selection.linears:
+            keys = [f"{PREFIX}{name}.lora_{x}.weight" for x in "AB"]
+            missing = [k for k in keys if k not in left]
+            if missing:
+                raise ValueError(f"{name}: the saved adapter lacks {missing[0]}")
+            left -= set(keys)
+            if not all(torch.isfinite(stored.get_tensor(k)).all() for k in keys):
+                raise ValueError(f"{name}: the saved adapter holds NaN or Inf")
     if left:
         raise ValueError(f"the saved adapter holds {sorted(left)[0]}, which no row selects")
 
 
 def check_saved_protection(folder: Path, names: list[str], directions: Directions) -> list[float]:
-    """Read a saved adapter back: `leakage` of its update per layer, 0 where it has none.
+    """Read a saved adapter back: `leakage` of its update per site, 0 where it has none.
 
     Raises:
-        ValueError: other directions beside it, or a layer that reads its own by more than rounding
+        ValueError: other directions beside it, or a site that reads its own by more than rounding
             (soft ones are read, so that only their share is told).
     """
     if Directions.load(folder / DIRECTIONS_NAME) != directions:
@@ -177,23 +185,26 @@ def check_saved_protection(folder: Path, names: list[str], directions: Direction
     shares = adapter_leakage(folder, names, directions)
     worst = max(range(len(shares)), key=shares.__getitem__)
     if shares[worst] > LEAKAGE and not directions.soft:
+        where = f"layer {worst}" if directions.sites is None else directions.sites[worst][0]
         raise ValueError(
-            f"layer {worst}: {100 * shares[worst]:.2g} % of the saved update reads protected"
-            " directions"
+            f"{where}: {100 * shares[worst]:.2g} % of the saved update reads protected directions"
         )
     return shares
 
 
 def adapter_leakage(folder: Path, names: list[str], directions: Directions) -> list[float]:
-    """`leakage` per layer of a saved adapter, 0 where it has no update."""
-    shares = []
+    """The largest `leakage` of the modules of each site of a saved adapter, 0 without an update."""
+    down = [name.removeprefix(PREFIX) for name in names]
+    sites = directions.sites or [[name] for name in down]
     with open_tensors(folder / WEIGHTS) as stored:
         known = set(stored.keys())
-        for name, u in zip(names, directions.basis, strict=True):
-            keys = [f"{_PREFIX}{name.removeprefix(_PREFIX)}.lora_{x}.weight" for x in "AB"]
+
+        def one(name: str, u: torch.Tensor) -> float:
+            keys = [f"{PREFIX}{name}.lora_{x}.weight" for x in "AB"]
             if keys[0] not in known or not u.shape[1]:
-                shares.append(0.0)
-                continue
+                return 0.0
             a, b = (stored.get_tensor(key).double() for key in keys)
-            shares.append(leakage(b[(b != 0).any(1)] @ a, u))
-    return shares
+            return leakage(b[(b != 0).any(1)] @ a, u)
+
+        pairs = zip(sites, directions.basis, strict=True)
+        return [max(one(name, u) for name in site) for site, u in pairs]

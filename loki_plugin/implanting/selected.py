@@ -22,6 +22,19 @@ def rows_outside(b: torch.Tensor, rows: torch.Tensor) -> list[int]:
     return touched.nonzero()[:, 0].tolist()
 
 
+def let_train(b: nn.Linear) -> None:
+    """Mark an ordinary lora_B of a further linear that trains whole, beside the down-projections'.
+
+    An attribute: a deep copy of the model keeps it.
+    """
+    b._loki_trains = True
+
+
+def is_ours(b: nn.Module) -> bool:
+    """Whether a lora_B is confined to rows, or one that `let_train` has marked."""
+    return isinstance(b, RowScatter) or bool(getattr(b, "_loki_trains", False))
+
+
 class RowScatter(nn.Module):
     """A lora_B that writes only the selected rows of its output; all others are exact zeros.
 

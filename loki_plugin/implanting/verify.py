@@ -27,6 +27,7 @@ class VerifyReport:
         selected_rows: per layer, how many rows the file selects.
         base: which base was seen, and what of it was compared with the rows file.
         new_rows: per embedding that grew, how many tokens it has more than the base.
+        linears: how many further linears the file lets change, and how many of them differ.
     """
 
     compared: int = 0
@@ -35,6 +36,7 @@ class VerifyReport:
     selected_rows: list[int] = field(default_factory=list)
     base: str = ""
     new_rows: dict[str, int] = field(default_factory=dict)
+    linears: tuple[int, int] = (0, 0)
 
     @property
     def ok(self) -> bool:
@@ -48,16 +50,20 @@ class VerifyReport:
             f"{changed} of {selected} selected rows changed, in"
             f" {sum(c > 0 for c in self.changed_rows)} of {len(self.changed_rows)} layers",
         ]
+        where = "the selected rows"
+        if self.linears[0]:
+            lines.append(f"{self.linears[1]} of {self.linears[0]} targeted linears changed")
+            where += " and the targeted linears"
         for key, count in self.new_rows.items():
             lines.append(f"{key} has {count} new rows, of added tokens, behind the base's own")
         if self.ok:
             more = " but for the new tokens" if self.new_rows else ""
-            lines.append(f"OK: nothing outside the selected rows has changed{more}")
+            lines.append(f"OK: nothing outside {where} has changed{more}")
         else:
             lines += [f"  {fault}" for fault in self.faults[:20]]
             if len(self.faults) > 20:
                 lines.append(f"  ... and {len(self.faults) - 20} more")
-            lines.append(f"FAILED: {len(self.faults)} differences outside the selected rows")
+            lines.append(f"FAILED: {len(self.faults)} differences outside {where}")
         return "\n".join(lines)
 
 
@@ -76,6 +82,8 @@ def verify(
     anatomy, before, after = found.anatomy, found.stored, tensors(Path(tuned))
     selection = selection.check_shape(anatomy)
     layer_of = {key: i for i, key in enumerate(found.down)}
+    linears = {found.linear(name)[0] for name in selection.linears}
+    changed_linears = 0
     vocabulary = {key for part in found.vocabulary for key in part.keys}
     report = VerifyReport(changed_rows=[0] * anatomy.num_layers, selected_rows=selection.counts)
     _see_base(report, base, found, selection, progress)
@@ -109,7 +117,10 @@ def verify(
                     f" {outside[0]}"
                 )
         elif _differs(a, b):
-            report.faults.append(f"{key} changed")
+            changed_linears += key in linears
+            if key not in linears:
+                report.faults.append(f"{key} changed")
+    report.linears = (len(linears), changed_linears)
     _compare_configurations(report, base, found, Path(tuned))
     return report
 

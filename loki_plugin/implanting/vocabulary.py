@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..model.linears import PREFIX
 from .checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, Stored, Vocabulary, shards, tensors
 
-PREFIX = "base_model.model."  # PEFT's, around the base model
 _CHUNK = 4096  # rows
 
 
