@@ -92,7 +92,7 @@ def _type(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if origin is list:
         return f"list of {_type(inner[0])}s"
     if origin is dict:
-        return "mapping of strings"
+        return "mapping of lists" if get_origin(inner[1]) is list else "mapping of strings"
     return ", ".join([KINDS[annotation], *(_limit(m) for m in limits if _limit(m))])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -69,14 +69,35 @@ class CalibrationArgs(_Block):
     columns: dict[str, str] | None = Field(
         None,
         description="for a data set of your own: which of its columns hold `question`, `choices`,"
-        " `answer`, `subject`, or `prompt`, `target`, or `text`",
+        " `answer`, `subject`, or `prompt`, `target`, or `text`, or `messages`, `tools`, `system`",
     )
     split: str | None = Field(None, description="split of a hub data set; null = test, else train")
+    field_messages: str | None = Field(
+        None, description="`columns: {messages: ...}` as Axolotl's `datasets:` spell it"
+    )
+    field_tools: str | None = Field(
+        None, description="`columns: {tools: ...}` as Axolotl's `datasets:` spell it"
+    )
+    message_property_mappings: dict[str, str] | None = Field(
+        None,
+        description="as in Axolotl's `datasets:`; null = `role` and `content`, or `from` and"
+        " `value`",
+    )
+    roles: dict[str, list[str]] | None = Field(
+        None,
+        description="as in Axolotl's `datasets:`; null = `human` is a user, `gpt` an assistant",
+    )
     seed: Count = Field(
         SEED,
         ge=0,
         description="seed of the draw of samples and few-shot examples, and of where texts are cut",
     )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_records` is told beside the source."""
+        told = ("columns", "split", "message_property_mappings", "roles")
+        return self.model_dump(include={*told, "field_messages", "field_tools"})
 
 
 class AttributionArgs(_Block):

@@ -37,7 +37,7 @@ class Inputs:
         source, text = config.calibration, config.protect.text
         needed = analysed or config.protect.on or (config.report and source.source == SOURCE)
         return cls(
-            load_records(source.source, source.columns, source.split) if needed else [],
+            load_records(source.source, **source.reading) if needed else [],
             [RowSelection.load(path) for path in config.exclude],
             read_texts(text) if text and text != SELF else [],
         )

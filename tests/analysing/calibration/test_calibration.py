@@ -330,20 +330,6 @@ def test_mmlu_is_drawn_from_the_hub(tokenizer, monkeypatch):
         (QUESTION | {"question": " "}, "`question` must be a text"),
         ({"prompt": 3}, "`prompt` must be a text, got 3"),
         ({"prompt": "x", "target": ""}, "`target` must be a text"),
-        ({"messages": "hello"}, r"`messages` must be a list of .*, got 'hello'"),
-        (
-            {"messages": [{"from": "human", "value": "x"}]},
-            r"`messages` must .*got {'from': 'human'",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            r"`messages` must be a list of {'role': system \| user \| assistant, 'content': text}",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "x"}], "target": "y"},
-            "`target` is what follows a `prompt`; of `messages` it is",
-        ),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "`messages` holds nothing that"),
         ({"colour": "red"}, r"needs `question`.*it has \['colour'\]"),
     ],
 )
