@@ -13,12 +13,12 @@ from typing import Any
 
 from ...choices import FEW_SHOT, SEED, SELF, SOURCE, TARGET
 from .dialogues import CALLS
+from .questions import LETTERS
 from .records import Record
 from .rendering import dialogue, plain, untold_keys
 from .sources import load_records
 
 LOG = logging.getLogger("loki_plugin")
-LETTERS = "ABCD"
 TEXT_FILES = (".txt", ".jsonl")
 WINDOW = 512
 
@@ -159,10 +159,12 @@ def read_texts(path: str) -> list[Record]:
 
 def question_text(subject: str, question: str, choices: list[str]) -> str:
     """The user message of the paper's analysis for one multiple-choice question."""
-    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    letters = LETTERS[: len(choices)]
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    about = f" about {subject.replace('_', ' ').title()}" if subject else ""
     return (
-        f"There is a single choice question about {subject.replace('_', ' ').title()}."
-        " Answer the question by replying A, B, C or D.\n"
+        f"There is a single choice question{about}."
+        f" Answer the question by replying {', '.join(letters[:-1])} or {letters[-1]}.\n"
         f"Question: {question}\nChoices:\n" + "\n".join(lines) + "\nAnswer: \n"
     )
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .dialogues import Spelling, messages_of, tools_of
+from .questions import FORMS, Label, from_zero, question_of
+
+Columns = Mapping[str, str | list[str]]
 
 # What decides what a record is. A dialogue goes first: others beside it are mostly parts of it.
 _READ = {
     "messages": ("messages", "tools", "system", "subject"),
-    "question": ("question", "choices", "answer", "subject"),
+    "question": ("question", "context", "choices", "answer", "subject"),
     "prompt": ("prompt", "target", "subject"),
     "text": ("text", "subject"),
 }
@@ -30,6 +32,7 @@ class Record:
         where: the file and the line, for messages.
         messages: of a dialogue, as `messages_of` gives them.
         tools: the functions that a dialogue may call.
+        counted: whether `answer` is a number of which only a whole file says from where it counts.
         unread: columns that hold something and are no part of the record.
     """
 
@@ -38,6 +41,7 @@ class Record:
     question: str | None = None
     choices: list[str] | None = None
     answer: int | None = None
+    counted: bool = False
     prompt: str | None = None
     target: str | None = None
     text: str | None = None
@@ -49,29 +53,24 @@ class Record:
 def record_of(
     row: dict[str, Any],
     where: str,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     spelling: Spelling | None = None,
 ) -> Record:
     """A row of a file as a record; `where` it stands is for messages.
 
     Args:
-        columns: our names to the row's.
+        columns: our names to the row's; several columns may hold the `choices`.
         spelling: of the messages of a dialogue.
 
     Raises:
         ValueError: a faulty row.
     """
     columns = columns or {}
-    missing = [c for f, c in columns.items() if row.get(c) is None and f not in OPTIONAL]
+    missing = [c for f, column in columns.items() if f not in OPTIONAL for c in _empty(row, column)]
     if missing:
         raise ValueError(f"{where}: the columns {missing} are missing or empty")
-    stands = {field: field for field in FIELDS}
-    if row.get("messages") is None and row.get("conversations") is not None:
-        stands["messages"] = "conversations"
-    if columns.keys() & _READ.keys():  # what was named, not what happens to be called so
-        stands = {f: c for f, c in stands.items() if f not in _READ}
-    stands |= columns
-    given = {f: row[c] for f, c in stands.items() if row.get(c) is not None}
+    stands = _stands(row, columns)
+    given = {f: _value(row, column) for f, column in stands.items() if not _empty(row, column)}
     kind = next((k for k in _READ if k in given), None)
     if kind is None:
         raise ValueError(
@@ -80,11 +79,13 @@ def record_of(
         )
     if "target" in given and kind in ("text", "messages"):
         raise ValueError(f"{where}: `target` is what follows a `prompt`; {_NO_TARGET[kind]}")
-    used = {stands[f] for f in _READ[kind] if f in given}
+    used = {column for f in _READ[kind] if f in given for column in _names(stands[f])}
     unread = frozenset(c for c, value in row.items() if value is not None and c not in used)
-    subject = str(given.get("subject") or "")
+    subject = given.get("subject") or ""
+    subject = subject.name if isinstance(subject, Label) else str(subject)
     if kind == "question":
-        return Record(where, subject, unread=unread, **_question(given, where))
+        found: dict[str, Any] = vars(question_of(given, where))
+        return Record(where, subject, unread=unread, **found)
     if kind == "messages":
         for column in _SEEN_OR_HEARD:
             if row.get(column):
@@ -102,7 +103,8 @@ def record_of(
                 continue  # a space is a token
             hint = "; a dialogue is called `messages`" if isinstance(value, list) else ""
             raise ValueError(f"{where}: `{field}` must be a text, got {value!r}{hint}")
-    return Record(where, subject, unread=unread, **{k: given.get(k) for k in _READ[kind][:-1]})
+    rest: dict[str, Any] = {field: given.get(field) for field in _READ[kind] if field != "subject"}
+    return Record(where, subject, unread=unread, **rest)
 
 
 _NO_TARGET = {
@@ -111,29 +113,42 @@ _NO_TARGET = {
 }
 
 
-def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
-    missing = [key for key in ("choices", "answer") if row.get(key) is None]
-    if missing:
-        raise ValueError(f"{where}: missing field{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    question, choices, answer = row["question"], row["choices"], row["answer"]
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: `question` must be a text, got {question!r}")
-    if isinstance(choices, str):  # as a CSV cell holds them
-        try:
-            choices = json.loads(choices)
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: `choices` must be a JSON list of four texts, got {choices!r}"
-            ) from error
-    if not isinstance(choices, list | tuple) or len(choices) != 4:
-        count = len(choices) if isinstance(choices, list | tuple) else repr(choices)
-        raise ValueError(f"{where}: `choices` must be four texts, got {count}")
-    if any(isinstance(c, bool) or not isinstance(c, str | int | float) for c in choices):
-        raise ValueError(f"{where}: `choices` must be four texts, got {choices!r}")
-    if isinstance(answer, str) and answer.strip().upper() in tuple("ABCD"):
-        answer = "ABCD".index(answer.strip().upper())
-    elif isinstance(answer, str) and answer in tuple("0123"):
-        answer = int(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= 3:
-        raise ValueError(f"{where}: `answer` must be 0-3 or A-D, got {row['answer']!r}")
-    return {"question": question, "choices": [str(c) for c in choices], "answer": answer}
+def settled(records: Sequence[Record]) -> list[Record]:
+    """Records of one file, with all answers counted from 0.
+
+    Raises:
+        ValueError: it cannot be told from where they count.
+    """
+    numbers = [(r.where, r.answer or 0, len(r.choices or [])) for r in records if r.counted]
+    first = 0 if from_zero(numbers) else 1
+    return [
+        replace(r, answer=(r.answer or 0) - first, counted=False) if r.counted else r
+        for r in records
+    ]
+
+
+def _stands(row: Mapping[str, Any], columns: Columns) -> dict[str, str | list[str]]:
+    """Where each of our fields stands in a row."""
+    stands: dict[str, str | list[str]] = {field: field for field in FIELDS}
+    if row.get("messages") is None and row.get("conversations") is not None:
+        stands["messages"] = "conversations"
+    if columns.keys() & _READ.keys():  # what was named, not what happens to be called so
+        stands = {f: c for f, c in stands.items() if f not in _READ}
+    else:
+        fits = (form for form in FORMS if not any(_empty(row, c) for c in form.values()))
+        stands |= next(fits, {})
+        if stands["choices"] == "options" and row.get("subject") is None:
+            stands["subject"] = "category"  # of MMLU-Pro
+    return stands | dict(columns)
+
+
+def _names(column: str | list[str]) -> list[str]:
+    return [column] if isinstance(column, str) else column
+
+
+def _empty(row: Mapping[str, Any], column: str | list[str]) -> list[str]:
+    return [c for c in _names(column) if row.get(c) is None]
+
+
+def _value(row: Mapping[str, Any], column: str | list[str]) -> Any:
+    return row[column] if isinstance(column, str) else [row[c] for c in column]

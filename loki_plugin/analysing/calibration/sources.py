@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...choices import SOURCE
 from .dialogues import Spelling
-from .records import FIELDS, OPTIONAL, Record, record_of
+from .records import FIELDS, OPTIONAL, Columns, Record, record_of, settled
 
 __all__ = ["FIELDS", "Record", "load_records", "record_of"]
 LOG = logging.getLogger("loki_plugin")
@@ -21,7 +21,7 @@ MMLU = ("cais/mmlu", "all")
 
 def load_records(
     source: str,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     split: str | None = None,
     field_messages: str | None = None,
     field_tools: str | None = None,
@@ -56,6 +56,7 @@ def load_records(
         filled |= {column for column, value in row.items() if value is not None}
     if not records:
         raise ValueError(f"calibration source '{source}' is empty; it needs at least one record")
+    records = settled(records)
     gone = [c for f, c in columns.items() if f in OPTIONAL and c not in filled]
     if gone:
         raise ValueError(f"calibration source '{source}': no record has the columns {gone}")
@@ -65,13 +66,19 @@ def load_records(
     return records
 
 
-def _columns(given: Mapping[str, str] | None, **spelled: str | None) -> dict[str, str]:
+def _columns(given: Columns | None, **spelled: str | None) -> dict[str, str | list[str]]:
     """`columns`, and what Axolotl's names say of them."""
     columns = dict(given or {})
     unknown = sorted(columns.keys() - set(FIELDS))
     if unknown:
         raise ValueError(
             f"calibration.columns names unknown fields {unknown}; known: {', '.join(FIELDS)}"
+        )
+    several = [f for f, column in columns.items() if not isinstance(column, str)]
+    if several not in ([], ["choices"]):
+        raise ValueError(
+            f"calibration.columns names several columns for {several}, and only `choices` may stand"
+            " in several"
         )
     for field, column in spelled.items():
         if column is not None and columns.setdefault(field, column) != column:
