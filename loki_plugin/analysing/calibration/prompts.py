@@ -13,13 +13,13 @@ from typing import Any
 
 from ...choices import FEW_SHOT, SEED, SELF, SOURCE, TARGET
 from .dialogues import CALLS
+from .files import KINDS
 from .questions import LETTERS
 from .records import Record
 from .rendering import dialogue, plain, untold_keys
 from .sources import load_records
 
 LOG = logging.getLogger("loki_plugin")
-TEXT_FILES = (".txt", ".jsonl")
 WINDOW = 512
 
 
@@ -147,10 +147,8 @@ def read_texts(path: str) -> list[Record]:
     Raises:
         ValueError: another kind of file, an unreadable one, or a faulty record.
     """
-    if Path(path).suffix.lower() not in TEXT_FILES:
-        raise ValueError(
-            f"protect.text '{path}' must be `{SELF}`, a {' or a '.join(TEXT_FILES)} file"
-        )
+    if Path(path).suffix.lower() not in KINDS:
+        raise ValueError(f"protect.text '{path}' must be `{SELF}`, or a {'/'.join(KINDS)} file")
     try:
         return load_records(path)
     except ValueError as error:

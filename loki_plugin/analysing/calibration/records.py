@@ -81,7 +81,7 @@ def record_of(
         raise ValueError(f"{where}: `target` is what follows a `prompt`; {_NO_TARGET[kind]}")
     used = {column for f in _READ[kind] if f in given for column in _names(stands[f])}
     unread = frozenset(c for c, value in row.items() if value is not None and c not in used)
-    subject = given.get("subject") or ""
+    subject = given.get("subject", "")
     subject = subject.name if isinstance(subject, Label) else str(subject)
     if kind == "question":
         found: dict[str, Any] = vars(question_of(given, where))

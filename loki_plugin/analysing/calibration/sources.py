@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
 from ...choices import SOURCE
+from .data_sets import Split, rows_of_data_set
 from .dialogues import Spelling
+from .files import KINDS, Rows, jsonl, rows_of_file
 from .records import FIELDS, OPTIONAL, Columns, Record, record_of, settled
 
 __all__ = ["FIELDS", "Record", "load_records", "record_of"]
@@ -23,17 +22,20 @@ def load_records(
     source: str,
     columns: Columns | None = None,
     split: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
     field_messages: str | None = None,
     field_tools: str | None = None,
     message_property_mappings: Mapping[str, str] | None = None,
     roles: Mapping[str, list[str]] | None = None,
 ) -> list[Record]:
-    """Read `builtin`, `mmlu`, a .jsonl/.csv/.parquet/.txt file, or any `datasets` path.
+    """Read `builtin`, `mmlu`, a file of `KINDS`, or a folder or a hub path for `datasets`.
 
     A .txt file is cut into texts at blank lines. Columns that are not read are told.
 
     Args:
         columns: our names to the source's.
+        split, name, streaming: see `rows_of_data_set`.
         field_messages, field_tools: `columns` of a dialogue, as Axolotl spells them.
         message_property_mappings, roles: see `Spelling`.
 
@@ -43,13 +45,7 @@ def load_records(
     """
     columns = _columns(columns, messages=field_messages, tools=field_tools)
     spelling = Spelling(message_property_mappings, roles)
-    if source == SOURCE:
-        file = resources.files("loki_plugin.analysing.calibration") / "data" / "builtin.jsonl"
-        rows = _jsonl(file.read_text(encoding="utf-8"), "builtin.jsonl")
-    elif Path(source).suffix.lower() in _READERS:
-        rows = _read_file(Path(source))
-    else:
-        rows = _hub(source, split)
+    rows = _rows(source, split, name, streaming)
     records, filled = [], set()
     for where, row in rows:
         records.append(record_of(row, where, columns, spelling))
@@ -64,6 +60,37 @@ def load_records(
     if unread:
         LOG.info("loki: columns of '%s' that are not read: %s", source, ", ".join(unread))
     return records
+
+
+def _rows(source: str, split: str | None, name: str | None, streaming: bool) -> Rows:
+    if source == "mmlu":
+        return rows_of_data_set(MMLU[0], split, name or MMLU[1], streaming)
+    local = source == SOURCE or Path(source).suffix.lower() in KINDS
+    if not local and Path(source).is_file():
+        raise ValueError(
+            f"calibration.source '{source}' is a file of a kind that is not read; read are"
+            f" {', '.join(KINDS)}"
+        )
+    if not local:
+        return rows_of_data_set(source, split, name, streaming)
+    if name or streaming:
+        raise ValueError(
+            f"calibration.source '{source}' is one file; leave `name` and `streaming` out"
+        )
+    if source == SOURCE:
+        file = resources.files("loki_plugin.analysing.calibration") / "data" / "builtin.jsonl"
+        rows = jsonl(file.read_text(encoding="utf-8"), "builtin.jsonl")
+    else:
+        rows = rows_of_file(Path(source))
+    if not split:
+        return rows
+    part, every = Split.of(split), list(rows)
+    if part.name != "train":
+        raise ValueError(
+            f"calibration.split '{split}': a file has one split, which `datasets` calls train; take"
+            " train[:100], say, or leave `split` out"
+        )
+    return iter([every[i] for i in part.rows(len(every))])
 
 
 def _columns(given: Columns | None, **spelled: str | None) -> dict[str, str | list[str]]:
@@ -87,80 +114,3 @@ def _columns(given: Columns | None, **spelled: str | None) -> dict[str, str | li
                 f" {field}: {columns[field]}; give one of them"
             )
     return columns
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
-    if not path.is_file():
-        raise ValueError(f"calibration.source '{path}' does not exist or is not a file")
-    read = _READERS[path.suffix.lower()]
-    if read is None:
-        import pyarrow.parquet as parquet
-
-        return ((f"{path}:{i + 1}", r) for i, r in enumerate(parquet.read_table(path).to_pylist()))
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # Excel begins with a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"calibration.source '{path}' is not UTF-8: {error}") from error
-    return read(text, str(path))
-
-
-def _jsonl(text: str, name: str) -> Iterator[tuple[str, dict]]:
-    for i, line in enumerate(_lines(text), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}:{i}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}:{i}: expected a JSON object, got {type(row).__name__}")
-        yield f"{name}:{i}", row
-
-
-def _csv(text: str, name: str) -> Iterator[tuple[str, dict]]:
-    # Its own line ends, so that one inside a quoted cell stays; an open quote is a fault.
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            cells = {k: v for k, v in row.items() if k is not None and v not in (None, "")}
-            yield f"{name}:{reader.line_num}", cells
-    except csv.Error as error:
-        start = reader.line_num + 1  # of the record that cannot be read
-        raise ValueError(f"{name}:{start}: not CSV: {error}") from error
-
-
-def _txt(text: str, name: str) -> Iterator[tuple[str, dict]]:
-    block: list[str] = []
-    start = 1
-    for i, line in enumerate([*_lines(text), ""], 1):
-        if line.strip():
-            start = start if block else i
-            block.append(line)
-        elif block:
-            yield f"{name}:{start}", {"text": "\n".join(block)}
-            block = []
-
-
-def _lines(text: str) -> list[str]:
-    """Cut at line ends only: `str.splitlines` also cuts at U+2028 and others, which are text."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    import datasets
-
-    path, name = MMLU if source == "mmlu" else (source, None)
-    try:
-        found = datasets.load_dataset(path, name)
-    except Exception as error:
-        raise ValueError(
-            f"calibration.source '{source}' is neither `builtin`, a {'/'.join(_READERS)} file nor a"
-            f" data set that can be loaded ({type(error).__name__}: {error})"
-        ) from error
-    wanted = split or ("test" if "test" in found else "train")
-    if wanted not in found:
-        raise ValueError(f"calibration.split '{wanted}' is not in '{path}'; it has {sorted(found)}")
-    return ((f"{path}[{wanted}][{i}]", row) for i, row in enumerate(found[wanted]))
-
-
-_READERS = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".parquet": None}
