@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .dialogues import CALLS, THOUGHTS
@@ -55,25 +56,45 @@ def dialogue(
             enable_thinking=False,
         )
 
-    try:
-        text = rendered(messages)
-    except Exception as error:  # a template is a program of somebody else
-        raise ValueError(f"{where}: the chat template refuses the dialogue: {error}") from error
-    left_out = _left_out(tokenizer, messages, tools, text, rendered) if whole else None
-    # Some look for calls where the content is null only, and some print a null as "None".
-    nulls = [{**m, "content": None} if _calls(m) and not m["content"] else m for m in messages]
-    if left_out and nulls != messages:
+    faults, refused = [], []
+    for said in _ways(messages):
         try:
-            if not _left_out(tokenizer, nulls, tools, rendered(nulls), rendered):
-                messages, left_out = nulls, None
-        except Exception:
-            nulls = []  # it is the first fault that counts
-    if left_out:
-        raise ValueError(
-            f"{where}: the chat template leaves out {left_out}; take a template that tells it"
+            text = rendered(said)
+        except Exception as error:  # a template is a program of somebody else
+            refused.append(f"the chat template refuses the dialogue: {error}")
+            continue
+        left_out = _left_out(tokenizer, said, tools, text, rendered) if whole else None
+        if left_out is None:
+            return list(rendered(said, tokenize=True)["input_ids"])
+        faults.append(
+            f"the chat template leaves out {left_out}; take a template that tells it"
             " (`chat_template` in the YAML), or leave it out of the record"
         )
-    return list(rendered(messages, tokenize=True)["input_ids"])
+    raise ValueError(f"{where}: {(faults + refused)[0]}")
+
+
+def _ways(messages: Messages) -> Iterator[list[dict[str, Any]]]:
+    """The same dialogue as templates want it; they disagree about calls only.
+
+    Some look for calls where the content is null only, and some print a null as "None". Most write
+    arguments as JSON themselves, and some, as DeepSeek's, want them written.
+    """
+    yield list(messages)
+    if any(map(_calls, messages)):
+        for null, written in ((True, False), (False, True), (True, True)):
+            yield [_with_calls(m, null, written) if _calls(m) else m for m in messages]
+
+
+def _with_calls(message: dict[str, Any], null: bool, written: bool) -> dict[str, Any]:
+    message = json.loads(json.dumps(message))
+    if null and not message["content"]:
+        message["content"] = None
+    for key in (k for k in CALLS if k in message and written):
+        for call in message[key] if isinstance(message[key], list) else [message[key]]:
+            function = call.get("function", call)
+            if not isinstance(function.get("arguments", ""), str):
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return message
 
 
 def plain(messages: Messages) -> str:

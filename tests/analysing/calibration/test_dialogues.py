@@ -178,6 +178,17 @@ def test_calls_at_the_end_are_what_would_be_predicted(make, tmp_path):
     assert prompt.target == whole[len(prompt.ids)]
 
 
+@pytest.mark.parametrize("template", ["deepseek_v3", "exaone4", "jamba", "llama4", "mistral_v2v3"])
+def test_calls_are_told_by_templates_that_want_them_otherwise(make, tmp_path, template):
+    """DeepSeek's looks for calls where the content is null, and wants arguments as JSON."""
+    call = CALL | {"id": "abcdefghi"}
+    said = [ASKED, CALLS | {"tool_calls": [call]}, TOLD | {"tool_call_id": "abcdefghi"}, ANSWER]
+    tokenizer = make(template)
+    (ids,) = load_texts(tokenizer, load_records(write(tmp_path, {"messages": said})))[:1]
+    text = tokenizer.decode(ids)
+    assert all(words in text for words in ("get_weather", '"city": "Oslo"', "minus seven", "very"))
+
+
 NULL_ONLY = (  # as DeepSeek's: calls are looked for where the content is null
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is none %}"
     "{% for c in m['tool_calls'] %}{{ c['function'] | tojson }}{% endfor %}"
