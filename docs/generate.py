@@ -92,7 +92,9 @@ def _type(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if origin is list:
         return f"list of {_type(inner[0])}s"
     if origin is dict:
-        return "mapping of strings"
+        ways = get_args(inner[1]) if get_origin(inner[1]) in (Union, UnionType) else inner[1:]
+        kinds = ("lists" if get_origin(way) is list else "strings" for way in ways)
+        return f"mapping of {' or '.join(kinds)}"
     return ", ".join([KINDS[annotation], *(_limit(m) for m in limits if _limit(m))])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -57,7 +57,7 @@ class CalibrationArgs(_Block):
         SOURCE,
         min_length=1,
         description="`builtin` (shipped with the package), `mmlu` (cais/mmlu), a path to a"
-        " .jsonl/.csv/.parquet/.txt file, or the path of any `datasets` data set",
+        " .jsonl/.json/.csv/.parquet/.txt file, a folder or the path of any `datasets` data set",
     )
     samples_per_subject: Count | None = Field(
         None, ge=1, description="prompts per subject; null = all (50 for `mmlu`, as the paper)"
@@ -69,17 +69,49 @@ class CalibrationArgs(_Block):
         None, ge=2, description="prompts longer than this many tokens are dropped and counted"
     )
     few_shot: Count = Field(FEW_SHOT, ge=0, description="solved examples put before each question")
-    columns: dict[str, str] | None = Field(
+    columns: dict[str, str | list[str]] | None = Field(
         None,
-        description="for a data set of your own: which of its columns hold `question`, `choices`,"
-        " `answer`, `subject`, or `prompt`, `target`, or `text`",
+        description="for a data set of your own: which of its columns hold `question`, `context`,"
+        " `choices` (one or several), `answer`, `subject`, or `prompt`, `target`, or `text`, or"
+        " `messages`, `tools`, `system`",
     )
-    split: str | None = Field(None, description="split of a hub data set; null = test, else train")
+    name: str | None = Field(
+        None, description="configuration of a data set that has several, as in `datasets:`"
+    )
+    split: str | None = Field(
+        None,
+        description="split of a data set, or a slice such as `validation[:100]`; null = test, else"
+        " train",
+    )
+    streaming: bool = Field(
+        False, description="read no more of a data set than the slice in `split` needs"
+    )
+    field_messages: str | None = Field(
+        None, description="`columns: {messages: ...}` as Axolotl's `datasets:` spell it"
+    )
+    field_tools: str | None = Field(
+        None, description="`columns: {tools: ...}` as Axolotl's `datasets:` spell it"
+    )
+    message_property_mappings: dict[str, str] | None = Field(
+        None,
+        description="as in Axolotl's `datasets:`; null = `role` and `content`, or `from` and"
+        " `value`",
+    )
+    roles: dict[str, list[str]] | None = Field(
+        None,
+        description="as in Axolotl's `datasets:`; null = `human` is a user, `gpt` an assistant",
+    )
     seed: Count = Field(
         SEED,
         ge=0,
         description="seed of the draw of samples and few-shot examples, and of where texts are cut",
     )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_records` is told beside the source."""
+        told = ("columns", "name", "split", "streaming", "field_messages", "field_tools")
+        return self.model_dump(include={*told, "message_property_mappings", "roles"})
 
 
 class AttributionArgs(_Block):

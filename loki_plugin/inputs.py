@@ -41,7 +41,7 @@ class Inputs:
             or (config.report and source.source == SOURCE)
         )
         return cls(
-            load_records(source.source, source.columns, source.split) if needed else [],
+            load_records(source.source, **source.reading) if needed else [],
             [RowSelection.load(path) for path in config.exclude],
             read_texts(text) if text and text != SELF else [],
         )

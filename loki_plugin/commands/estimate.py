@@ -94,7 +94,7 @@ def _lengths(given: dict[str, Any], block, where: dict[str, Any], assumed: list[
         count = 57 * (settings.samples_per_subject or _PROMPTS // 57)
         assumed.append(f"calibration '{settings.source}': {count} prompts of {_TOKENS} tokens")
         return [_TOKENS] * count
-    records = load_records(settings.source, settings.columns, settings.split)
+    records = load_records(settings.source, **settings.reading)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             given.get("tokenizer_config") or given["base_model"], **where

@@ -166,7 +166,7 @@ def load_questions(
     tokenizer: Any, settings: CalibrationArgs, records: list[Record] | None = None
 ) -> list[Prompt]:
     """The prompts of a calibration source, with their gold tokens where every record has one."""
-    records = records or load_records(settings.source, settings.columns, settings.split)
+    records = records or load_records(settings.source, **settings.reading)
     answered = all(r.answer is not None or r.target is not None for r in records)
     asked = settings.model_dump() | {"target": "gold" if answered else "predicted"}
     return load_prompts(tokenizer, **asked, records=records).prompts

@@ -66,7 +66,7 @@ class Run:
             check_base(cfg, downloaded=True)
         anatomy, targets = find_anatomy(model), files.config.targets
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
-        tokenizer = calibration_tokenizer(cfg, model, files)
+        tokenizer, unknown = calibration_tokenizer(cfg, model, files)
         if files.config.protect.text == SELF:  # what it cannot write is known before the analysis
             Marks.of(model, tokenizer)
             user_turn(model, tokenizer)
@@ -83,14 +83,14 @@ class Run:
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
         run.told = about_rows(selection, files.source)
-        run._protect(cfg, model, tokenizer, files)
+        run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
             run.measured = load_questions(tokenizer, calibration, files.inputs.records)
         LOG.info(block("rows", run.told))
         return run
 
-    def _protect(self, cfg, model, tokenizer, files: Files) -> None:
+    def _protect(self, cfg, model, tokenizer, files: Files, unknown: frozenset[int]) -> None:
         """Directions from what training goes on from, or from the calibration; anchor prompts."""
         from ..protecting.preparing import (
             choose_directions,
@@ -110,7 +110,7 @@ class Run:
             if settings.text == SELF:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
                 self.told.append(("texts", told_of(inputs.texts)))
-            prompts = protecting_prompts(tokenizer, self.config, inputs, self.tokens)
+            prompts = protecting_prompts(tokenizer, self.config, inputs, unknown)
         if settings.reads and not found:
             found = choose_directions(model, prompts, self.config)
         if found:

@@ -3,71 +3,129 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
+from ..choices import SELF
 from .files import Files
 from .sharding import is_fsdp2
 
 LOG = logging.getLogger("loki_plugin")
+_ADDING = ("tokens", "special_tokens", "added_tokens_overrides", "chat_template")
 
 
-def calibration_tokenizer(cfg, model, files: Files):
-    """The tokenizer of the calibration prompts, before Axolotl makes embeddings for new tokens.
+def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]]:
+    """The tokenizer of the calibration prompts, and the ids in it that the base does not know.
 
     It is the run's, unless a prompt would hold a new token (by its chat template, say): then it is
-    the base's own, with its own template, for that is how the base shows what it knows.
+    the base's own, with its own template, for that is how the base shows what it knows. A token is
+    new where the base's own vocabulary has no such token at that id; the embeddings may have a row
+    for it all the same, padded or reserved, that was never trained.
 
     Raises:
-        ValueError: prompts hold tokens that the base does not know, or new tokens under FSDP2.
+        ValueError: prompts hold tokens that the base does not know, or new embeddings under FSDP2.
     """
     from axolotl.loaders import load_tokenizer
     from axolotl.utils.dict import DictDefault
 
     tokenizer = load_tokenizer(cfg)
-    known = model.get_input_embeddings().num_embeddings
-    new = [token for token, i in tokenizer.get_vocab().items() if i >= known]
-    if not new:
-        return tokenizer
-    if is_fsdp2(cfg):
+    rows = model.get_input_embeddings().num_embeddings
+    path, base = _base_vocabulary(cfg, tokenizer)
+    unknown = _unknown(tokenizer, base, rows)
+    if not unknown:
+        return tokenizer, unknown
+    names = sorted(t for t, i in tokenizer.get_vocab().items() if i in unknown)
+    grown = sum(i >= rows for i in unknown)
+    if grown and is_fsdp2(cfg):
         raise ValueError(
-            f"{len(new)} tokens are new to the base ({', '.join(sorted(new)[:8])}), and new"
+            f"{grown} tokens are new to the base ({', '.join(names[:8])}), and new"
             " embeddings were not proved under FSDP2. Save a base that has them, or train under DDP"
         )
-    LOG.warning(
-        "loki: %d tokens are new to the base (%s%s): their embeddings are made now, saved with the"
-        " adapter, and do not train%s",
-        len(new),
-        ", ".join(sorted(new)[:8]),
-        ", ..." if len(new) > 8 else "",
-        ""
-        if cfg.mean_resizing_embeddings
-        else "; they are random, unless you set `mean_resizing_embeddings: true`",
-    )
-    if _largest_id(tokenizer, files) < known:
-        return tokenizer
+    _tell(cfg, names, grown)
+    if unknown.isdisjoint(_read(tokenizer, files)):
+        return tokenizer, unknown
     LOG.info(
         "loki: calibration prompts would hold new tokens; they are made with the base's own"
         " tokenizer and chat template"
     )
-    added = dict.fromkeys(("tokens", "special_tokens", "added_tokens_overrides", "chat_template"))
-    own = load_tokenizer(DictDefault({**cfg, **added}))
-    if _largest_id(own, files) >= known:
+    own = load_tokenizer(DictDefault({**cfg, **dict.fromkeys(_ADDING), "tokenizer_config": path}))
+    unknown = _unknown(own, base, rows)
+    if not unknown.isdisjoint(_read(own, files)):
         raise ValueError(
-            f"the tokenizer of '{cfg.base_model}' has tokens without embeddings, and calibration"
+            f"the tokenizer of '{path}' has tokens without embeddings, and calibration"
             " prompts hold some of them: give the tokenizer that belongs to the base, or"
             " calibration prompts without them"
         )
-    return own
+    return own, unknown
 
 
-def _largest_id(tokenizer, files: Files) -> int:
-    """Of all ids that analysing and protecting read."""
+def _base_vocabulary(cfg, tokenizer) -> tuple[str, Mapping[str, int]]:
+    """Where the base's own tokenizer lies, and its vocabulary before Axolotl adds to it.
+
+    It lies beside the base, or where `tokenizer_config` says if there is none.
+    """
+    import transformers
+
+    if cfg.tokenizer_use_mistral_common:  # which cannot be added to
+        return cfg.tokenizer_config, tokenizer.get_vocab()
+    kind = getattr(transformers, cfg.tokenizer_type or "AutoTokenizer")
+    given: dict[str, Any] = {"trust_remote_code": bool(cfg.trust_remote_code)}
+    if cfg.revision_of_model:
+        given["revision"] = cfg.revision_of_model
+    if cfg.tokenizer_use_fast is not None:
+        given["use_fast"] = cfg.tokenizer_use_fast
+    for path in dict.fromkeys((cfg.base_model, cfg.tokenizer_config or cfg.base_model)):
+        try:
+            own = kind.from_pretrained(path, **given)
+            # Of a folder without its files transformers makes one that knows no word.
+            if own("A", add_special_tokens=False)["input_ids"]:
+                break
+        except (OSError, ValueError) as error:
+            LOG.debug("loki: '%s' has no tokenizer: %s", path, error)
+    else:
+        return cfg.tokenizer_config, tokenizer.get_vocab()
+    return path, own.get_vocab()
+
+
+def _unknown(tokenizer, base: Mapping[str, int], rows: int) -> frozenset[int]:
+    vocabulary = tokenizer.get_vocab().items()
+    return frozenset(i for token, i in vocabulary if i >= rows or base.get(token) != i)
+
+
+def _tell(cfg, names: list[str], grown: int) -> None:
+    places = []
+    if grown:
+        made = "" if cfg.mean_resizing_embeddings else ", random (see `mean_resizing_embeddings`)"
+        places.append(f"{grown} get embeddings that are made now{made} and saved with the adapter")
+    if len(names) > grown:
+        places.append(
+            f"{len(names) - grown} take rows that the base's embeddings have for no token of that"
+            " name, padded or reserved, and likely never trained"
+        )
+    LOG.warning(
+        "loki: %d tokens are new to the base (%s%s): %s. Their embeddings do not train, though"
+        " Axolotl wants that (`lora_modules_to_save`): the model learns what stands around them",
+        len(names),
+        ", ".join(names[:8]),
+        ", ..." if len(names) > 8 else "",
+        "; ".join(places),
+    )
+
+
+def _read(tokenizer, files: Files) -> set[int]:
+    """All ids that analysing and protecting read."""
     from ..analysing.calibration.prompts import load_prompts
+    from ..analysing.calibration.rendering import chat
     from ..protecting.preparing import protecting_prompts
 
-    if not files.inputs.records:
-        return -1  # nothing is read
-    settings = files.config.calibration.model_dump()
-    prompts = load_prompts(tokenizer, **settings, records=files.inputs.records).prompts
-    targets = [p.target for p in prompts if p.target is not None]
-    read = protecting_prompts(tokenizer, files.config, files.inputs)
-    return max(max(map(max, read)), *targets, 0)
+    found: set[int] = set()
+    if files.config.protect.text == SELF:  # what the model writes begins with these
+        found |= {i for i in (tokenizer.bos_token_id,) if i is not None}
+        if getattr(tokenizer, "chat_template", None):
+            found.update(chat(tokenizer, [("user", "Apples")], "a user's turn"))
+    if files.inputs.records:
+        settings = files.config.calibration.model_dump()
+        prompts = load_prompts(tokenizer, **settings, records=files.inputs.records).prompts
+        found.update(p.target for p in prompts if p.target is not None)
+        found.update(*protecting_prompts(tokenizer, files.config, files.inputs))
+    return found

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from .. import ranks
 from ..analysing.attribution.devices import first_device, give_back, out_of_memory
 from ..analysing.attribution.quiet import attending
-from ..analysing.calibration.prompts import chat
+from ..analysing.calibration.rendering import chat
 from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_TOKENS, TextKind
 from ..model.quantised import evaluating
 

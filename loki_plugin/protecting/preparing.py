@@ -36,19 +36,19 @@ _WRITING = 1  # raised when the same model would write other texts
 
 
 def protecting_prompts(
-    tokenizer, config: LokiConfig, inputs: Inputs, known: int | None = None
+    tokenizer, config: LokiConfig, inputs: Inputs, unknown: frozenset[int] = frozenset()
 ) -> list[tuple[int, ...]]:
     """Token ids of the calibration prompts and of `protect.text`, distinct ones once, in order.
 
     Args:
-        known: how many tokens the model has embeddings for; prompts with others are left out, for
+        unknown: ids of tokens that the model has not learned; prompts with them are left out, for
             letters that the model has written may be one token that the YAML adds.
     """
     settings = config.calibration.model_dump()
     found = load_prompts(tokenizer, **settings, records=inputs.records).prompts
     prompts = [p.ids for p in found] + load_texts(tokenizer, inputs.texts)
     distinct = list(dict.fromkeys(prompts))
-    kept = [p for p in distinct if known is None or max(p) < known]
+    kept = [p for p in distinct if unknown.isdisjoint(p)]
     if len(kept) < len(distinct):
         LOG.info("loki: %d texts with new tokens left out", len(distinct) - len(kept))
     return kept

@@ -234,3 +234,25 @@ def test_a_base_whose_down_projections_have_other_keys_is_refused(
     run_config["base_model"] = str(other)
     with pytest.raises(ValueError, match="afterwards: .*down_proj.weight matches 0 tensors"):
         train(run_config)
+
+
+def test_calibration_is_spelled_as_axolotls_datasets_are(run_config, tmp_path):
+    """The block goes through Axolotl's own schema, and comes out of it as a run reads it."""
+    said = [{"from": "asker", "value": "Is it cold?"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "said.json").write_text(
+        json.dumps(
+            [{"turns": said, "fns": None}] * 3
+            + [{"turns": said, "fns": [{"type": "function", "function": {"name": "f"}}]}]
+        )
+    )
+    run_config["loki"]["calibration"] = {
+        "source": str(tmp_path / "said.json"),
+        "split": "train[1:]",
+        "field_messages": "turns",
+        "field_tools": "fns",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "roles": {"user": ["asker"], "assistant": ["gpt"]},
+    }
+    records = Files.read(load(run_config)).inputs.records
+    assert [[m["role"] for m in r.messages] for r in records] == [["user", "assistant"]] * 3
+    assert [bool(r.tools) for r in records] == [False, False, True]

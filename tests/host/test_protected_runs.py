@@ -197,8 +197,8 @@ def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
         ({"text": "plain.txt"}, "`text` needs something to protect"),
         ({"soft": True, "anchor": 1.0}, "`soft` says how directions are read; set `inputs` or"),
         (
-            {"inputs": 0.9, "text": "plain.csv"},
-            "protect.text 'plain.csv' must be `self`, a .txt or a",
+            {"inputs": 0.9, "text": "plain.tsv"},
+            "protect.text 'plain.tsv' must be `self`, or a .jsonl/.json/.csv",
         ),
         ({"inputs": 0.9, "text": "none.txt"}, "protect.text: .*'none.txt' does not exist"),
         ({"soft": True, "directions": 1}, "one alone protects nothing; give at least 2"),

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ...choices import FEW_SHOT, SEED, SELF, SOURCE, TARGET
-from .sources import Record, load_records
+from .dialogues import CALLS
+from .files import KINDS
+from .questions import LETTERS
+from .records import Record
+from .rendering import dialogue, plain, untold_keys
+from .sources import load_records
 
 LOG = logging.getLogger("loki_plugin")
-LETTERS = "ABCD"
-TEXT_FILES = (".txt", ".jsonl")
 WINDOW = 512
 
 
@@ -70,21 +71,22 @@ def load_prompts(
     target: str = TARGET,
     max_tokens: int | None = None,
     few_shot: int = FEW_SHOT,
-    columns: dict[str, str] | None = None,
-    split: str | None = None,
     seed: int = SEED,
     records: list[Record] | None = None,
+    **reading: Any,
 ) -> Calibration:
     """Read a calibration source, unless its `records` are given, and turn it into token ids.
 
     Multiple-choice questions become the paper's prompt, through the tokenizer's chat template
-    where it has one, else as plain text. See `CalibrationArgs` for the settings.
+    where it has one, else as plain text. See `CalibrationArgs` for the settings; `reading` are
+    those of `load_records`.
 
     Raises:
         ValueError: a source that cannot be read, a faulty record (file and line named), no prompt
             left, or `target="gold"` where a record has none.
     """
-    records = records or load_records(source, columns, split)
+    records = records or load_records(source, **reading)
+    _tell_untold(tokenizer, records)
     drawn = _draw(records, samples_per_subject or (50 if source == "mmlu" else None), seed)
     shots = _few_shots(records, few_shot, seed) if few_shot else {}
     prompts: dict[str, Prompt] = {}
@@ -127,11 +129,12 @@ def load_texts(tokenizer, records: list[Record]) -> list[tuple[int, ...]]:
         ValueError: a dialogue that the tokenizer's chat template refuses.
     """
     windows = []
+    _tell_untold(tokenizer, records)
     for record in records:
         if record.text is not None:
             ids = tokenizer(record.text)["input_ids"]
         elif record.messages is not None:
-            ids = chat(tokenizer, record.messages, record.where, answer=False)
+            ids = dialogue(tokenizer, record.messages, record.where, record.tools, answer=False)
         else:
             ids, _ = _encode(tokenizer, record, [], 0)
         windows += [tuple(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
@@ -144,10 +147,8 @@ def read_texts(path: str) -> list[Record]:
     Raises:
         ValueError: another kind of file, an unreadable one, or a faulty record.
     """
-    if Path(path).suffix.lower() not in TEXT_FILES:
-        raise ValueError(
-            f"protect.text '{path}' must be `{SELF}`, a {' or a '.join(TEXT_FILES)} file"
-        )
+    if Path(path).suffix.lower() not in KINDS:
+        raise ValueError(f"protect.text '{path}' must be `{SELF}`, or a {'/'.join(KINDS)} file")
     try:
         return load_records(path)
     except ValueError as error:
@@ -156,10 +157,12 @@ def read_texts(path: str) -> list[Record]:
 
 def question_text(subject: str, question: str, choices: list[str]) -> str:
     """The user message of the paper's analysis for one multiple-choice question."""
-    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    letters = LETTERS[: len(choices)]
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    about = f" about {subject.replace('_', ' ').title()}" if subject else ""
     return (
-        f"There is a single choice question about {subject.replace('_', ' ').title()}."
-        " Answer the question by replying A, B, C or D.\n"
+        f"There is a single choice question{about}."
+        f" Answer the question by replying {', '.join(letters[:-1])} or {letters[-1]}.\n"
         f"Question: {question}\nChoices:\n" + "\n".join(lines) + "\nAnswer: \n"
     )
 
@@ -218,22 +221,33 @@ def _encode(tokenizer, record: Record, shots: list[Record], seed: int):
         cut = random.Random(f"{seed}/{record.text}").randrange(1, len(ids))
         return ids[:cut], ids[cut]
     if record.messages is not None:
-        # What the assistant says last is what would be predicted.
-        told = record.messages[-1][0] == "assistant"
-        asked = record.messages[:-1] if told else record.messages
-        if not told or not record.messages[-1][1]:
-            return chat(tokenizer, asked, record.where), None
-        return _with_answer(tokenizer, asked, record.messages[-1][1], record.where)
+        return _asked_dialogue(tokenizer, record)
     if record.question is None:
-        asked = [("user", record.prompt or "")]
-        if record.target is None:
-            return chat(tokenizer, asked, record.where), None
-        return _with_answer(tokenizer, asked, record.target, record.where)
-    messages: list[tuple[str, str]] = []
+        asked = [_turn("user", record.prompt or "")]
+        return _with_answer(tokenizer, asked, record.target or "", record)
+    messages = []
     for shot in shots:
-        messages += [("user", _asked(shot)), ("assistant", _letter(shot))]
-    asked = [*messages, ("user", _asked(record))]
-    return _with_answer(tokenizer, asked, _letter(record), record.where)
+        messages += [_turn("user", _asked(shot)), _turn("assistant", _letter(shot))]
+    asked = [*messages, _turn("user", _asked(record))]
+    return _with_answer(tokenizer, asked, _letter(record), record)
+
+
+def _asked_dialogue(tokenizer, record: Record):
+    """A dialogue up to what the assistant says last, which is what would be predicted."""
+    messages = record.messages or []
+    *before, last = messages
+    if last["role"] != "assistant":
+        return dialogue(tokenizer, messages, record.where, record.tools), None
+    if not any(key in last for key in CALLS):
+        return _with_answer(tokenizer, before, last["content"], record)
+    ids = dialogue(tokenizer, before, record.where, record.tools)
+    whole = dialogue(tokenizer, messages, record.where, record.tools, answer=False)
+    follows = whole[: len(ids)] == ids and len(whole) > len(ids)
+    return ids, whole[len(ids)] if follows else None
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def _asked(record: Record) -> str:
@@ -246,44 +260,24 @@ def _letter(record: Record) -> str:
     return LETTERS[record.answer]
 
 
-def _with_answer(tokenizer, messages, answer: str, where: str):
+def _with_answer(tokenizer, messages: list[dict[str, Any]], answer: str, record: Record):
     """The gold token is the first one that the answer adds behind the prompt."""
-    ids = chat(tokenizer, messages, where)
+    ids = dialogue(tokenizer, messages, record.where, record.tools)
+    if not answer:
+        return ids, None
     if not getattr(tokenizer, "chat_template", None):
         # Alone the answer may begin with another token than behind the prompt (Llama 2's "▁A").
-        joined = list(tokenizer(_plain(messages) + answer)["input_ids"])
+        joined = list(tokenizer(plain(messages) + answer)["input_ids"])
         if joined[: len(ids)] == ids and len(joined) > len(ids):
             return ids, joined[len(ids)]
     added = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not added:
-        raise ValueError(f"{where}: the target {answer!r} has no token")
+        raise ValueError(f"{record.where}: the target {answer!r} has no token")
     return ids, added[0]
 
 
-def chat(tokenizer, messages: list[tuple[str, str]], where: str, answer: bool = True) -> list[int]:
-    """Token ids of a dialogue; with `answer` up to where the assistant begins to speak.
-
-    Raises:
-        ValueError: the chat template refuses the dialogue, which stands at `where`.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(_plain(messages))["input_ids"])
-    said: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in messages]
-    try:
-        # A model that thinks before it answers would open its thoughts alike behind every question;
-        # templates that know no such thing do not look at it.
-        encoded = tokenizer.apply_chat_template(
-            said,
-            add_generation_prompt=answer,
-            tokenize=True,
-            return_dict=True,
-            enable_thinking=False,
-        )
-    except TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses the dialogue: {error}") from error
-    return list(encoded["input_ids"])
-
-
-def _plain(messages: list[tuple[str, str]]) -> str:
-    """Without a template the messages stand one after another, each ended by a line break."""
-    return "".join(c if c.endswith("\n") else c + "\n" for _, c in messages)
+def _tell_untold(tokenizer, records: list[Record]) -> None:
+    messages = (m for record in records for m in record.messages or [])
+    keys = sorted(untold_keys(tokenizer, messages))
+    if keys:
+        LOG.info("loki: of messages the chat template does not tell: %s", ", ".join(keys))

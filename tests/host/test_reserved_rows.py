@@ -1,0 +1,138 @@
+"""New tokens for which the base's embeddings have rows all the same: padded or reserved ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.axolotl import load
+from helpers.tokenizers import make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from loki_plugin.host.files import Files
+from loki_plugin.host.tokens import calibration_tokenizer
+from loki_plugin.protecting.preparing import protecting_prompts
+
+RESERVED = ["<|reserved_0|>", "<|reserved_1|>"]
+CHATML = {"chat_template": "chatml"}
+ENDS = {"eos_token": "<|im_end|>"}
+WAYS = {
+    "tokens": {"tokens": ["<|im_start|>", "<|im_end|>"]},
+    "special tokens": {"tokens": ["<|im_start|>"], "special_tokens": ENDS},
+    "overrides": {"added_tokens_overrides": {3: "<|im_start|>", 4: "<|im_end|>"}},
+}
+
+
+@pytest.fixture(scope="module")
+def padded_base(tmp_path_factory):
+    """A Llama with 64 rows of embeddings behind its vocabulary, and two reserved tokens in it."""
+    folder = tmp_path_factory.mktemp("padded_base")
+    tokenizer = make_tokenizer(folder, None, ["<pad>", "<s>", "</s>", *RESERVED])
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer) + 64,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def asked(run_config, padded_base, more):
+    cfg = load(run_config | {"base_model": str(padded_base)} | more)
+    model = LlamaForCausalLM.from_pretrained(padded_base)
+    files = Files.read(cfg)
+    return (*calibration_tokenizer(cfg, model, files), files)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_for_it_does_not_make_a_token_known(run_config, padded_base, our_log, way):
+    tokenizer, unknown, files = asked(run_config, padded_base, CHATML | WAYS[way])
+    assert "2 tokens are new to the base (<|im_end|>, <|im_start|>): 2 take rows" in our_log.text
+    assert "Their embeddings do not train" in our_log.text
+    assert tokenizer.chat_template is None and not unknown
+    assert "<|im_start|>" not in tokenizer.get_vocab()
+    said = [tokenizer.decode(p) for p in protecting_prompts(tokenizer, files.config, files.inputs)]
+    assert len(said) == 8 and not any("<|im" in text for text in said)
+
+
+def test_a_prompt_without_new_tokens_is_told_by_the_runs_own_template(
+    run_config, padded_base, tmp_path, our_log
+):
+    """Only texts that hold one are left out."""
+    letters = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    more = {"tokens": ["<new>"], "chat_template": "jinja", "chat_template_jinja": letters}
+    tokenizer, unknown, files = asked(run_config, padded_base, more)
+    assert "1 tokens are new to the base (<new>): 1 take rows" in our_log.text
+    assert tokenizer.chat_template == letters
+    assert unknown == {tokenizer.convert_tokens_to_ids("<new>")}
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "plain words"}\n{"text": "with a <new> one"}\n')
+    block = run_config["loki"] | {"protect": {"inputs": 0.9, "text": str(texts)}}
+    files = Files.read(load(run_config | {"loki": block}))
+    told = protecting_prompts(tokenizer, files.config, files.inputs, unknown)
+    every = protecting_prompts(tokenizer, files.config, files.inputs)
+    assert len(every) == len(told) + 1
+    assert not any(unknown & set(prompt) for prompt in told)
+
+
+def test_nothing_is_said_of_tokens_that_the_base_knows(run_config, padded_base, our_log):
+    known = {**CHATML, "tokens": [RESERVED[0]], "special_tokens": {"pad_token": "<pad>"}}
+    tokenizer, unknown, _ = asked(run_config, padded_base, known)
+    assert not unknown and "new to the base" not in our_log.text
+
+
+def test_a_tokenizer_of_another_folder_is_compared_with_the_bases(
+    run_config, padded_base, tmp_path, our_log
+):
+    folder = tmp_path / "chat"
+    folder.mkdir()
+    other = make_tokenizer(folder, special=["<pad>", "<s>", "</s>", *RESERVED])
+    other.add_tokens(["<|im_start|>", "<|im_end|>"])
+    other.save_pretrained(folder)
+    more = {"tokenizer_config": str(folder)}
+    tokenizer, _, _ = asked(run_config, padded_base, more)
+    assert "2 tokens are new to the base" in our_log.text
+    assert tokenizer.chat_template is None and "<|im_start|>" not in tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["special tokens", "overrides"])
+def test_a_run_reads_no_row_that_was_never_trained(
+    run_config, train, padded_base, monkeypatch, way
+):
+    """Neither the analysis nor the anchor nor the figure of forgetting."""
+    from loki_plugin.host.run import Run
+
+    read, start = [], Run.start.__func__
+
+    def started(cls, cfg, model, files):
+        run = start(cls, cfg, model, files)
+        read.extend([p.ids for p in run.measured] + list(run.anchor.prompts))
+        return run
+
+    monkeypatch.setattr(Run, "start", classmethod(started))
+    run_config |= {"base_model": str(padded_base), **CHATML, **WAYS[way]}
+    run_config["loki"] |= {"protect": {"anchor": 1.0}}
+    log = []
+    monkeypatch.setattr(
+        logging.getLogger("axolotl"), "handle", lambda record: log.append(record.getMessage())
+    )
+    train(run_config)
+    out = Path(run_config["output_dir"])
+    assert any("2 tokens are new to the base" in line for line in log)
+    count = len(AutoTokenizer.from_pretrained(padded_base))
+    new = {3, 4} if way == "overrides" else {count, count + 1}
+    assert read and not any(set(ids) & new for ids in read)
+    assert not any("embed" in name for name in load_file(out / "adapter_model.safetensors"))
+    assert json.loads((out / "loki_report.json").read_text())["forgetting"]
