@@ -35,7 +35,7 @@ class Data:
         Raises:
             ValueError: no such file, or a line that is no JSON object.
         """
-        lines = self._read(f"{name}.jsonl").splitlines()
+        lines = self._read(f"{name}.jsonl").split("\n")  # other line breaks may stand in texts
         found = []
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -20,7 +20,7 @@ from benchmarks.forgetting import choosing
 from benchmarks.forgetting.base import padded
 from benchmarks.real import bases, probes, tasks
 from benchmarks.real.data import Data
-from benchmarks.real.scoring import Asked, check_head
+from benchmarks.real.scoring import Asked, batches, check_head
 from loki_plugin import attribute, input_directions, select_rows
 from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts
 from loki_plugin.analysing.calibration.sources import record_of
@@ -225,9 +225,11 @@ class Lab:
             }
             moments: dict[str, torch.Tensor] = {}
 
+            real: list[torch.Tensor] = []  # of the batch that runs: which of its tokens are real
+
             def watch(name):
                 def hook(module, inputs):
-                    x = inputs[0].detach().flatten(0, -2).float()
+                    x = inputs[0].detach().flatten(0, -2)[real[-1]].float()
                     x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
                     if name in moments:
                         moments[name].addmm_(x.T, x)
@@ -237,12 +239,12 @@ class Lab:
                 return hook
 
             hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
+            texts = [Asked(ids, 1) for ids in self.texts(of)]
             with torch.no_grad():
-                for ids in self.texts(of):
-                    # One at a time: padding must not be counted.
-                    self.known.get_decoder()(
-                        input_ids=torch.tensor([ids], device=self.device), use_cache=False
-                    )
+                for batch in batches(texts):
+                    ids, mask = padded([texts[i].ids for i in batch])
+                    real.append(mask.flatten().bool().to(self.device))
+                    self.known.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
             for hook in hooks:
                 hook.remove()
             return {name: moment.cpu() for name, moment in moments.items()}
