@@ -128,7 +128,7 @@ def run(
     points = [p for p in POINTS if p <= steps]
     rows: list[dict] = []
     seconds, losses = 0.0, [math.nan]
-    reached: int | None = None
+    reached: set[str] = set() if kind.score is not None else {"score"}
     for number, point in enumerate(points):
         started = time.perf_counter()
         model.train()
@@ -140,10 +140,11 @@ def run(
         seconds += time.perf_counter() - started
         now = time.perf_counter()
         found = _task_score(lab, model, task)
-        hit = found["task_loss"] <= kind.loss and found["task_score"] >= (kind.score or 0)
-        last = point == points[-1] or (reached is not None and not to_end)
-        depth = 2 if last or (hit and reached is None) else number % 2
-        reached = point if hit and reached is None else reached
+        arrived = {"loss"} if found["task_loss"] <= kind.loss else set()
+        arrived |= {"score"} if found["task_score"] >= (kind.score or 0) else set()
+        last = point == points[-1] or (reached >= {"loss", "score"} and not to_end)
+        depth = 2 if last or arrived - reached else number % 2
+        reached |= arrived
         if point == 0:
             found |= lab.probes.start(kind.without)
         else:
