@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
@@ -27,10 +28,9 @@ from loki_plugin.analysing.calibration.sources import record_of
 from loki_plugin.analysing.eigen import leading, soften
 from loki_plugin.analysing.own_text import write_texts
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.model.hooks import removing
 from loki_plugin.model.writing import replacing
 
-# Every fourth of the shipped calibration prompts; texts that the base writes, and their tokens.
-_EVERY, _WRITTEN, _TOKENS = 4, 160, 80
 # Which linear layers read the same input.
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -97,21 +97,24 @@ class Lab:
 
     @cached_property
     def prompts(self) -> list[list[int]]:
-        """Calibration prompts, a quarter of those that the package ships."""
-        return [list(p.ids) for p in load_prompts(self.tokenizer).prompts[::_EVERY]]
+        """Calibration prompts, some of those that the package ships."""
+        found = load_prompts(self.tokenizer).prompts[:: self.amount.every]
+        return [list(p.ids) for p in found]
 
     @cached_property
     def written(self) -> list[list[int]]:
         """Dialogues and plain text that the base writes by itself (`protect.text: self`)."""
 
+        count, tokens = self.amount.written, self.amount.tokens
+
         def write():
             said = write_texts(
-                self.known, self.tokenizer, count=_WRITTEN, tokens=_TOKENS, batch_size=32
+                self.known, self.tokenizer, count=count, tokens=tokens, batch_size=32
             )
             records = [record_of(row, f"text {i}") for i, row in enumerate(said)]
             return [list(ids) for ids in load_texts(self.tokenizer, records)]
 
-        return self._kept(f"written-{_WRITTEN}-{_TOKENS}", write)
+        return self._kept(f"written-{count}-{tokens}", write)
 
     @property
     def own(self) -> list[Asked]:
@@ -238,22 +241,24 @@ class Lab:
 
                 return hook
 
-            hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
-            texts = [Asked(ids, 1) for ids in self.texts(of)]
-            with torch.no_grad():
+            texts = [Asked(ids, 1) for ids in self.texts(of)]  # first: writing must not be watched
+            with ExitStack() as hooks, torch.no_grad():
+                for name, module in layers.items():
+                    hooks.enter_context(removing(module.register_forward_pre_hook(watch(name))))
                 for batch in batches(texts):
                     ids, mask = padded([texts[i].ids for i in batch])
                     real.append(mask.flatten().bool().to(self.device))
                     self.known.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
-            for hook in hooks:
-                hook.remove()
             return {name: moment.cpu() for name, moment in moments.items()}
 
         return self._kept(f"moments-{of}", find)
 
     def _kept(self, name: str, make: Callable):
         """What `make` gives, from the work folder where it is there already."""
-        state = json.dumps([_EVERY, _WRITTEN, _TOKENS, (self.folder / "config.json").read_text()])
+        a = self.amount
+        state = json.dumps(
+            [a.every, a.written, a.tokens, (self.folder / "config.json").read_text()]
+        )
         file = self.work / f"{name}-{hashlib.sha256(state.encode()).hexdigest()[:8]}.pt"
         if file.is_file():
             return torch.load(file, weights_only=True)

@@ -37,6 +37,8 @@ class Amount:
         answer: tokens of an answer at most.
         choices: questions of each multiple-choice set.
         tested: held-out records of the task.
+        every: one of so many of the shipped calibration prompts serves protection and choice.
+        written, tokens: texts that the base writes by itself, and their tokens at most.
     """
 
     facts: int = 100
@@ -47,13 +49,28 @@ class Amount:
     answer: int = 48
     choices: int = 24
     tested: int = 24
+    every: int = 4
+    written: int = 160
+    tokens: int = 80
 
 
 AMOUNTS = {
-    "ci": Amount(facts=12, width=24, own=3, people=2, answer=16, choices=4, tested=6),
+    "ci": Amount(
+        facts=12,
+        width=24,
+        own=3,
+        people=2,
+        answer=16,
+        choices=4,
+        tested=6,
+        every=24,
+        written=16,
+        tokens=32,
+    ),
     "brief": Amount(),
     "full": Amount(pieces=4, width=96, own=32, people=24, answer=64, choices=100, tested=64),
 }
+_OF_ARMS = ("every", "written", "tokens")
 CHOICES = ("arc_easy", "piqa", "hellaswag", "blimp")
 
 
@@ -180,7 +197,8 @@ class Probes:
 
 def load(model, tokenizer, data: Data, amount: Amount, work: Path) -> Probes:
     """The probes of this base, from `work`, or made now with `model`, the base itself."""
-    key = json.dumps([_VERSION, asdict(amount), _digest(data)])
+    kept = {k: v for k, v in asdict(amount).items() if k not in ("tested", *_OF_ARMS)}
+    key = json.dumps([_VERSION, kept, _digest(data)])
     file = work / f"probes-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     if file.is_file():
         return Probes(**torch.load(file, weights_only=False))
