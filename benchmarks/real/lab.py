@@ -117,6 +117,11 @@ class Lab:
         return self._kept(f"written-{count}-{tokens}", write)
 
     @property
+    def text(self) -> list[list[int]]:
+        """Plain text for arms that want some besides the prompts: what the base writes."""
+        return self.written
+
+    @property
     def own(self) -> list[Asked]:
         """The same for replay (SA-SFT): all of it is learned again."""
         return [Asked(ids, 1) for ids in self.written if len(ids) > 1]
