@@ -1,0 +1,1 @@
+"""What real pretrained models forget: two bases, tasks, measures, arms, and the report."""

@@ -1,0 +1,79 @@
+"""What real pretrained models forget: see README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.real import bases, report, sweep
+from benchmarks.real.arms import ARMS
+from benchmarks.real.data import DEFAULT, Data
+from benchmarks.real.lab import Lab
+from benchmarks.real.probes import AMOUNTS
+from benchmarks.real.tasks import TASKS
+from benchmarks.writer import RESULTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
+    parser.add_argument("what", choices=["bases", "run", "report"])
+    parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
+    parser.add_argument("--arms", default="", help="names by commas; default: all")
+    parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
+    parser.add_argument("--seeds", default="0", help="numbers by commas")
+    parser.add_argument("--rates", default="", help="by commas; default: the arm's own")
+    parser.add_argument("--best", action="store_true", help="the first of the arm's rates only")
+    parser.add_argument("--steps", type=int, default=sweep.POINTS[-1], help="of a run at most")
+    parser.add_argument("--to-end", action="store_true", help="go on behind the matched score")
+    parser.add_argument("--amount", choices=AMOUNTS, default="brief", help="how much is measured")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, default=DEFAULT)
+    parser.add_argument("--work", type=Path, help="what is made once; default: beside the bases")
+    parser.add_argument("--hours", type=float, help="begin no run after so long")
+    parser.add_argument("--stage", default="runs", help="of the file real_STAGE.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.what == "bases":
+        for name in options.base.split(",") if options.base else bases.SOURCES:
+            print(bases.path(name))
+        return
+    if options.what == "report":
+        report.write(options.output)
+        return
+    arms = _names(options.arms, ARMS, "--arms", parser)
+    chosen = _names(options.tasks, TASKS, "--tasks", parser)
+    names = _names(options.base or next(iter(bases.SOURCES)), bases.SOURCES, "--base", parser)
+    given = tuple(float(r) for r in options.rates.split(",") if r)
+    data = Data(options.data)
+    labs = {n: Lab(n, data, options.amount, options.device, options.work) for n in names}
+    keys = [
+        sweep.Key(base, task, arm, int(seed), rate, options.amount)
+        for seed in options.seeds.split(",")
+        for base in names
+        for task in chosen
+        for arm in arms
+        for rate in given or (ARMS[arm].rates[:1] if options.best else ARMS[arm].rates)
+    ]
+    sweep.run_all(
+        labs,
+        keys,
+        options.output / f"real_{options.stage}.csv",
+        None if options.hours is None else time.time() + 3600 * options.hours,
+        options.steps,
+        options.to_end,
+        options.precision,
+    )
+
+
+def _names(given: str, known, option: str, parser) -> list[str]:
+    found = [n for n in given.split(",") if n] or list(known)
+    unknown = [n for n in found if n not in known]
+    if unknown:
+        parser.error(f"{option} {','.join(unknown)}: there are {', '.join(known)}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

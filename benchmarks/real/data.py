@@ -1,0 +1,71 @@
+"""The data: a folder of JSON Lines and text files; README.md tells their shapes and sources.
+
+None of their lines is part of this project.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+DEFAULT = Path(__file__).parents[3] / "shared" / "real-data"
+TEXTS = {
+    "wikipedia": "text_wikipedia_en",
+    "web": "text_web_c4",
+    "news": "text_news_wikinews",
+    "fiction": "text_fiction_cranford",
+    "code": "text_code_python",
+    "german": "text_de_pud",
+    "chinese": "text_zh_pud",
+    "maths": "text_math_gsm8k",
+    "service": "text_dialogue_sgd",
+}
+
+
+class Data:
+    """Records and texts of a folder."""
+
+    def __init__(self, folder: Path = DEFAULT):
+        self.folder = Path(folder)
+
+    def records(self, name: str) -> list[dict]:
+        """The objects of `NAME.jsonl`, in the file's order.
+
+        Raises:
+            ValueError: no such file, or a line that is no JSON object.
+        """
+        lines = self._read(f"{name}.jsonl").split("\n")  # other line breaks may stand in texts
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{name}.jsonl, line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{name}.jsonl, line {number}: expected an object, got {row!r:.40}"
+                )
+            found.append(row)
+        return found
+
+    def text(self, kind: str) -> str:
+        """The whole text of a kind of `TEXTS`."""
+        return self._read(f"{TEXTS[kind]}.txt")
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Kinds of text that the folder has."""
+        return [k for k, name in TEXTS.items() if (self.folder / f"{name}.txt").is_file()]
+
+    def _read(self, name: str) -> str:
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(
+                f"'{path}' is missing; --data expects a folder as benchmarks/real/README.md"
+                " describes it (`python -m benchmarks.real data` makes one from public"
+                " repositories)"
+            )
+        return path.read_text(encoding="utf-8")

@@ -1,0 +1,165 @@
+"""From the lines of a results file to arms compared at one task loss or one task score."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.real.tasks import TASKS
+
+Row = dict
+Curve = list[dict]
+RIVAL = "lora_all_r16"
+# The same arm in another order and from another start.
+AGAIN = {"lora_all_r16": "lora_again"}
+MEASURES = (
+    "kl_dialogues", "kl_people", "kl_text", "ce_rise", "facts_kept", "choice_score", "choice_lost",
+    "choice_won",
+)  # fmt: skip
+# By what the best of an arm's rates is chosen, for every arm alike.
+CHOSEN_BY = "kl_dialogues"
+_TEXT = {"base", "task", "arm", "amount", "precision", "device"}
+
+
+def read(folder: Path) -> list[Row]:
+    """All lines of `real_*.csv` that are runs; what was not measured at a point is None."""
+    rows = []
+    for file in sorted(folder.glob("real_*.csv")):
+        with file.open(newline="") as lines:
+            reader = csv.DictReader(lines)
+            if not {"arm", "step", "task_loss", CHOSEN_BY} <= set(reader.fieldnames or ()):
+                continue
+            rows += [{k: _value(k, v) for k, v in row.items()} for row in reader]
+    return rows
+
+
+def _value(name: str, text: str):
+    if name in _TEXT:
+        return text
+    return float(text) if text else None
+
+
+def curves(rows: Iterable[Row]) -> dict[tuple, Curve]:
+    """Runs by (base, task, arm, seed, rate), each from its first step to its last."""
+    found: dict[tuple, Curve] = defaultdict(list)
+    for row in rows:
+        found[row["base"], row["task"], row["arm"], int(row["seed"]), row["rate"]].append(row)
+    for curve in found.values():
+        curve.sort(key=lambda r: r["step"])
+    return found
+
+
+def at(curve: Curve, axis: str, value: float) -> Row | None:
+    """The run where it first reaches a task loss, or a task score; None where it ends before.
+
+    Linear between the two points around. What is not known at both of them, because it is not
+    measured at every point, is taken from the next point that has it.
+    """
+    sign = -1 if axis == "task_loss" else 1
+    for i, row in enumerate(curve):
+        if sign * (row[axis] - value) < 0:
+            continue
+        if i == 0:
+            return dict(row)
+        before = curve[i - 1]
+        share = (value - before[axis]) / (row[axis] - before[axis])
+        found = dict(row)
+        for name, late in row.items():
+            early = before.get(name)
+            if isinstance(late, float) and isinstance(early, float):
+                found[name] = early + share * (late - early)
+            elif late is None and name not in _TEXT:
+                later = (r[name] for r in curve[i:] if r[name] is not None)
+                found[name] = next(later, None)
+        return found
+    return None
+
+
+def goals(task: str, axis: str) -> float | None:
+    """Where arms are compared on that axis; None: the task has no such point."""
+    return TASKS[task].loss if axis == "task_loss" else TASKS[task].score
+
+
+def matched(rows: list[Row], axis: str, value: float | None = None) -> list[Row]:
+    """A line per base, task and arm: the mean over seeds at the matched value, best first.
+
+    The rate that counts is the one of the lowest `CHOSEN_BY` there, of those whose seeds all
+    arrived; an arm none of whose rates arrived has None for all measures.
+    """
+    groups: dict[tuple, dict[float, list[Curve]]] = defaultdict(lambda: defaultdict(list))
+    for (base, task, arm, _, rate), curve in curves(rows).items():
+        groups[base, task, arm][rate].append(curve)
+    lines = []
+    for (base, task, arm), rates in groups.items():
+        goal = goals(task, axis) if value is None else value
+        if goal is None:
+            continue
+        sign = -1 if axis == "task_loss" else 1
+        every = [r[axis] for runs in rates.values() for c in runs for r in c]
+        line = {"base": base, "task": task, "arm": arm, "goal": goal, "rates": len(rates)}
+        line["best"] = sign * max(sign * v for v in every)
+        arrived = {}
+        most = max(map(len, rates.values()))
+        for rate, runs in rates.items():
+            found = [at(c, axis, goal) for c in runs]
+            # A rate that was run with fewer seeds than another does not stand for the arm.
+            if len(runs) == most and None not in found:
+                arrived[rate] = found
+        line |= _best(arrived)
+        one = next(iter(rates.values()))[0][0]
+        line["trained_parameters"] = int(one["trained_parameters"])
+        lines.append(line)
+    order = {k: i for i, k in enumerate(dict.fromkeys((x["base"], x["task"]) for x in lines))}
+    last = float("inf")
+    lines.sort(key=lambda x: (order[x["base"], x["task"]], _or(x[CHOSEN_BY], last)))
+    _against(lines)
+    return lines
+
+
+def _best(arrived: dict[float, list[Row]]) -> Row:
+    if not arrived:
+        names = ("rate", "seeds", "step", "seconds", "spread", *MEASURES)
+        return dict.fromkeys(names) | {"seeds": 0}
+    rate = min(arrived, key=lambda r: mean(x[CHOSEN_BY] for x in arrived[r]))
+    found = arrived[rate]
+    line: Row = {"rate": rate, "seeds": len(found)}
+    for name in ("step", "seconds", *MEASURES):
+        known = [x[name] for x in found if x.get(name) is not None]
+        line[name] = mean(known) if known else None
+    values = [x[CHOSEN_BY] for x in found]
+    line["spread"] = max(values) - min(values) if len(values) > 1 else None
+    return line
+
+
+def _against(lines: list[Row]) -> None:
+    """Adds `of_lora`: forgetting as a share of what LoRA forgets on that base and task."""
+    rival = {(x["base"], x["task"]): x[CHOSEN_BY] for x in lines if x["arm"] == RIVAL}
+    for x in lines:
+        theirs = rival.get((x["base"], x["task"]))
+        x["of_lora"] = x[CHOSEN_BY] / theirs if theirs and x[CHOSEN_BY] is not None else None
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def noise(rows: list[Row], axis: str = "task_loss") -> list[Row]:
+    """Arms that ran twice, rate by rate and seed by seed: how far apart do the two fall?"""
+    every = curves(rows)
+    found = []
+    for (base, task, arm, seed, rate), curve in every.items():
+        other = every.get((base, task, AGAIN.get(arm, ""), seed, rate))
+        goal = goals(task, axis)
+        if other is None or goal is None:
+            continue
+        one, two = at(curve, axis, goal), at(other, axis, goal)
+        if one is None or two is None:
+            continue
+        line = {"base": base, "task": task, "arm": arm, "seed": seed, "rate": rate}
+        for name in ("kl_dialogues", "kl_text", "facts_kept"):
+            line |= {name: one[name], f"{name}, again": two[name]}
+        found.append(line)
+    return found

@@ -1,0 +1,73 @@
+"""Forgetting along the runs against what was learned, a panel for each base and task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.real.matching import CHOSEN_BY, Row, at, curves, goals
+
+# Arms with a colour; all others are thin and grey.
+SHOWN = {
+    "lora_all_r16": ("LoRA r16, all linears", "black"),
+    "full": ("full fine-tuning", "tab:gray"),
+    "osf": ("OSF", "tab:brown"),
+    "lora_replay5": ("LoRA + 5 % real data", "tab:olive"),
+    "lora_anchor": ("LoRA + anchor on its own text", "tab:purple"),
+    "random_q30": ("random rows, 30 %", "tab:cyan"),
+    "loki_q30": ("LoKI, 30 %", "tab:blue"),
+    "loki_soft_q90": ("LoKI, 90 %, protected", "tab:green"),
+    "lora_soft": ("all linears, protected", "tab:orange"),
+    "lora_soft_anchor": ("all linears, protected + anchor", "tab:red"),
+    "auto": ("protect: auto", "tab:red"),
+}
+_PER_LINE, _FLOOR = 3, 1e-4
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """A line per arm, along the run of its best rate (seed 0); dotted: where arms are compared."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((r["base"], r["task"]) for r in rows))
+    lines, width = -(-len(panels) // _PER_LINE), min(len(panels), _PER_LINE)
+    figure = Figure(figsize=(4.8 * width + 1, 4.2 * lines + 1.2), layout="constrained")
+    axes = figure.subplots(lines, width, squeeze=False).flatten()
+    handles: dict = {}
+    every = curves(rows)
+    for axis, (base, task) in zip(axes, panels, strict=False):
+        runs = {k[2:]: c for k, c in every.items() if k[:2] == (base, task) and k[3] == 0}
+        for arm in sorted(dict.fromkeys(k[0] for k in runs), key=lambda a: a in SHOWN):
+            mine = [c for k, c in runs.items() if k[0] == arm]
+            goal = goals(task, "task_loss")
+            best = min(mine, key=lambda c: _forgot(c, goal))[1:]
+            name, colour = SHOWN.get(arm, ("all other arms", "0.85"))
+            strong = arm in SHOWN
+            (line,) = axis.plot(
+                [r["task_loss"] for r in best],
+                [max(r[CHOSEN_BY], _FLOOR) for r in best],
+                color=colour,
+                marker="o" if strong else ".",
+                markersize=3.5 if strong else 2,
+                linewidth=1.6 if strong else 0.7,
+            )
+            handles.setdefault(name, line)
+        axis.axvline(goals(task, "task_loss"), color="0.6", linestyle=":", linewidth=1)
+        axis.set(
+            xlabel="held-out loss of the new task (learned: to the right)",
+            ylabel="forgetting: KL to the base on dialogues",
+            title=f"{base}: {task}",
+            yscale="log",
+        )
+        axis.invert_xaxis()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    names = [n for n, _ in SHOWN.values() if n in handles]
+    names += [n for n in handles if n not in names]
+    figure.legend(
+        [handles[n] for n in names], names, loc="outside lower center", ncols=3, frameon=False
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _forgot(curve: list[Row], goal: float | None) -> float:
+    found = at(curve, "task_loss", goal) if goal is not None else None
+    return float("inf") if found is None else found[CHOSEN_BY]
