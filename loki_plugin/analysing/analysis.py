@@ -10,7 +10,7 @@ from torch import nn
 from ..choices import BATCH_SIZE, PATH, PATHS, PathName
 from ..model.anatomy import Anatomy
 from .attribution.batches import Kernel, attribute_many
-from .attribution.checking import check_reproduces
+from .attribution.checking import NotReproduced, check_reproduces
 from .attribution.engine import attribute_batch, convergence_error
 from .attribution.quadrature import Rule
 from .attribution.quiet import quiet
@@ -41,7 +41,13 @@ def analyse(
     if path not in KERNELS:
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
     with quiet(model) as own_attention:
-        check_reproduces(model, anatomy, min(prompts, key=lambda p: len(p.ids)), own_attention)
+        try:
+            shortest = min(prompts, key=lambda p: len(p.ids))
+            check_reproduces(model, anatomy, shortest, own_attention)
+        except NotReproduced as error:
+            raise ValueError(
+                f"model family '{model.config.model_type}' cannot be analysed: {error}"
+            ) from error
         parts = []
         for part in attribute_many(model, anatomy, prompts, rule, batch_size, KERNELS[path]):
             parts.append(part)

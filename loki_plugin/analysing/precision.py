@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 _PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_CONVOLUTIONS = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
 _FULL = ("ieee", "none")  # "none": not set, which is full
 
 
@@ -22,12 +23,13 @@ def products_are_exact() -> bool:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """For the duration, products of float32 in float32."""
-    found = [backend.fp32_precision for backend in _PRODUCTS]
+    """For the duration, products and convolutions of float32 in float32."""
+    backends = (*_PRODUCTS, *_CONVOLUTIONS)
+    found = [backend.fp32_precision for backend in backends]
     try:
-        for backend in _PRODUCTS:
+        for backend in backends:
             backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(_PRODUCTS, found, strict=True):
+        for backend, precision in zip(backends, found, strict=True):
             backend.fp32_precision = precision

@@ -71,14 +71,19 @@ def dequantising(model: nn.Module) -> Iterator[None]:
     stands in any token of the batch, so that a prompt's result depends on its neighbours; it also
     waits for the device. Here each weight is dequantised for one product and dropped again.
     """
+    with _replaced_forwards([m for m in model.modules() if row_scales(m) is not None]):
+        yield
+
+
+@contextmanager
+def _replaced_forwards(modules: list[nn.Module]) -> Iterator[None]:
     saved = []
     try:
-        for module in model.modules():
-            if row_scales(module) is not None:
-                # accelerate moves the inputs to the module's device and calls `_old_forward`.
-                name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-                saved.append((module, name, module.__dict__.get(name)))
-                setattr(module, name, _dequantised_forward(module))
+        for module in modules:
+            # accelerate moves the inputs to the module's device and calls `_old_forward`.
+            name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+            saved.append((module, name, module.__dict__.get(name)))
+            setattr(module, name, _dequantised_forward(module))
         yield
     finally:
         for module, name, forward in saved:
@@ -96,10 +101,28 @@ def _dequantised_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Te
     return forward
 
 
+@contextmanager
+def dequantising_4_bit(model: nn.Module) -> Iterator[None]:
+    """For the duration, 4-bit linear modules multiply in the dtype of their input, whatever
+    `bnb_4bit_compute_dtype` says."""
+    modules = [
+        m
+        for m in model.modules()
+        if getattr(getattr(m, "weight", None), "quant_state", None) is not None
+        and not hasattr(m, "base_layer")
+    ]
+    with _replaced_forwards(modules):
+        yield
+
+
 def dequantise(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """W [F, I] = int8 · scale / 127 of an 8-bit linear module."""
+    """W [F, I] that a quantised linear module stands for; of 8 bits, int8 · scale / 127."""
     scales = row_scales(module)
-    assert scales is not None
+    if scales is None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: Any = module.weight
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     return module.weight.data.to(dtype).mul_(scales[:, None] * (1 / 127))
 
 

@@ -167,9 +167,13 @@ FAMILIES = {
 }
 
 
-def tiny(family: str, attention: str = "eager", dtype=torch.float32, seed: int = 0):
-    """A model with weights large enough that scores are far above rounding."""
+def tiny(family: str, attention: str = "eager", dtype=torch.float32, seed: int = 0, **widths: int):
+    """A model with weights large enough that scores are far above rounding.
+
+    `widths` take the place of the settings of that name, in families that have them.
+    """
     model_type, settings = FAMILIES[family]
+    settings = settings | {k: v for k, v in widths.items() if k in settings}
     if settings.get("alibi"):
         attention = "sdpa"  # transformers' eager Falcon adds the bias a second time
     torch.manual_seed(seed)

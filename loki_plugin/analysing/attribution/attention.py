@@ -50,6 +50,7 @@ class AttentionState:
         uniform: whether all prompts have one length.
         shared: how many first tokens ran once for all prompts; the prefix pass begins after them.
         layer: index of the decoder layer that runs.
+        attended: whether it has attended already.
         final_layer: L - 1; the prefix pass stops there.
         keys, values: per layer [B, K, T, d], as the layer made them.
         visible: per layer [B, 1 or heads, 1, T], True or a bias of 0 where key j < t is seen.
@@ -62,6 +63,7 @@ class AttentionState:
     shared: int = 0
     mode: Mode = Mode.PREFIX
     layer: int = 0
+    attended: bool = False
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     visible: dict[int, torch.Tensor | None] = field(default_factory=dict)
@@ -175,6 +177,9 @@ def _keep(
     head by head: each is multiplied with two or three times.
     """
     i, length = state.layer, key.shape[-2]
+    if state.attended:
+        raise ValueError(f"layer {i} attends more than once, and loki keeps keys and values once")
+    state.attended = True
     key, value = key.contiguous(), value.contiguous()
     if state.mode is Mode.SHARED:
         if i == state.final_layer:

@@ -80,31 +80,12 @@ def integrate(
     model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule
 ) -> Integral:
     """Scores and probabilities of one batch, both on the model's first device."""
-    # 1. The batch: ids padded on the right, after every real token, where no causal query looks.
+    # 1. to 3. The prompts once, then all (layer, step) branches in one stack.
     device = first_device(model)
-    lengths = [len(p.ids) for p in prompts]
-    ids = padded(prompts, device)  # [B, T]
-    state = AttentionState(
-        last=Copies([n - 1 for n in lengths]),
-        final_layer=anatomy.num_layers - 1,
-        uniform=len(set(lengths)) == 1,
-        shared=worth_sharing(prompts, least_saving(model, device)),
-    )
+    state = batch_state(anatomy, prompts, worth_sharing(prompts, least_saving(model, device)))
     with state, ExitStack() as hooks:
         hooks.enter_context(watched(model, anatomy, state))
-        # 2. The prompts once, without gradients: every layer's keys and values.
-        run_prefix(anatomy, state, ids)
-        # 3. The last token alone; behind each layer S tokens more stand beside it.
-        state.mode = Mode.STACK
-        stack = Stack(anatomy, state, rule, len(prompts))
-        hooks.enter_context(stack.hooked())
-        last = state.last.on(device)[:, None]  # [B, 1]
-        with torch.enable_grad():
-            hidden = anatomy.decoder(
-                input_ids=ids.gather(1, last), position_ids=last, use_cache=False
-            ).last_hidden_state
-            # [B, 1 + L·S, H]; GPT-2 flattens prompts and tokens
-            hidden = hidden.reshape(len(prompts), -1, hidden.shape[-1])
+        stack, hidden = climb(anatomy, state, prompts, rule, device)
     # 4. The head: y from the plain token, p of every token, ∂log p of every final state.
     states = hidden.detach()
     y = resolve_targets(model, anatomy, states[:, 0], prompts)  # [B]
@@ -120,6 +101,50 @@ def integrate(
     z = _together(stack.outputs, device)[:, :, 0].transpose(0, 1)  # [B, L, H]
     total = torch.einsum("bls,lbsh->blh", factors.to(device, non_blocking=True), grad)
     return Integral(total * z, p.to(device, non_blocking=True))
+
+
+def batch_state(anatomy: Anatomy, prompts: Sequence[Prompt], shared: int = 0) -> AttentionState:
+    """What the passes over a batch must know of it."""
+    lengths = [len(p.ids) for p in prompts]
+    return AttentionState(
+        last=Copies([n - 1 for n in lengths]),
+        final_layer=anatomy.num_layers - 1,
+        uniform=len(set(lengths)) == 1,
+        shared=shared,
+    )
+
+
+def climb(
+    anatomy: Anatomy,
+    state: AttentionState,
+    prompts: Sequence[Prompt],
+    rule: Rule,
+    device: torch.device,
+    gradients: bool = True,
+) -> tuple[Stack, torch.Tensor]:
+    """The stack with its leaves, and its tokens' final states [B, 1 + L·S, H].
+
+    To be called inside `state` and `watched`.
+    """
+    # 1. The batch: ids padded on the right, after every real token, where no causal query looks.
+    ids = padded(prompts, device)  # [B, T]
+    # 2. The prompts once, without gradients: every layer's keys and values.
+    run_prefix(anatomy, state, ids)
+    # 3. The last token alone; behind each layer S tokens more stand beside it.
+    stack = Stack(anatomy, state, rule, len(prompts))
+    with stack.hooked(), torch.set_grad_enabled(gradients):
+        hidden = run_last(anatomy, state, ids)
+        # [B, 1 + L·S, H]; GPT-2 flattens prompts and tokens
+        return stack, hidden.reshape(len(prompts), -1, hidden.shape[-1])
+
+
+def run_last(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> torch.Tensor:
+    """Each prompt's last token alone, on what was kept of the others: its final state [B, 1, H]."""
+    state.mode = Mode.STACK
+    last = state.last.on(ids.device)[:, None]  # [B, 1]
+    return anatomy.decoder(
+        input_ids=ids.gather(1, last), position_ids=last, use_cache=False
+    ).last_hidden_state
 
 
 def _together(by_layer: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -203,7 +228,7 @@ def _unasked() -> Iterator[None]:
 
 def _at(state: AttentionState, index: int) -> Callable[[nn.Module, tuple], None]:
     def enter_layer(module: nn.Module, args: tuple) -> None:
-        state.layer = index
+        state.layer, state.attended = index, False
 
     return enter_layer
 

@@ -23,11 +23,17 @@ def resolve_targets(
 ) -> torch.Tensor:
     """The tokens y [B]: as given, or the arg-max behind the final states [B, H]."""
     given = torch.tensor([-1 if p.target is None else p.target for p in prompts])
-    with _decoder_returns(anatomy.decoder) as head, torch.no_grad():
+    with torch.no_grad():
         # One sequence of B tokens, so that the head is one product.
-        predicted = head(model, states[None].contiguous())[0].argmax(-1)
+        predicted = logits_of(model, anatomy, states[None].contiguous())[0].argmax(-1)
     given = send(given, predicted.device)
     return torch.where(given < 0, predicted, given)
+
+
+def logits_of(model: nn.Module, anatomy: Anatomy, states: torch.Tensor) -> torch.Tensor:
+    """The model's head on final states [B, n, H] -> [B, n, V]."""
+    with _decoder_returns(anatomy.decoder) as head:
+        return head(model, states)
 
 
 def head_gradient(

@@ -32,6 +32,12 @@ def call(layer: nn.Module, args: Args, kwargs: Kwargs, hidden: torch.Tensor) -> 
     return output[0] if isinstance(output, tuple) else output
 
 
+def apart(kwargs: Kwargs) -> Kwargs:
+    """What a layer may be called with once more: layers that share keys (Gemma 4) hand them on in a
+    dict, which nothing but the pass itself may write to."""
+    return {k: copy(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
+
+
 def replay(
     state: AttentionState,
     layer: nn.Module,
@@ -46,11 +52,9 @@ def replay(
     does between its linears is exact, and costs next to nothing.
     """
     mode, state.mode = state.mode, Mode.REPLAY
-    # Layers that share keys (Gemma 4) hand them on in a dict, which a replay must not write to.
-    kwargs = {k: copy(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
     try:
         with answering(answers):
-            return call(layer, args, kwargs, hidden)
+            return call(layer, args, apart(kwargs), hidden)
     finally:
         state.mode = mode
 

@@ -65,7 +65,7 @@ class Stack:
             known = known_answers(layer, down, self._memo)
             answers = {m: answer.expand(-1, steps, -1) for m, answer in known.items()}  # [B, S, F]
             answers[down] = leaf.clone()
-            given = _plain(hidden_of(args, kwargs), layer).expand(-1, steps, -1)  # [B, S, H]
+            given = plain_token(hidden_of(args, kwargs), layer).expand(-1, steps, -1)  # [B, S, H]
             new = replay(self.state, layer, args, kwargs, given, answers)
             grown = torch.cat([first, new], 1)  # [B, n + S, H]
             self._memo.clear()
@@ -74,7 +74,7 @@ class Stack:
         return grow
 
 
-def _plain(hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+def plain_token(hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """The plain token [B, 1, H] of what a layer is given, [B, n, H]."""
     if hidden.dim() != 3:
         raise ValueError(

@@ -1,0 +1,50 @@
+"""Faults put into the fast analysis, of a size that can be set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from loki_plugin.analysing.attribution import engine
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def values_off(size: float, layer: int = 1, only_half: bool = False) -> Iterator[None]:
+    """For the duration, what the stack attends to in one layer is off by noise of that share.
+
+    With `only_half`, where it is in half precision: a kernel that is wrong there alone.
+    """
+    right = engine.run_prefix
+
+    def wrong(anatomy, state, ids):
+        right(anatomy, state, ids)
+        values = state.values[layer]
+        if values.dtype in HALF or not only_half:
+            drawn = torch.Generator().manual_seed(0)
+            noise = torch.randn(values.shape, generator=drawn).to(values)
+            state.values[layer] = values + size * values.square().mean().sqrt() * noise
+
+    engine.run_prefix = wrong
+    try:
+        yield
+    finally:
+        engine.run_prefix = right
+
+
+class Shifted(nn.Module):
+    """A norm whose answer mixes in a little of the token before: a mixer that nobody knows."""
+
+    def __init__(self, norm: nn.Module, share: float):
+        super().__init__()
+        self.norm, self.share = norm, share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H] -> [B, T, H]"""
+        answer = self.norm(x)
+        before = torch.cat([torch.zeros_like(answer[:, :1]), answer[:, :-1]], 1)
+        return answer + self.share * before
