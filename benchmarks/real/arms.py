@@ -7,19 +7,16 @@ tokenizer, the task, and what may be known of the base.
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.forgetting.building import (
     ATTENTION,
-    LINEARS,
     MLP,
     corda,
     freeze_bottom,
@@ -30,9 +27,8 @@ from benchmarks.forgetting.building import (
 )
 from benchmarks.real.lab import Lab
 from loki_plugin import implant
-from loki_plugin.implanting.anchor import divergence
-from loki_plugin.implanting.protection import ProtectedA, folded_delta
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.protecting.anchor import divergence
 
 
 @dataclass(frozen=True)
@@ -63,36 +59,94 @@ class Arm:
 def soft_rows(
     quota: float = 90, strategy: str = "layer_balanced", rank: int | None = None, **of
 ) -> Callable:
-    """LoKI's rows, reading through directions of normalised moments (`Lab.normalised`)."""
+    """LoKI's rows, reading through soft directions (`Lab.protected`)."""
 
     def build(model, lab: Lab):
         torch.manual_seed(lab.draw)
-        known = lab.normalised(**of)
-        basis = [known[name] for name in find_anatomy(model).names]
+        known = lab.protected(**of)
+        basis = {name: known[name] for name in find_anatomy(model).names}
         return implant(model, lab.rows(quota, strategy), rank=rank, protect=basis)
 
     return build
 
 
-def soft_lora(targets=LINEARS, r: int = 16, **of) -> Callable:
-    """LoRA, each layer reading through directions of normalised moments."""
+def soft_all(
+    quota: float = 100, rank: int | None = 16, strategy: str = "layer_balanced", **of
+) -> Callable:
+    """`targets: all`: rows of the down-projections and LoRA r16 on all other linears, each reading
+    through its own soft directions; with all rows and rank 16 that is LoRA on all linears."""
 
     def build(model, lab: Lab):
         torch.manual_seed(lab.draw)
-        known = lab.normalised(**of)
-        names = {module: name for name, module in model.named_modules()}
-        wrapped = get_peft_model(
-            model, LoraConfig(r=r, lora_alpha=r, target_modules=targets, task_type="CAUSAL_LM")
-        )
-        kept = {id(m): n for m, n in names.items()}
-        for module in wrapped.modules():
+        rows = lab.rows(quota, "random" if quota == 100 else strategy)
+        return implant(model, rows, rank=rank, protect=lab.protected(**of), targets="all")
+
+    return build
+
+
+def blind_rows(model, lab: Lab):
+    """Quota 90 with soft directions as 0.6.0 found them."""
+    torch.manual_seed(lab.draw)
+    return implant(model, lab.rows(90, "layer_balanced"), protect=lab.blind())
+
+
+def other_form(
+    make: Callable[[torch.Tensor], torch.Tensor], count: float | None = None
+) -> Callable:
+    """`soft_all` with P [I, I] held in another form: `make` gets V and returns that P."""
+
+    def build(model, lab: Lab):
+        wrapped = soft_all()(model, lab)
+        known = lab.protected(count=count)
+        for name, module in wrapped.named_modules():
             if isinstance(module, LoraLayer):
-                v = known[kept[id(module.get_base_layer())]]
-                module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, v)
-                module.get_delta_weight = functools.partial(folded_delta, module)
+                v = known[name.removeprefix("base_model.model.")]
+                module.lora_A["default"] = Reading(module.lora_A["default"].weight, make(v))
         return wrapped
 
     return build
+
+
+class Reading(torch.nn.Linear):
+    """A lora_A that reads P x, P any matrix."""
+
+    def __init__(self, weight, p: torch.Tensor):
+        torch.nn.Module.__init__(self)
+        self.weight, self.p = weight, p.to(weight.dtype)
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight @ self.p)
+
+
+def rounded(bits: int, block: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """P - I = -V Vᵀ in so many bits, a scale for each block."""
+
+    def make(v: torch.Tensor) -> torch.Tensor:
+        taken = v @ v.T
+        parts = taken.reshape(-1, block)
+        scale = parts.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        kept = (parts / scale).round() * scale
+        return torch.eye(len(v)) - kept.reshape(taken.shape)
+
+    return make
+
+
+def blocks(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """V Vᵀ inside blocks of neighbouring inputs only."""
+
+    def make(v: torch.Tensor) -> torch.Tensor:
+        taken, size = v @ v.T, len(v) // count
+        place = torch.arange(len(v)) // size
+        return torch.eye(len(v)) - taken * (place[:, None] == place)
+
+    return make
+
+
+def half_precision(v: torch.Tensor) -> torch.Tensor:
+    v = v.to(torch.bfloat16).float()
+    return torch.eye(len(v)) - v @ v.T
 
 
 LORA = (3e-4, 1e-3, 1e-4)
@@ -103,9 +157,9 @@ ARMS: dict[str, Arm] = {
     "lora_all_r16": Arm(lora(), LORA),
     "loki_q30": Arm(loki(30), ROWS),
     "loki_soft_q90": Arm(soft_rows(90), ROWS),
-    "lora_soft": Arm(soft_lora(), (1e-3, 5e-4, 2e-3)),
+    "lora_soft": Arm(soft_all(), (1e-3, 5e-4, 2e-3)),
     "lora_anchor": Arm(lora(), (5e-4, 1e-3, 2e-3), anchor=1.0),
-    "lora_soft_anchor": Arm(soft_lora(), (1e-3, 5e-4, 2e-3), anchor=1.0),
+    "lora_soft_anchor": Arm(soft_all(), (1e-3, 5e-4, 2e-3), anchor=1.0),
     "full": Arm(full, FULL),
     "lora_again": Arm(lora(), LORA, again=True),
     "lora_all_r16_wd0.1": Arm(lora(), LORA, decay=0.1),
@@ -122,7 +176,7 @@ ARMS: dict[str, Arm] = {
     "lora_selfreplay": Arm(lora(), LORA, replay=(0.05, "own")),
     "lora_selfreplay50": Arm(lora(), LORA, replay=(0.5, "own")),
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
-    "lora_hard": Arm(soft_lora(energy=0.9, soft=False), ROWS),
+    "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),
     "loki_q10": Arm(loki(10), ROWS),
     "loki_q90": Arm(loki(90), ROWS),
     "random_q10": Arm(loki(10, "random"), ROWS),
@@ -133,10 +187,27 @@ ARMS: dict[str, Arm] = {
     "random_soft_q90": Arm(soft_rows(90, "random"), ROWS),
     "loki_soft_anchor_q90": Arm(soft_rows(90), ROWS, anchor=1.0),
     # Protection as it was in 0.6.0: moments that are not normalised, of the prompts alone.
-    "loki_soft_q90_0.6": Arm(loki(90, protect=0.99, soft=True), ROWS),
-    # The same two apart: normalised moments of the prompts alone; a sixth of the directions.
+    "loki_soft_q90_0.6": Arm(blind_rows, ROWS),
+    # The mend's parts alone: moments of the prompts, or of what the base writes.
     "loki_soft_prompts_q90": Arm(soft_rows(90, of="prompts"), ROWS),
-    "loki_soft_sixth_q90": Arm(soft_rows(90, energy=None, count=256), (6e-4, 1e-3, 3e-4)),
+    "loki_soft_written_q90": Arm(soft_rows(90, of="written"), ROWS),
+    "lora_soft_prompts": Arm(soft_all(of="prompts"), ROWS),
+    "lora_soft_written": Arm(soft_all(of="written"), ROWS),
+    # Rows with all linears.
+    "all_soft_q90": Arm(soft_all(90, None), ROWS),
+    "all_soft_q30": Arm(soft_all(30, None), ROWS),
+    "all_soft_random_q30": Arm(soft_all(30, None, "random"), ROWS),
+    "all_soft_q10": Arm(soft_all(10, None), ROWS),
+    # Forms that take less memory than V [I, u] in float32.
+    "form_eighth": Arm(soft_all(energy=None, count=1 / 8), ROWS),
+    "form_sixth": Arm(soft_all(energy=None, count=1 / 6), ROWS),
+    "form_quarter": Arm(soft_all(energy=None, count=1 / 4), ROWS),
+    "form_half": Arm(soft_all(energy=None, count=1 / 2), ROWS),
+    "form_bf16": Arm(other_form(half_precision), ROWS),
+    "form_8bit": Arm(other_form(rounded(8, 64)), ROWS),
+    "form_4bit": Arm(other_form(rounded(4, 64)), ROWS),
+    "form_blocks": Arm(other_form(blocks(8)), ROWS),
+    "loki_soft_sixth_q90": Arm(soft_rows(90, energy=None, count=1 / 6), (6e-4, 1e-3, 3e-4)),
 }
 
 

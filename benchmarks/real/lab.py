@@ -9,30 +9,29 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.forgetting import choosing
 from benchmarks.forgetting.base import padded
 from benchmarks.real import bases, probes, tasks
 from benchmarks.real.data import Data
-from benchmarks.real.scoring import Asked, batches, check_head
-from loki_plugin import attribute, input_directions, select_rows
+from benchmarks.real.scoring import Asked, check_head
+from loki_plugin import attribute, select_rows
 from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts
 from loki_plugin.analysing.calibration.sources import record_of
-from loki_plugin.analysing.eigen import leading, soften
-from loki_plugin.analysing.own_text import write_texts
+from loki_plugin.choices import ALL
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.model.hooks import removing
 from loki_plugin.model.writing import replacing
-
-# Which linear layers read the same input.
-_SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+from loki_plugin.protecting.eigen import leading, soften
+from loki_plugin.protecting.finding import Wanted, solve, targeted
+from loki_plugin.protecting.moments import Moments, Reader, Site, batched
+from loki_plugin.protecting.own_text import write_texts
 
 
 class Lab:
@@ -59,7 +58,7 @@ class Lab:
         self.seed = self.draw = 0
         self.task: tasks.Task | None = None
         self._tasks: dict[tuple[str, int], tasks.Task] = {}
-        self._directions: dict[str, dict[str, torch.Tensor]] = {}
+        self._directions: dict[tuple, dict[str, torch.Tensor]] = {}
 
     @property
     def base(self) -> Lab:
@@ -179,84 +178,76 @@ class Lab:
         return select_rows(scores, quota, strategy, magnitude=magnitude, seed=self.seed)
 
     def directions(self, energy: float, of: str = "prompts", soft: bool = False) -> list:
-        """What `input_directions` finds for the down-projections."""
+        """Of the down-projections, as `benchmarks.forgetting`'s builders ask for them."""
+        known = self.protected(energy, of=of, soft=soft)
+        return [known[name] for name in find_anatomy(self.known).names]
 
-        def find():
-            ids, mask = padded(self.texts(of))
-            return input_directions(
-                self.known, ids.to(self.device), mask.to(self.device), energy=energy, soft=soft
-            )
-
-        return self._kept(f"directions-{energy:g}-{of}-{'soft' if soft else 'hard'}", find)
-
-    def normalised(
+    def protected(
         self,
         energy: float | None = 0.99,
-        count: int | None = None,
+        count: float | None = None,
         of: str = "both",
         soft: bool = True,
     ) -> dict[str, torch.Tensor]:
-        """V [I, u] of every linear layer of the decoder by name, from moments C = Σ x xᵀ/‖x‖².
+        """V [I, u] of what every linear layer of the decoder reads, by the layer's name: what
+        `find_directions` finds, from moments that are kept.
 
-        `both`: half of the weight on the calibration prompts, half on what the base writes.
-        `count` gives the number of directions instead of a share of the energy.
-        """  # fmt: skip
-        key = f"normalised-{energy if count is None else count}-{of}-{'soft' if soft else 'hard'}"
-
-        def find():
-            parts = [self._moments(k) for k in (("prompts", "written") if of == "both" else (of,))]
-            found: dict[str, torch.Tensor] = {}
-            for name in parts[0]:
-                moment = sum(part[name] / part[name].trace() for part in parts)
-                room = None if count is None else min(count, moment.shape[0] - 1)
-                vectors = leading(moment, energy, room)[0]
-                found[name] = (soften(moment, vectors) if soft else vectors).float().cpu()
-            return found
-
+        `count` gives the number of directions, as a part of I, instead of a share of the energy.
+        """
+        key = (energy if count is None else None, count, of, soft)
         if key not in self._directions:
-            self._directions = {key: self._kept(key, find)}
-        found = dict(self._directions[key])
-        for name, _ in self.known.named_modules():
-            head, _, last = name.rpartition(".")
-            if last in _SHARED and f"{head}.{_SHARED[last]}" in found:
-                found[name] = found[f"{head}.{_SHARED[last]}"]
-        return found
+            found: dict[str, torch.Tensor] = {}
+            for site, moments in self._moments(of):
+                number = None if count is None else int(count * site.size)
+                wanted = Wanted(key[0], number, soft)
+                basis = solve(site, moments, None, wanted, None, 10**9).basis
+                found |= dict.fromkeys(site.names, basis)
+            self._directions = {key: found}  # one is much; arms that share it run in turn
+        return self._directions[key]
 
-    def _moments(self, of: str) -> dict[str, torch.Tensor]:
-        """C [I, I] of every input that a linear layer reads, by the layer's name."""
+    def blind(self) -> list[torch.Tensor]:
+        """Soft directions of 99 % as 0.6.0 found them: of Σ x xᵀ, which one token can fill."""
 
         def find():
-            layers = {
-                name: module
-                for name, module in self.known.named_modules()
-                if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))
-            }
-            moments: dict[str, torch.Tensor] = {}
+            down = find_anatomy(self.known).down
+            moments = [torch.zeros(m.in_features, m.in_features) for m in down]
 
-            real: list[torch.Tensor] = []  # of the batch that runs: which of its tokens are real
-
-            def watch(name):
-                def hook(module, inputs):
-                    x = inputs[0].detach().flatten(0, -2)[real[-1]].float()
-                    x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                    if name in moments:
-                        moments[name].addmm_(x.T, x)
-                    else:
-                        moments[name] = x.T @ x
+            def adding(i):
+                def hook(module, args):
+                    x = args[0].flatten(0, -2)
+                    moments[i].addmm_(x.T, x)
 
                 return hook
 
-            texts = [Asked(ids, 1) for ids in self.texts(of)]  # first: writing must not be watched
-            with ExitStack() as hooks, torch.no_grad():
-                for name, module in layers.items():
-                    hooks.enter_context(removing(module.register_forward_pre_hook(watch(name))))
-                for batch in batches(texts):
-                    ids, mask = padded([texts[i].ids for i in batch])
-                    real.append(mask.flatten().bool().to(self.device))
-                    self.known.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
-            return {name: moment.cpu() for name, moment in moments.items()}
+            handles = [m.register_forward_pre_hook(adding(i)) for i, m in enumerate(down)]
+            with torch.no_grad():
+                for prompt in self.prompts:
+                    self.known.get_decoder()(torch.tensor([prompt], device=self.device))
+            for handle in handles:
+                handle.remove()
+            return [soften(leading(m, 0.99)) for m in moments]
 
-        return self._kept(f"moments-{of}", find)
+        return self._kept("blind", find)
+
+    def _moments(self, of: str) -> list[tuple[Site, Moments]]:
+        """The product's own moments of `prompts`, of what is `written`, or of `both`."""
+        if of == "both":
+            pairs = zip(self._moments("prompts"), self._moments("written"), strict=True)
+            return [(site, _added(a, b)) for (site, a), (_, b) in pairs]
+
+        def find():
+            modules = targeted(self.known, ALL)
+            reader = Reader(self.known, find_anatomy(self.known), modules)
+            texts = self.texts(of)
+            every = batched(texts)
+            sites = reader.sites(batched(self.prompts)[0])  # the lengths of sinks are theirs
+            moments: dict[int, Moments] = {}
+            with torch.no_grad(), tqdm(total=len(every), desc=f"moments of {of}") as bar:
+                reader.add(moments, dict(enumerate(sites)), every, bar)
+            return [(vars(site), vars(moments[i])) for i, site in enumerate(sites)]
+
+        kept = self._kept(f"inputs-{of}", find)
+        return [(Site(**site), Moments(**found)) for site, found in kept]
 
     def _kept(self, name: str, make: Callable):
         """What `make` gives, from the work folder where it is there already."""
@@ -288,3 +279,18 @@ class Lab:
                     left = draw.sample(self.task.learned, len(self.task.learned))
                 batch.append(left.pop())
             yield batch
+
+
+def _added(one: Moments, other: Moments) -> Moments:
+    """The moments of both texts together."""
+
+    def total(a, b):
+        return b if a is None else a if b is None else a + b
+
+    return Moments(
+        total(one.ordinary, other.ordinary),
+        total(one.sinks, other.sinks),
+        one.tokens + other.tokens,
+        one.sink_tokens + other.sink_tokens,
+        max(one.longest, other.longest),
+    )

@@ -20,7 +20,7 @@ from benchmarks.forgetting.measures import flips
 from benchmarks.real.data import Data
 from benchmarks.real.scoring import Asked, Reference, answers, score
 from benchmarks.real.tasks import cloze, dialogue
-from loki_plugin.analysing.calibration.prompts import chat
+from loki_plugin.analysing.calibration.rendering import chat
 from loki_plugin.model.writing import replacing
 
 _VERSION = 1

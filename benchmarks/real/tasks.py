@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.real.data import Data
 from benchmarks.real.scoring import Asked
-from loki_plugin.analysing.calibration.prompts import chat
+from loki_plugin.analysing.calibration.rendering import chat
 
 
 @dataclass

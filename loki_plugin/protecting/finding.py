@@ -211,7 +211,7 @@ def find_directions(
                 for i in group:
                     limit = most[i] if most else None
                     solved.append(
-                        _solve(sites[i], moments.pop(i), before.pop(i, None), wanted, limit, tokens)
+                        solve(sites[i], moments.pop(i), before.pop(i, None), wanted, limit, tokens)
                     )
     if wanted.soft and not any(s.basis.shape[1] for s in solved):
         raise ValueError(
@@ -231,7 +231,7 @@ def find_directions(
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     site: Site
     basis: torch.Tensor
     energy: float
@@ -240,14 +240,14 @@ class _Solved:
     capped: bool
 
 
-def _solve(
+def solve(
     site: Site,
     moments: Moments,
     before: torch.Tensor | None,
     wanted: Wanted,
     most: int | None,
     tokens: int,
-) -> _Solved:
+) -> Solved:
     """The directions of one site, from its moments."""
     count, moment = wanted.directions, moments.ordinary
     assert moment is not None
@@ -268,7 +268,7 @@ def _solve(
     basis = torch.cat(inside, 1)
     whole = moment.diagonal().double().sum()
     left = rest.diagonal().double().sum() * (1 - found.energy)
-    return _Solved(
+    return Solved(
         site,
         basis.to("cpu", wanted.dtype or basis.dtype).contiguous(),
         float(1 - left / whole),

@@ -225,12 +225,12 @@ def test_the_probes_are_made_once_and_again_for_other_data(lab, tmp_path, monkey
 def test_replay_and_moments_see_nothing_of_what_is_measured(lab):
     measured = {tuple(a.ids) for part in lab.probes.groups().values() for a in part}
     assert lab.real and not measured & {tuple(a.ids) for a in lab.real}
-    for name, v in lab.normalised().items():
+    for name, v in lab.protected().items():
         size = lab.known.get_submodule(name).weight.shape[1]
         assert v.shape[0] == size and 0 < v.shape[1] < size
-    assert len(lab.normalised()) == 2 * 7
+    assert len(lab.protected()) == 2 * 7
     q, k = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
-    assert lab.normalised()[q] is lab.normalised()[k]
+    assert lab.protected()[q] is lab.protected()[k]
 
 
 def test_moments_count_every_real_token_alike(lab):
@@ -245,7 +245,8 @@ def test_moments_count_every_real_token_alike(lab):
     handle.remove()
     x = torch.cat(inputs)
     x = x / x.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(lab._moments("written")[name], x.T @ x, rtol=1e-4, atol=1e-4)
+    found = {site.names[0]: moments for site, moments in lab._moments("written")}
+    torch.testing.assert_close(found[name].ordinary, x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 # Runs.
@@ -257,7 +258,7 @@ KEY = sweep.Key(NAME, "snips", "lora_all_r16", 0, 1e-2, "ci")
     "name",
     ["lora_all_r16", "full", "loki_q30", "lora_soft_anchor", "loki_soft_q90", "lora_replay5",
      "lora_selfreplay50", "lora_eaft", "dora", "osf", "corda", "freeze_bottom", "lora_hard",
-     "random_q30", "loki_soft_q90_0.6"],
+     "random_q30", "loki_soft_q90_0.6", "all_soft_q30", "form_8bit", "form_eighth"],
 )  # fmt: skip
 def test_every_kind_of_arm_learns_and_is_measured_on_its_way(lab, name):
     key = sweep.Key(NAME, "snips", name, 0, ARMS[name].rates[0], "ci")
