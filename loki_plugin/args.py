@@ -24,10 +24,12 @@ from .choices import (
     QUOTA,
     RULE,
     SEED,
+    SELF,
     SOURCE,
     STEPS,
     STRATEGY,
     TARGET,
+    TEXT_COUNT,
     PathName,
     RuleName,
     StrategyName,
@@ -185,6 +187,10 @@ class ProtectArgs(_Block):
         " writes it, dialogues and plain text like what it has learned from",
     )
 
+    count: Count = Field(
+        TEXT_COUNT, ge=2, description="how many texts `text: self` is, half of them dialogues"
+    )
+
     @property
     def reads(self) -> bool:
         """Whether the update's inputs are protected."""
@@ -226,6 +232,8 @@ class ProtectArgs(_Block):
             raise ValueError(
                 "`text` needs something to protect: set `inputs`, `directions` or `anchor`"
             )
+        if self.count != TEXT_COUNT and self.text != SELF:
+            raise ValueError("`count` says how many texts the model writes; set `text: self` too")
         if self.anchor_batch != type(self).model_fields["anchor_batch"].default and not self.anchor:
             raise ValueError("`anchor_batch` is the batch of `anchor`, which is off; set it too")
         if self.anchor_every > 1 and not self.anchor:

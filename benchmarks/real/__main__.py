@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.real import bases, report, sweep
+from benchmarks.real import bases, report, seen, sweep
 from benchmarks.real.arms import ARMS
 from benchmarks.real.data import DEFAULT, Data
 from benchmarks.real.lab import Lab
@@ -17,7 +17,7 @@ from benchmarks.writer import RESULTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
-    parser.add_argument("what", choices=["bases", "run", "report"])
+    parser.add_argument("what", choices=["bases", "run", "report", "directions"])
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
     parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
@@ -48,6 +48,10 @@ def main() -> None:
     given = tuple(float(r) for r in options.rates.split(",") if r)
     data = Data(options.data)
     labs = {n: Lab(n, data, options.amount, options.device, options.work) for n in names}
+    if options.what == "directions":
+        for lab in labs.values():
+            seen.report(lab)
+        return
     keys = [
         sweep.Key(base, task, arm, int(seed), rate, options.amount)
         for seed in options.seeds.split(",")

@@ -207,6 +207,10 @@ class Lab:
 
     def blind(self) -> list[torch.Tensor]:
         """Soft directions of 99 % as 0.6.0 found them: of Σ x xᵀ, which one token can fill."""
+        return [soften(leading(m, 0.99)) for m in self.raw_moments()]
+
+    def raw_moments(self) -> list[torch.Tensor]:
+        """Σ x xᵀ of what the down-projections read on the prompts."""
 
         def find():
             down = find_anatomy(self.known).down
@@ -225,9 +229,9 @@ class Lab:
                     self.known.get_decoder()(torch.tensor([prompt], device=self.device))
             for handle in handles:
                 handle.remove()
-            return [soften(leading(m, 0.99)) for m in moments]
+            return moments
 
-        return self._kept("blind", find)
+        return self._kept("raw", find)
 
     def _moments(self, of: str) -> list[tuple[Site, Moments]]:
         """The product's own moments of `prompts`, of what is `written`, or of `both`."""

@@ -20,7 +20,7 @@ from ..analysing.calibration.prompts import load_prompts, load_texts
 from ..analysing.calibration.sources import Record, load_records, record_of
 from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
 from ..args import LokiConfig, ProtectArgs
-from ..choices import DOWN, TEXT_COUNT, TEXT_TOKENS
+from ..choices import DOWN, TEXT_TOKENS
 from ..inputs import Inputs
 from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint
@@ -75,7 +75,7 @@ def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     marks = own_text.Marks.of(model, tokenizer)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     identity = {
-        "written": [_WRITING, TEXT_COUNT, TEXT_TOKENS],
+        "written": [_WRITING, config.protect.count, TEXT_TOKENS],
         "fingerprint": fingerprint(model, unchanged=True),
         "template": getattr(tokenizer, "chat_template", None),
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
@@ -87,7 +87,7 @@ def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     if kept is not None:
         LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
         return kept
-    rows = own_text.write_texts(model, tokenizer, TEXT_COUNT, TEXT_TOKENS)
+    rows = own_text.write_texts(model, tokenizer, config.protect.count, TEXT_TOKENS)
     try:
         write_text(path, own_text.lines(rows))
         LOG.info("loki: the model wrote %d texts for its protection (%s)", len(rows), path)

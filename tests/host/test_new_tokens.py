@@ -75,8 +75,8 @@ def test_new_tokens_train_the_rows_and_nothing_else(
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
         )
     if added is CHATML:  # the directions are those of the base, before it grows
-        monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_COUNT", 12)
-        run_config["loki"] |= {"protect": {"inputs": 0.9, "soft": True, "text": "self"}}
+        protect = {"inputs": 0.9, "soft": True, "text": "self", "count": 12}
+        run_config["loki"] |= {"protect": protect}
     train(run_config)
     out = Path(run_config["output_dir"])
     old = load_file(plain_base / "model.safetensors")["model.embed_tokens.weight"]

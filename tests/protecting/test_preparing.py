@@ -86,7 +86,8 @@ def test_a_launched_rank_that_cannot_talk_to_the_others_is_protected_too(config,
 def test_a_models_own_texts_are_written_once_and_again_where_they_are_damaged(
     tmp_path, config, our_log, monkeypatch
 ):
-    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_COUNT", 6)
+    protect = config.protect.model_copy(update={"count": 6})
+    config = config.model_copy(update={"protect": protect})
     monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 5)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
 
