@@ -21,6 +21,7 @@ from .choices import (
     FEW_SHOT,
     LINEAR_RANK,
     PATH,
+    PROTECT_GB,
     QUOTA,
     RULE,
     SEED,
@@ -166,7 +167,8 @@ class ProtectArgs(_Block):
         gt=0,
         allow_inf_nan=False,
         description="gigabytes that the directions of a share may take; where they need more, every"
-        " input gets the same part of its size; null = a tenth of the card's memory",
+        " input gets the same part of its size; null = a tenth of the card's memory, at most"
+        f" {PROTECT_GB:g}",
     )
     anchor: Number = Field(
         0.0,

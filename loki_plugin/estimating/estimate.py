@@ -11,7 +11,7 @@ from torch import nn
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
 from ..args import LokiConfig
-from ..choices import LINEAR_RANK
+from ..choices import LINEAR_RANK, PROTECT_GB
 from ..model.anatomy import Anatomy, linear_sizes
 from ..model.linears import chosen
 from ..protecting.eigen import BUDGET, EXACT_COPIES
@@ -92,7 +92,7 @@ class Estimator:
 
     def direction_room(self, card: int) -> int:
         """Bytes that the directions of a share may take on a card of so many gigabytes."""
-        return int(10**9 * (self.config.protect.memory or card / 10))
+        return int(10**9 * (self.config.protect.memory or min(card / 10, PROTECT_GB)))
 
     def protection_flops(self, run: Planned, card: int) -> float:
         """Of one micro batch: every A is read through its P, forwards and backwards: 4 r I u."""

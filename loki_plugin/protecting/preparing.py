@@ -20,7 +20,7 @@ from ..analysing.calibration.prompts import load_prompts, load_texts
 from ..analysing.calibration.sources import Record, load_records, record_of
 from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
 from ..args import LokiConfig, ProtectArgs
-from ..choices import DOWN, TEXT_TOKENS
+from ..choices import DOWN, PROTECT_GB, TEXT_TOKENS
 from ..inputs import Inputs
 from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint
@@ -200,13 +200,14 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
 
 
 def room(settings: ProtectArgs, device: torch.device) -> int | None:
-    """Bytes that directions may take: what the YAML says, else a tenth of the card; None on a CPU,
-    whose memory is large beside what trains there."""
+    """Bytes that directions may take: what the YAML says, else a tenth of the card and at most
+    `PROTECT_GB`; None on a CPU, whose memory is large beside what trains there."""
     if settings.memory is not None:
         return int(settings.memory * 10**9)
     if device.type != "cuda":
         return None
-    return torch.cuda.get_device_properties(device).total_memory // 10
+    card = torch.cuda.get_device_properties(device).total_memory
+    return min(card // 10, int(PROTECT_GB * 10**9))
 
 
 def _settings(config: LokiConfig) -> dict[str, Any]:
