@@ -40,6 +40,11 @@ def analyse(
     """
     if path not in KERNELS:
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
+    if not anatomy.whole:
+        raise ValueError(
+            f"only {anatomy.num_layers} of {len(anatomy.layers)} layers have a down-projection, and"
+            " loki cannot analyse such a model; a rows file (`loki.rows`) trains without an analysis"
+        )
     with quiet(model) as own_attention:
         try:
             shortest = min(prompts, key=lambda p: len(p.ids))
