@@ -43,7 +43,7 @@ def analyse(
     if not anatomy.whole:
         raise ValueError(
             f"only {anatomy.num_layers} of {len(anatomy.layers)} layers have a down-projection, and"
-            " loki cannot analyse such a model; a rows file (`loki.rows`) trains without an analysis"
+            " loki cannot analyse such a model; `loki.rows` trains without an analysis"
         )
     with quiet(model) as own_attention:
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..model.anatomy import Anatomy, find_anatomy, linear_sizes
+from ..model.building import build_empty
 
 # How bitsandbytes stores 4-bit weights: two in a byte, a scale for every block of them; with double
 # quantisation the scales are bytes themselves, with a scale for every block of theirs.
@@ -31,13 +32,21 @@ class Stored:
     nested: bool = True
 
 
-def empty_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def empty_model(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    kind: str | None = None,
+) -> Any:
     """The model without memory for its weights (meta device), from a folder or the hub's cache.
 
+    Args:
+        kind: the class of transformers that the YAML names (`model_type`), or None.
+
     Raises:
-        ValueError: no configuration there, or not that of a causal language model.
+        ValueError: no configuration there, or not that of a language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
@@ -50,8 +59,7 @@ def empty_model(name: str, revision: str | None = None, trust_remote_code: bool 
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the shapes are those of the whole weights
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = build_empty(config, kind, trust_remote_code)
     return model.eval().requires_grad_(False)
 
 

@@ -42,13 +42,15 @@ def check_base(cfg, downloaded: bool = False) -> None:
 
 def check_stored(cfg) -> None:
     """The part of `check_base` that needs the checkpoint's files, which must be here by now."""
-    from ..implanting.checkpoint import open_checkpoint
+    from dataclasses import replace
+
+    from ..implanting.checkpoint import Base, open_checkpoint
 
     folder = _folder(cfg)
-    if folder is None or cfg.trust_remote_code:
-        return  # a family of the checkpoint's own code is not built here
+    if folder is None:
+        return
     try:
-        open_checkpoint(folder)
+        open_checkpoint(replace(Base.of_run(cfg), name=folder))
     except ValueError as error:
         raise ValueError(
             f"rows trained on base_model '{cfg.base_model}' could not be merged into it afterwards:"

@@ -20,7 +20,7 @@ KNOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2")
 _ATTENTION = re.compile(r"(^|\.|_)(attn|attention|self_attn|mixer)(\.|$|_)", re.IGNORECASE)
 _RECURRENCE = re.compile(r"(^|\.|_)(mamba|conv|temporal_block|ssm|mlstm_layer)(\.|$|_)")
 _NORM = re.compile(r"norm\.", re.IGNORECASE)
-_TOWER = re.compile(r"vision|visual|image|audio|speech|encoder", re.IGNORECASE)
+TOWER = re.compile(r"vision|visual|image|audio|speech|encoder", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)  # in the name of a class
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe|router)(\.|$)")  # not `shared_experts`
 
@@ -192,7 +192,7 @@ def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList]:
             for name, module in _outermost_lists(model.get_submodule(around) if around else model)
         ]
         if not around:  # as far from the embeddings as towers are
-            lists = [item for item in lists if not _TOWER.search(item[0])]
+            lists = [item for item in lists if not TOWER.search(item[0])]
         if lists:
             nearest = min(name.count(".") for name, _ in lists)
             near = [item for item in lists if item[0].count(".") == nearest]
