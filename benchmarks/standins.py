@@ -91,6 +91,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": HEAD},
     "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "mistral4": {"qk_nope_head_dim": HEAD // 2, "qk_head_dim": HEAD, "head_dim": HEAD},
     "dots1": {"sliding_window": 128, "n_routed_experts": EXPERTS, "n_shared_experts": 1}
     | {"num_experts_per_tok": 2},
     "qwen2_vl_text": {"rope_parameters": _MROPE},
@@ -116,25 +117,24 @@ def shrink(config: Any) -> Any:
     for name in ("quantization_config", "auto_map"):
         if hasattr(small, name):
             delattr(small, name)
-    _shrink(small)
-    return small
+    return _shrink(small)
 
 
-def _shrink(config: Any) -> None:
+def _shrink(config: Any) -> Any:
     kept = _kept_layers(config)
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            _shrink(value)
+            _set(config, name, _shrink(value))
         elif isinstance(value, dict) and "model_type" in value:
             continue
         elif name in _LISTS and isinstance(value, list | tuple):
             _set(config, name, [value[i] for i in kept if i < len(value)])
         elif name in _COUNTS and isinstance(value, int):
             _set(config, name, len(kept))
-        elif name == "per_layer_config" and value:
-            _set(config, name, None)
         elif name == "rope_parameters" and isinstance(value, dict):
             _set(config, name, _sections(value))
+        elif name in _OF and isinstance(value, list) and all(isinstance(v, int) for v in value):
+            _set(config, name, [_OF[name]] * len(kept))
         elif name in _OF and isinstance(value, int) and not isinstance(value, bool) and value:
             size = _OF[name]
             if name in _HEADS_OF_KEYS and value < (getattr(config, "num_attention_heads", 0) or 0):
@@ -145,6 +145,11 @@ def _shrink(config: Any) -> None:
         elif name.endswith("token_id") and isinstance(value, list):
             _set(config, name, [v % (VOCABULARY - 20) for v in value])
     _settle(config)
+    if getattr(config, "_heterogeneity_spec", None) is None:
+        return config
+    fields = config.to_dict()  # sizes of single layers, by numbers that are gone
+    fields.pop("per_layer_config", None)
+    return type(config)(**fields | {"global_head_dim": HEAD})
 
 
 def _settle(config: Any) -> None:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from loki_plugin import attribute, implant
 from loki_plugin.implanting.adapter import check_adaptable
-from loki_plugin.implanting.checkpoint import open_checkpoint
+from loki_plugin.implanting.checkpoint import Base, open_checkpoint
 from loki_plugin.implanting.merge import merge_adapter
 from loki_plugin.implanting.verify import verify
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.model.building import Kind, load
+from loki_plugin.model.building import Kind, kinds
 from loki_plugin.model.fingerprint import fingerprint
 from loki_plugin.rows import RowSelection
 
@@ -50,24 +51,37 @@ class Life:
         return asdict(self)
 
 
-def live(kind: Kind, config: Any, folder: Path, analyse: bool = True) -> Life:
-    """Build `kind` from a small configuration and go through its life in `folder`."""
-    life = Life(kind.name)
+def live(base: Path, work: Path, named: str | None = None, analyse: bool = True) -> Life:
+    """Go through the life of a stand-in that `save_standin` made; `work` is made and removed.
+
+    Args:
+        named: the class that the YAML names (`model_type`).
+    """
+    config = AutoConfig.from_pretrained(base)
+    if hasattr(config, "quantization_config"):  # what it was quantised from is merged into
+        del config.quantization_config
+        base = Path(shutil.copytree(base, work / "base"))
+        config.save_pretrained(base)
+    life = Life("")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _build(kind, config, folder / "base")
+            life.kind = kinds(config, named)[0].name
+            _train_and_merge(life, base, work, config, named, analyse)
         except _ANY as error:
-            life.trains = f"stand-in: {_said(error)}"
-            return life
-        try:
-            _train_and_merge(life, folder, analyse)
+            life.trains = life.trains or _said(error)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return life
 
 
-def _build(kind: Kind, config: Any, folder: Path) -> None:
+def save_standin(config: Any, folder: Path) -> Kind:
+    """Make the model of a small configuration, of the class that Axolotl loads, and save it.
+
+    Raises:
+        Exception: whatever its constructor raises.
+    """
+    kind = kinds(config)[0]
     torch.manual_seed(0)
     build = getattr(kind.loader, "from_config", None) or kind.loader._from_config
     model = build(config).float()
@@ -76,16 +90,20 @@ def _build(kind: Kind, config: Any, folder: Path) -> None:
             if parameter.dim() > 1 and parameter.is_floating_point():
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
+    return kind
 
 
-def _train_and_merge(life: Life, folder: Path, analyse: bool) -> None:
-    base = folder / "base"
+def _train_and_merge(
+    life: Life, base: Path, folder: Path, config: Any, named: str | None, analyse: bool
+) -> None:
+    where = Base(base, kind=named)
     try:
-        model = load(str(base), dtype=torch.float32).eval()
+        kind = kinds(config, named)[0]
+        model = kind.loader.from_pretrained(base, config=config, dtype=torch.float32).eval()
         anatomy = find_anatomy(model)
         life.rows = f"{anatomy.num_layers} of {len(anatomy.layers)}"
         check_adaptable(anatomy, model)
-        open_checkpoint(base)
+        open_checkpoint(where)
     except _ANY as error:
         life.trains = _said(error)
         return
@@ -100,11 +118,11 @@ def _train_and_merge(life: Life, folder: Path, analyse: bool) -> None:
         rows = [torch.arange(1, 7) + i for i in range(anatomy.num_layers)]
         selection = RowSelection(rows, anatomy.hidden_size, fingerprint(model))
         tuned = implant(model, selection)
-        loss = tuned(input_ids=ids, labels=ids, **_besides(model, ids)).loss
+        loss = tuned(input_ids=ids, labels=ids).loss
         loss.backward()
         _step(tuned)
         with torch.no_grad():
-            after = tuned.eval()(input_ids=ids, **_besides(model, ids)).logits
+            after = tuned.eval()(input_ids=ids).logits
         tuned.save_pretrained(folder / "adapter")
         selection.save(folder / "adapter" / "loki_rows.json")
         life.trains = "yes"
@@ -112,15 +130,15 @@ def _train_and_merge(life: Life, folder: Path, analyse: bool) -> None:
         life.trains = _said(error)
         return
     try:
-        merge_adapter(base, folder / "adapter", folder / "merged", selection, progress=False)
-        proof = verify(base, folder / "merged", selection, progress=False)
+        merge_adapter(where, folder / "adapter", folder / "merged", selection, progress=False)
+        proof = verify(where, folder / "merged", selection, progress=False)
         if not proof.ok:
             raise ValueError(proof.faults[0])
         if not all(proof.changed_rows):
             raise ValueError("a layer's rows have not changed")
-        merged = load(str(folder / "merged"), dtype=torch.float32).eval()
+        merged = kind.loader.from_pretrained(folder / "merged", dtype=torch.float32).eval()
         with torch.no_grad():
-            found = merged(input_ids=ids, **_besides(merged, ids)).logits
+            found = merged(input_ids=ids).logits
         difference = float((found - after).abs().max() / after.abs().max())
         if not difference < _AGREE:
             raise ValueError(f"the merged model's logits differ by {difference:.2g}")
@@ -138,11 +156,6 @@ def _step(model: torch.nn.Module) -> None:
             raise ValueError(f"{name} gets no gradient")
         with torch.no_grad():
             parameter -= 0.05 * parameter.grad / parameter.grad.abs().max()
-
-
-def _besides(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What some classes want beside the tokens."""
-    return {}
 
 
 def _said(error: BaseException) -> str:
