@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ranks
-from .analysing.analysis import analyse, convergence
+from .analysing.analysis import analyse, check_analysable, convergence
 from .analysing.attribution.devices import first_device, give_back
 from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
@@ -26,7 +26,7 @@ from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
 from .model.loading import is_loaded
 from .rows import Made, RowSelection
-from .selecting.select import quota_to_count, select_rows
+from .selecting.select import quota_to_count, rows_without_scores, select_rows
 
 LOG = logging.getLogger("loki_plugin")
 _CONVERGENCE_PROMPTS = 8
@@ -36,6 +36,8 @@ def choose_rows(
     model: nn.Module, tokenizer, config: LokiConfig, inputs: Inputs | None = None
 ) -> RowSelection:
     """Analyse `model` on the calibration prompts, or take its scores from the cache; select rows.
+
+    Nothing is analysed for rows that no score decides (`strategy: random`, `quota: 100`).
 
     `inputs` are read now unless given.
 
@@ -93,6 +95,9 @@ def _choose(
         if not config.strategy.startswith("global"):  # there the fullest layer is still to be found
             check_rank(config.rank, count)
         excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
+        if not config.needs_scores:
+            return _without_scores(model, anatomy, config, excluded)
+        check_analysable(anatomy)
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records
         )
@@ -143,6 +148,24 @@ def _choose(
         "prompts_analysed": analysed,
     }
     return RowSelection(rows, anatomy.hidden_size, mark, made)
+
+
+def _without_scores(
+    model: nn.Module, anatomy: Anatomy, config: LokiConfig, excluded: list[RowSelection]
+) -> RowSelection:
+    """Drawn rows, or all: no prompt runs, so that any model will do that has rows."""
+    rows = rows_without_scores(
+        (anatomy.num_layers, anatomy.hidden_size),
+        config.quota,
+        config.strategy,
+        [s.rows for s in excluded],
+        config.seed,
+    )
+    made: Made = {
+        **config.model_dump(mode="json", include={"quota", "strategy", "exclude"}),
+        "seed": config.seed,
+    }
+    return RowSelection(rows, anatomy.hidden_size, fingerprint(model), made)
 
 
 def _together(workers: int) -> AbstractContextManager:

@@ -6,7 +6,7 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 
-from .host import patches, settings
+from .host import base, patches, settings
 from .host.files import Files
 from .host.run import Run, leave_alone
 from .host.telling import block
@@ -29,12 +29,18 @@ class LokiPlugin(BasePlugin):
         if not self._acts_on(cfg):
             return
         patches.show_log()
-        self._before = settings.remember(cfg)
-        lines = settings.prepare(cfg)
-        if lines:
-            settings.LOG.info(block("settings", lines))
         # Validation drops the key `inference`.
         self._only_reads = bool(cfg.get("inference") or cfg.get("merge_lora"))
+        self._before = settings.remember(cfg)
+        lines = settings.prepare(cfg)
+        if not self._only_reads:
+            try:
+                base.check_registered(cfg, settings.parse(cfg))
+            except ValueError:
+                settings.restore(cfg, self._before)
+                raise
+        if lines:
+            settings.LOG.info(block("settings", lines))
         patches.mark_evaluation()
         self._took_over = bool(cfg.get("merge_lora")) and patches.take_over_merge()
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers.families import tiny
 from helpers.runs import configure, model
 from helpers.tokenizers import make_tokenizer
 
 from loki_plugin.analysing import analysis, pace
 from loki_plugin.cli import loki
 from loki_plugin.host.telling import about_rows
+from loki_plugin.inputs import Inputs
 from loki_plugin.pipeline import choose_rows
 from loki_plugin.rows import RowSelection
 
@@ -185,13 +185,9 @@ def test_a_mixture_with_routed_experts_only_is_refused():
         find_anatomy(mixtral)
 
 
-def test_an_unknown_structure_says_what_was_looked_for():
+def test_what_is_no_language_model_is_refused():
     from loki_plugin.model.anatomy import find_anatomy
 
-    broken = tiny("llama")
-    broken.model.layers[1].mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(ValueError, match="layers.1 has 0 candidates.*outside attention with 48"):
-        find_anatomy(broken)
     with pytest.raises(ValueError, match="no integer `hidden_size`"):
         find_anatomy(torch.nn.Linear(2, 2))
 
@@ -294,3 +290,21 @@ def test_memory_is_given_back_when_the_rows_are_chosen(tokenizer, source, tmp_pa
     with pytest.raises(ZeroDivisionError):
         choose_rows(model(), tokenizer, configure(source, tmp_path / "another"))
     assert told.count("given back") == 2
+
+
+@pytest.mark.parametrize("block", [{"strategy": "random"}, {"quota": 100}], ids=str)
+def test_rows_that_no_score_decides_need_no_analysis(tmp_path, monkeypatch, block):
+    """Drawn rows are those of an analysis, whose scores they do not depend on."""
+    from loki_plugin import pipeline
+    from loki_plugin.selecting.select import select_rows
+
+    monkeypatch.setattr(pipeline, "analyse", lambda *a: pytest.fail("analysed"))
+    config = configure("no/such/file.jsonl", tmp_path, **block)
+    rows = choose_rows(model(), None, config, Inputs.read(config, analysed=config.needs_scores))
+    expected = select_rows(torch.randn(2, 3, 48), config.quota, config.strategy)
+    assert [r.tolist() for r in rows.rows] == [r.tolist() for r in expected]
+    assert rows.fingerprint and rows.made["strategy"] == config.strategy
+    excluded = str(RowSelection([list(range(40))] * 3, 48).save(tmp_path / "taken.json"))
+    config = configure("builtin", tmp_path, **block, exclude=[excluded])
+    with pytest.raises(ValueError, match="has only 8 rows left"):
+        choose_rows(model(), None, config, Inputs.read(config, analysed=False))

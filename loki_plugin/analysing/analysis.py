@@ -17,6 +17,11 @@ from .attribution.quiet import quiet
 from .attribution.sequence import attribute_sequences
 from .calibration.prompts import Prompt
 
+# What is left where a model cannot be analysed.
+WITHOUT_SCORES = (
+    "Its rows train without an analysis: `strategy: random`, `quota: 100`, or a file of rows in"
+    " `rows`, in the `loki:` block"
+)
 KERNELS: dict[PathName, Kernel] = {"token": attribute_batch, "sequence": attribute_sequences}
 
 
@@ -40,6 +45,7 @@ def analyse(
     """
     if path not in KERNELS:
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
+    check_analysable(anatomy)
     with quiet(model) as own_attention:
         try:
             shortest = min(prompts, key=lambda p: len(p.ids))
@@ -53,6 +59,19 @@ def analyse(
             parts.append(part)
             done(len(part))
         return torch.cat(parts)
+
+
+def check_analysable(anatomy: Anatomy) -> None:
+    """What can be said before a prompt runs.
+
+    Raises:
+        ValueError: layers without a down-projection.
+    """
+    if not anatomy.whole:
+        raise ValueError(
+            f"only {anatomy.num_layers} of {len(anatomy.layers)} layers have a down-projection, and"
+            f" loki cannot analyse such a model. {WITHOUT_SCORES}"
+        )
 
 
 def convergence(model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule) -> float:

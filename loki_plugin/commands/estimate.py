@@ -31,9 +31,9 @@ def estimate_command(config: Path, card: int):
     """
     from axolotl.utils.dict import DictDefault
 
-    from ..estimating.base import base_of
     from ..estimating.estimate import Estimator
     from ..host import settings
+    from ..host.base import look_at
     from ..host.estimated import text
     from ..host.planned import not_counted, planned
     from ..model.linears import chosen_down
@@ -46,7 +46,7 @@ def estimate_command(config: Path, card: int):
         "revision": given.get("revision_of_model"),
         "trust_remote_code": bool(given.get("trust_remote_code")),
     }
-    model, anatomy = base_of(given["base_model"], **where)
+    model, anatomy = look_at(given, block)
     assumed = not_counted({**given, "loki": cfg["loki"]})
     counts = _counts(given, block, model, anatomy, assumed)
     down = set(chosen_down(anatomy, block.targets))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..model.anatomy import Anatomy, find_anatomy, linear_sizes
+from ..model.anatomy import linear_sizes
 
 # How bitsandbytes stores 4-bit weights: two in a byte, a scale for every block of them; with double
 # quantisation the scales are bytes themselves, with a scale for every block of theirs.
@@ -29,36 +28,6 @@ class Stored:
     dtype: torch.dtype
     bits: int = 0
     nested: bool = True
-
-
-def empty_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model without memory for its weights (meta device), from a folder or the hub's cache.
-
-    Raises:
-        ValueError: no configuration there, or not that of a causal language model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except OSError as error:
-        raise ValueError(
-            f"the configuration of base_model '{name}' cannot be read: {error}. Give a folder with"
-            " a config.json, or download the model's config.json once"
-        ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the shapes are those of the whole weights
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model.eval().requires_grad_(False)
-
-
-def base_of(name: str, **where: Any) -> tuple[nn.Module, Anatomy]:
-    """`empty_model` and its parts."""
-    model = empty_model(name, **where)
-    return model, find_anatomy(model)
 
 
 def weight_bytes(model: nn.Module, stored: Stored) -> int:

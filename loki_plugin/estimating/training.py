@@ -64,7 +64,7 @@ class Shapes:
         return cls(
             kept=tuple(
                 _kept(layer, down, config, size)
-                for layer, down in zip(anatomy.layers, anatomy.down, strict=True)
+                for layer, down in zip(anatomy.layers, anatomy.down_of_layers, strict=True)
             ),
             inner=anatomy.intermediate_size,
             hidden=anatomy.hidden_size,
@@ -110,7 +110,7 @@ class Shapes:
         }
 
 
-def _kept(layer: nn.Module, down: nn.Module, config: Any, size: int) -> int:
+def _kept(layer: nn.Module, down: nn.Module | None, config: Any, size: int) -> int:
     queries, keys = attention_widths(layer, config.hidden_size)
     norms = own = outputs = 0
     for name, module in layer.named_modules():
@@ -122,7 +122,7 @@ def _kept(layer: nn.Module, down: nn.Module, config: Any, size: int) -> int:
                 norms += 1
         elif sizes and module is not down and not in_attention(name):
             outputs += sizes[1]
-    inner = linear_sizes(down)[0]  # type: ignore[index]
+    inner = linear_sizes(down)[0] if down is not None else 0  # type: ignore[index]
     mlp = (_GATED if outputs >= 2 * inner else _PLAIN) * inner
     attention = 2 * queries + keys  # queries, keys, values, and the answer
     return (attention + mlp) * size + (norms * config.hidden_size + own) * _NORM

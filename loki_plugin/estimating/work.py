@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..model.anatomy import Anatomy, attention_widths, in_experts, linear_sizes
+from ..model.anatomy import (
+    Anatomy,
+    attention_widths,
+    experts_of_a_token,
+    in_experts,
+    linear_sizes,
+)
 
 # The share of a card's peak that is left when everything around the products is counted in: a
 # roofline over all kernels of a dry run gives it within a quarter.
@@ -115,7 +121,5 @@ def _products(layer: nn.Module, config: Any) -> int:
         elif in_experts(name):
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() == 3:
-                    chosen = config.num_experts_per_tok
-                    chosen = max(chosen) if isinstance(chosen, list | tuple) else chosen
-                    total += parameter.numel() // len(parameter) * chosen
+                    total += parameter.numel() // len(parameter) * experts_of_a_token(config)
     return total

@@ -14,7 +14,9 @@ from ..analysing.calibration.prompts import Prompt, load_prompts
 from ..analysing.calibration.sources import Record, load_records
 from ..args import CalibrationArgs
 from ..implanting.saved import WEIGHTS, open_tensors
+from ..model.building import load
 from ..protecting.anchor import adapter_off
+from ..rows import FILE_NAME, RowSelection
 from .change import TaskChange, mean_relative_drop
 from .harness import changes, check_tasks, evaluate_tasks
 from .quick import Forgetting, compare, log_probabilities
@@ -215,8 +217,6 @@ def load_model(
     Raises:
         ValueError: a device or a dtype that there is not, before anything is loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     device = device or _usual_device()
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype '{dtype}' is unknown; give auto, float32, bfloat16 or float16")
@@ -225,7 +225,9 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # the latter without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device '{device}' cannot be used: {reason}") from error
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **loading)
+    chosen = Path(adapter or model) / FILE_NAME
+    made_for = RowSelection.load(chosen).fingerprint if chosen.is_file() else None
+    loaded = load(model, made_for, dtype=dtype, **loading)
     if adapter is not None:
         from peft import PeftModel
 

@@ -1,36 +1,32 @@
-"""Can the rows be merged into the base checkpoint? Asked before hours of training, not after."""
+"""Can rows of this base train, and be merged into it? Asked before anything is downloaded."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from ..args import LokiConfig
 
 LOG = logging.getLogger("loki_plugin")
 
 
+class Unreadable(ValueError):
+    """The configuration of a base cannot be read here."""
+
+
 def check_base(cfg, downloaded: bool = False) -> None:
-    """Refuse a base checkpoint whose stored weights no rows can be merged into.
+    """Refuse a base whose rows cannot train, or whose stored weights no rows can be merged into.
 
     Of a model on the hub only the configuration is looked at until it is `downloaded`.
 
     Raises:
-        ValueError: a base quantised by anything but bitsandbytes; one without safetensors; one
-            whose down-projections are not found among its tensors.
+        ValueError: as `look_at`; a base without safetensors; one whose down-projections are not
+            found among its tensors.
     """
-    from axolotl.loaders.utils import load_model_config
-
-    quantisation = getattr(load_model_config(cfg), "quantization_config", None) or {}
-    if not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
-    method = quantisation.get("quant_method")
-    method = getattr(method, "value", method)
-    if quantisation and method != "bitsandbytes":
-        raise ValueError(
-            f"base_model '{cfg.base_model}' is quantised with '{method}': rows cannot be merged"
-            " into it. Train on the 16-bit model that it was made from, with `load_in_4bit: true`"
-            " or `load_in_8bit: true` where memory is short"
-        )
-    if quantisation:
+    look_at(cfg)
+    if quantisation_of(read_config(cfg)):
         LOG.warning(
             "loki: '%s' is stored quantised; merging will need the 16-bit model that it was made"
             " from",
@@ -40,15 +36,108 @@ def check_base(cfg, downloaded: bool = False) -> None:
         check_stored(cfg)
 
 
+def check_registered(cfg, config: LokiConfig) -> None:
+    """The same, and that the run can choose its rows, as soon as its YAML is read.
+
+    What cannot be read yet is Axolotl's to say.
+
+    Raises:
+        ValueError: as `check_base`, or a model that would have to be analysed and cannot be.
+    """
+    try:
+        look_at(cfg, config)
+    except Unreadable:
+        return
+    if Path(cfg["base_model"]).is_dir() and not quantisation_of(read_config(cfg)):
+        check_stored(cfg)
+
+
+def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[Any, Any]:
+    """The base of a run without memory for its weights, and its anatomy: rows of it can train.
+
+    Args:
+        run: the keys of an Axolotl YAML.
+        config: its `loki:` block; None = only what any run needs.
+
+    Raises:
+        Unreadable: its configuration is not at hand.
+        ValueError: quantised by anything but bitsandbytes; a class that cannot be built; no
+            down-projections; a family whose rows no standard adapter can hold; a model that the
+            block wants analysed and that cannot be.
+    """
+    from ..analysing.analysis import check_analysable
+    from ..implanting.adapter import check_adaptable
+    from ..model.anatomy import find_anatomy
+    from ..model.building import build_empty
+
+    name, shape = run["base_model"], read_config(run)
+    method = quantisation_of(shape)
+    if method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"base_model '{name}' is quantised with '{method}': rows cannot be merged"
+            " into it. Train on the 16-bit model that it was made from, with `load_in_4bit: true`"
+            " or `load_in_8bit: true` where memory is short"
+        )
+    if hasattr(shape, "quantization_config"):
+        del shape.quantization_config  # the shapes are those of the whole weights
+    try:
+        model = build_empty(shape, run.get("model_type"), bool(run.get("trust_remote_code")))
+        anatomy = find_anatomy(model)
+        check_adaptable(anatomy, model)
+        if config is not None and config.needs_scores and not run.get("lora_model_dir"):
+            check_analysable(anatomy)
+    except ValueError as error:
+        raise ValueError(f"loki cannot train rows of base_model '{name}': {error}") from error
+    return model.eval().requires_grad_(False), anatomy
+
+
+def read_config(run: Mapping[str, Any]) -> Any:
+    """The base's configuration as the run changes it.
+
+    Raises:
+        Unreadable: neither in a folder nor on the hub, or of a type that transformers lacks.
+    """
+    from transformers import AutoConfig
+
+    name = run.get("base_model_config") or run["base_model"]
+    try:
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=run.get("revision_of_model") or None,
+            trust_remote_code=bool(run.get("trust_remote_code")),
+        )
+    except (OSError, ValueError) as error:
+        raise Unreadable(
+            f"the configuration of base_model '{name}' cannot be read: {error}. Give a folder with"
+            " a config.json, or download the model's config.json once"
+        ) from error
+    for key, value in (run.get("overrides_of_model_config") or {}).items():
+        setattr(config, key, value)
+    return config
+
+
+def quantisation_of(config: Any) -> str | None:
+    """How a checkpoint is stored quantised; None = it is not."""
+    quantisation = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantisation, dict):
+        quantisation = quantisation.to_dict()
+    if not quantisation:
+        return None
+    method = quantisation.get("quant_method")
+    return str(getattr(method, "value", method))
+
+
 def check_stored(cfg) -> None:
     """The part of `check_base` that needs the checkpoint's files, which must be here by now."""
-    from ..implanting.checkpoint import open_checkpoint
+    from dataclasses import replace
+
+    from ..implanting.checkpoint import Base, open_checkpoint
 
     folder = _folder(cfg)
-    if folder is None or cfg.trust_remote_code:
-        return  # a family of the checkpoint's own code is not built here
+    if folder is None:
+        return
     try:
-        open_checkpoint(folder)
+        open_checkpoint(replace(Base.of_run(cfg), name=folder))
     except ValueError as error:
         raise ValueError(
             f"rows trained on base_model '{cfg.base_model}' could not be merged into it afterwards:"

@@ -44,9 +44,15 @@ class Finding:
         return asdict(self)
 
 
-def examine(folder: str | None = None) -> list[Finding]:
-    """Everything that `loki doctor` looks at; `folder` as `loki.cache_dir`."""
+def examine(folder: str | None = None, given: Mapping[str, Any] | None = None) -> list[Finding]:
+    """Everything that `loki doctor` looks at.
+
+    Args:
+        folder: as `loki.cache_dir`.
+        given: the keys of an Axolotl YAML, or None.
+    """
     return [
+        *(run(given) if given is not None else []),
         *versions(),
         *plugin(),
         gpu(),
@@ -56,6 +62,28 @@ def examine(folder: str | None = None) -> list[Finding]:
         telemetry(os.environ),
         *cache(folder),
     ]
+
+
+def run(given: Mapping[str, Any]) -> list[Finding]:
+    """What a run would be refused for: by its settings, and by its base's configuration."""
+    from axolotl.utils.dict import DictDefault
+
+    from . import settings
+    from .base import look_at
+
+    cfg, do = DictDefault(dict(given)), "change the YAML as the sentence says"
+    try:
+        settings.prepare(cfg)
+    except ValueError as error:
+        return [Finding("settings", BROKEN, str(error), do)]
+    found = [Finding("settings", OK, "can be used with LoKI")]
+    try:
+        anatomy = look_at(cfg, settings.parse(cfg))[1]
+    except ValueError as error:
+        return [*found, Finding("base_model", BROKEN, str(error), do)]
+    layers = f"{anatomy.num_layers} of {len(anatomy.layers)} layers"
+    said = f"{given['base_model']}: rows in {layers} train, and can be merged"
+    return [*found, Finding("base_model", OK, said)]
 
 
 def text(found: list[Finding]) -> str:

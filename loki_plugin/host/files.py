@@ -40,13 +40,13 @@ class Files:
         config = parse(cfg)
         check_starts_afresh(cfg)
         check_base(cfg)
-        source, rows = "analysis", None
+        source, rows = "analysis" if config.needs_scores else "no analysis", None
         if cfg.lora_model_dir:
             source = f"adapter {cfg.lora_model_dir}"
             rows = _rows_of_adapter(Path(cfg.lora_model_dir), config)
         elif config.rows:
             source, rows = config.rows, RowSelection.load(config.rows)
-        inputs = Inputs.read(config, analysed=rows is None)
+        inputs = Inputs.read(config, analysed=rows is None and config.needs_scores)
         if rows is not None:
             for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
                 _check_disjoint(rows, cfg.lora_model_dir, excluded, path)

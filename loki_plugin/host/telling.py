@@ -23,7 +23,7 @@ def about_rows(selection: RowSelection, source: str) -> list[Line]:
     """Where the rows come from and how they were chosen.
 
     Args:
-        source: "analysis", or the file or adapter that the rows were read from.
+        source: "analysis", "no analysis", or the file or adapter that the rows were read from.
     """
     made = selection.made
     lines = [("from", _analysis(made) if source == "analysis" else source)]

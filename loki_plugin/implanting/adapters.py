@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
+from ..model.anatomy import TOWER
 from ..rows import FILE_NAME, RowSelection, common_rows
 from .checkpoint import open_tensors
 from .saved import FAILED_NAME, WEIGHTS
@@ -95,6 +97,7 @@ def opened(adapters: Sequence[Adapter], names: list[str]) -> Iterator[list[Opene
             _check_mark(adapter.folder)
             config = _lora_config(adapter.folder)
             lora = files.enter_context(open_tensors(adapter.folder / WEIGHTS))
+            lora, config = respelled(lora, config, names)
             layers, linears = adapted_layers(lora.keys(), names, adapter.selection)
             check_rows(lora, layers, adapter.selection)
             _check_finite(lora, linears)
@@ -171,6 +174,54 @@ def _scaling(config: dict, name: str, r: int) -> float:
 
 def _rank(lora, module: str) -> int:
     return lora.get_slice(f"{module}.lora_A.weight").get_shape()[0]
+
+
+class _Respelled:
+    """An open adapter whose keys begin as the model's do."""
+
+    def __init__(self, lora: Any, theirs: str, ours: str):
+        self._lora, self._theirs, self._ours = lora, f"{PREFIX}{theirs}", f"{PREFIX}{ours}"
+
+    def keys(self) -> list[str]:
+        return [self._changed(k, self._theirs, self._ours) for k in self._lora.keys()]
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self._lora.get_tensor(self._changed(key, self._ours, self._theirs))
+
+    def get_slice(self, key: str) -> Any:
+        return self._lora.get_slice(self._changed(key, self._ours, self._theirs))
+
+    @staticmethod
+    def _changed(key: str, old: str, new: str) -> str:
+        return new + key.removeprefix(old) if key.startswith(old) and ".lora_" in key else key
+
+
+def respelled(lora: Any, config: dict, names: list[str]) -> tuple[Any, dict]:
+    """An adapter as if its modules were called as in `names`.
+
+    The text model of a checkpoint for images and text has other names alone than inside of it
+    (`model.layers.0.` and `model.language_model.layers.0.`); an adapter has the one or the other.
+
+    Args:
+        names: of the L down-projections.
+    """
+    modules = {k.rpartition(".lora_")[0].removeprefix(PREFIX) for k in lora.keys() if ".lora_" in k}
+    tails = {_tail(name) for name in names}
+    heads = {m.removesuffix(_tail(m)) for m in modules if _tail(m) in tails}
+    if modules & set(names) or len(heads) != 1 or TOWER.search(min(heads)):
+        return lora, config
+    theirs, ours = heads.pop(), names[0].removesuffix(_tail(names[0]))
+    pattern = {
+        ours + k.removeprefix(theirs) if k.startswith(theirs) else k: alpha
+        for k, alpha in (config.get("alpha_pattern") or {}).items()
+    }
+    return _Respelled(lora, theirs, ours), config | {"alpha_pattern": pattern}
+
+
+def _tail(name: str) -> str:
+    """From the list of layers on."""
+    found = re.search(r"[^.]+\.\d+\..*", name)
+    return found.group() if found else name
 
 
 def adapted_layers(

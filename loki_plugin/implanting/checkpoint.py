@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..model.anatomy import Anatomy, find_anatomy
+from ..model.building import build_empty
 from ..model.linears import row_dim
 
 INDEX = "model.safetensors.index.json"
@@ -72,12 +73,14 @@ class Base:
         revision: of a hub id; None = the newest.
         trust_remote_code: whether its configuration may bring code of its own.
         overrides: of its configuration, under which it was trained.
+        kind: the class of transformers that the YAML names (`model_type`); None = any that fits.
     """
 
     name: str | Path
     revision: str | None = None
     trust_remote_code: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
 
     @classmethod
     def of(cls, base: str | Path | Base) -> Base:
@@ -91,6 +94,7 @@ class Base:
             run.get("revision_of_model") or None,
             bool(run.get("trust_remote_code")),
             dict(run.get("overrides_of_model_config") or {}),
+            run.get("model_type") or None,
         )
 
     def folder(self) -> Path:
@@ -233,13 +237,19 @@ class Checkpoint:
         return _only(f"{name}.weight", self.stored, self.renamed), row_dim(module)
 
 
-def open_checkpoint(base: str | Path | Base) -> Checkpoint:
+def open_checkpoint(
+    base: str | Path | Base, made_for: Mapping[str, str] | None = None
+) -> Checkpoint:
     """Find out what a checkpoint stores where; only the headers of its files are read.
+
+    Args:
+        made_for: the fingerprint in a rows file: which of the classes that fit the checkpoint (a
+            model for images and text, or its text model alone) was trained.
 
     Raises:
         ValueError: a quantised checkpoint, an unsupported family, or keys that do not match.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     base = Base.of(base)
     folder = base.folder()
@@ -252,8 +262,7 @@ def open_checkpoint(base: str | Path | Base) -> Checkpoint:
         )
     for key, value in base.overrides.items():
         setattr(config, key, value)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    model = build_empty(config, base.kind, trust, made_for)
     anatomy = find_anatomy(model)
     stored = tensors(folder)
     renamed = _renamed(model, stored)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..model.building import load
 from ..model.fingerprint import fingerprint
 from ..model.quantised import dequantise, quantised_modules, row_scales
 from ..rows import RowSelection
@@ -44,7 +45,7 @@ def write_dequantised(
             is not the one that they were made on; an output folder that is not empty.
     """
     check_output(output, base)
-    found = open_checkpoint(base)
+    found = open_checkpoint(base, selection.fingerprint)
     model = _quantised_as_before(base, found, selection)
     names = {id(m): n for n, m in model.named_modules()}
     partial = output.parent / f".{output.name}.partial"
@@ -78,7 +79,7 @@ def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection)
         )
     stored = found.stored[found.down[0]].torch_dtype
     for dtype in dict.fromkeys([stored, torch.bfloat16, torch.float16, torch.float32]):
-        model = _load(base, found, storage, dtype)
+        model = _load(base, found, storage, dtype, selection.fingerprint)
         if any(_is_the_one(model, packed, selection) for packed in _PACKED_AS):
             return model
     raise ValueError(
@@ -87,8 +88,14 @@ def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection)
     )
 
 
-def _load(base: Base, found: Checkpoint, storage: str, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _load(
+    base: Base,
+    found: Checkpoint,
+    storage: str,
+    dtype: torch.dtype,
+    made_for: dict[str, str] | None,
+) -> nn.Module:
+    from transformers import BitsAndBytesConfig
 
     kind, *more = storage.removeprefix("bnb-").split("-")
     if kind == "int8":
@@ -100,8 +107,9 @@ def _load(base: Base, found: Checkpoint, storage: str, dtype: torch.dtype) -> nn
             bnb_4bit_use_double_quant="double" in more,
             bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
-        found.folder,
+    return load(
+        str(found.folder),
+        made_for,
         quantization_config=config,
         dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},

@@ -151,7 +151,7 @@ def merge_adapters(
     """
     base, output = Base.of(base), Path(output)
     check_output(output, base)
-    found = open_checkpoint(base)
+    found = open_checkpoint(base, adapters[0].selection.fingerprint if adapters else None)
     adapters = [Adapter(a.folder, a.selection.check_shape(found.anatomy)) for a in adapters]
     if not sum_overlaps:
         check_disjoint(adapters)

@@ -130,7 +130,7 @@ def open_as_trained(base: Base, selection: RowSelection) -> Checkpoint:
     if not base.overrides:
         merge = selection.made.get("merge") or {}
         base = replace(base, overrides=merge.get("overrides") or {})
-    return open_checkpoint(base)
+    return open_checkpoint(base, selection.fingerprint)
 
 
 def _see_base(

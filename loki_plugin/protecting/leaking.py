@@ -61,7 +61,7 @@ def measure_leakage(
     Raises:
         ValueError: rows or directions for another shape of model, or folders that cannot be read.
     """
-    found = open_checkpoint(base)
+    found = open_checkpoint(base, selection.fingerprint)
     selection = selection.check_shape(found.anatomy)
     down = {name: i for i, name in enumerate(found.anatomy.names)}
     sites = directions.sites or [[name] for name in down]

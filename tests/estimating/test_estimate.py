@@ -14,10 +14,11 @@ from helpers.families import FAMILIES, tiny
 from benchmarks.floor import flops
 from loki_plugin import RowSelection, implant
 from loki_plugin.cli import loki
-from loki_plugin.estimating.base import Stored, base_of, weight_bytes
+from loki_plugin.estimating.base import Stored, weight_bytes
 from loki_plugin.estimating.disk import adapter_bytes, score_log_bytes
 from loki_plugin.estimating.training import state_bytes, trainable
 from loki_plugin.estimating.work import Work
+from loki_plugin.host.base import look_at
 from loki_plugin.implanting.adapter import trainable_share
 from loki_plugin.model.anatomy import find_anatomy
 
@@ -84,7 +85,7 @@ def test_a_family_without_weights_has_the_bytes_of_its_weights(tmp_path):
     for family in ("llama", "gemma2", "gpt2", "qwen2_moe"):
         model = tiny(family)
         model.config.save_pretrained(tmp_path / family)
-        empty, anatomy = base_of(str(tmp_path / family))
+        empty, anatomy = look_at({"base_model": str(tmp_path / family)})
         held = [*model.parameters(), *model.buffers()]
         storages = {t.untyped_storage().data_ptr(): t.nbytes for t in held}
         assert weight_bytes(empty, Stored(torch.float32)) == sum(storages.values())
@@ -93,7 +94,7 @@ def test_a_family_without_weights_has_the_bytes_of_its_weights(tmp_path):
 
 def test_operations_are_the_floor_of_a_llama(tmp_path):
     tiny("llama").config.save_pretrained(tmp_path)
-    empty, anatomy = base_of(str(tmp_path))
+    empty, anatomy = look_at({"base_model": str(tmp_path)})
     shape = FAMILIES["llama"][1]
     sizes = (3, 48, 80, shape["num_key_value_heads"], 12, 97)
     said = Work.of(empty, anatomy).analysis(length=50, steps=7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -43,14 +44,25 @@ def stored(name, folder):
     return DictDefault({"base_model": str(folder)})
 
 
-def test_a_wrapper_of_vision_and_language_is_refused(tmp_path):
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("trust", [None, True])
+def test_a_wrapper_of_vision_and_language_is_accepted(tmp_path, name, trust):
+    cfg = stored(name, tmp_path)
+    cfg.trust_remote_code = trust
+    check_stored(cfg)
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_what_could_not_be_merged_is_refused_with_trusted_code_too(tmp_path, trust):
+    cfg = stored("qwen2.5-vl", tmp_path)
+    cfg.trust_remote_code = trust
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    lost = next(k for k in held if k.endswith("layers.1.mlp.down_proj.weight"))
+    save_file({k: v for k, v in held.items() if k != lost}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="could not be merged into it afterwards: ") as error:
-        check_stored(stored("qwen2.5-vl", tmp_path))
-    assert len(str(error.value)) < 600
-
-
-def test_one_whose_text_model_loads_alone_is_accepted(tmp_path):
-    check_stored(stored("gemma3", tmp_path))
+        check_stored(cfg)
+    assert "layers.1.mlp.down_proj.weight matches 0 tensors" in str(error.value)
 
 
 def test_a_text_model_is_accepted(base):
@@ -58,3 +70,95 @@ def test_a_text_model_is_accepted(base):
 
     check_stored(DictDefault({"base_model": str(base)}))
     check_stored(DictDefault({"base_model": "nobody/not-downloaded"}))
+
+
+REFUSED = {
+    "mixtral": ({"num_local_experts": 2}, "routed experts only"),
+    "mamba": ({}, "no down-projection"),
+    "clip": ({}, "is of no class of transformers that writes text"),
+    "jamba": (
+        {"expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2},
+        "only 1 of 2 layers have a down-projection.*`strategy: random`",
+    ),
+}
+
+
+def configuration(folder, family, **more):
+    from transformers import AutoConfig
+
+    sizes = TEXT if family != "clip" else {}
+    AutoConfig.for_model(family, **sizes | REFUSED.get(family, ({},))[0] | more).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch, tmp_path):
+    """`some/FAMILY`, whose config.json alone can be read."""
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained
+
+    def from_pretrained(name, **kwargs):
+        return read(tmp_path / name if str(name).startswith("some/") else name, **kwargs)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    for family in (*REFUSED, "llama"):
+        configuration(tmp_path / "some" / family, family)
+    return "some"
+
+
+def run_on(base, **block):
+    return {"base_model": base, "plugins": ["loki"], "adapter": "loki", "loki": block}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_train_is_refused_when_the_configuration_is_registered(on_the_hub, family):
+    """Of a hub id only config.json is read: nothing of the weights, here or anywhere."""
+    from axolotl.utils.dict import DictDefault
+
+    from loki_plugin.plugin import LokiPlugin
+
+    cfg = DictDefault(run_on(f"{on_the_hub}/{family}"))
+    before = dict(cfg)
+    plugin = LokiPlugin()
+    plugin._acts_on = lambda cfg: True
+    with pytest.raises(ValueError, match=REFUSED[family][1]):
+        plugin.register(cfg)
+    assert dict(cfg) == before
+    cfg.inference = True  # an adapter that is only read was trained somewhere
+    plugin.register(cfg)
+    LokiPlugin.register(plugin, DictDefault(run_on(f"{on_the_hub}/llama")))
+    plugin.register(DictDefault(run_on("nobody/not-downloaded")))  # Axolotl's to say
+
+
+def test_rows_that_need_no_scores_train_where_nothing_can_be_analysed(on_the_hub):
+    from axolotl.utils.dict import DictDefault
+
+    from loki_plugin.args import LokiConfig
+    from loki_plugin.host.base import look_at
+
+    cfg = DictDefault(run_on(f"{on_the_hub}/jamba"))
+    for block in ({"strategy": "random"}, {"quota": 100}, {"rows": "rows.json"}):
+        look_at(cfg, LokiConfig(**block))
+    with pytest.raises(ValueError, match="cannot analyse such a model"):
+        look_at(cfg, LokiConfig())
+
+
+@pytest.mark.parametrize("command", ["estimate", "doctor"])
+def test_the_commands_say_the_same(on_the_hub, tmp_path, command):
+    import yaml
+    from click.testing import CliRunner
+
+    from loki_plugin.cli import loki
+
+    file = tmp_path / "run.yaml"
+    for base in (f"{on_the_hub}/mixtral", str(tmp_path / "awq")):
+        configuration(tmp_path / "awq", "llama", quantization_config={"quant_method": "awq"})
+        file.write_text(yaml.safe_dump(run_on(base)))
+        result = CliRunner().invoke(loki, [command, str(file)])
+        assert result.exit_code == 1, result.output
+        assert "routed experts only" in result.output or "quantised with 'awq'" in result.output
+    file.write_text(yaml.safe_dump(run_on(f"{on_the_hub}/llama")))
+    result = CliRunner().invoke(loki, [command, str(file)])
+    assert result.exit_code == 0, result.output

@@ -20,6 +20,7 @@ from torch import nn
 from ...model.anatomy import (
     Anatomy,
     attention_widths,
+    experts_of_a_token,
     in_attention,
     in_experts,
     linear_sizes,
@@ -99,7 +100,7 @@ class Memory:
         if quantised is None:
             quantised = bool(quantised_modules(model))
         layers = [_Layer.of(layer, down, config) for layer, down in zip(
-            anatomy.layers, anatomy.down, strict=True
+            anatomy.layers, anatomy.down_of_layers, strict=True
         )]  # fmt: skip
         largest = max(n for layer in layers for n in layer.matrices)
         return cls(
@@ -119,7 +120,7 @@ class Memory:
             kept=tuple(layer.kept_bytes(anatomy.hidden_size, dtype.itemsize) for layer in layers),
             itemsize=dtype.itemsize,
             matrix=largest * dtype.itemsize if quantised else 0,
-            places=tuple(next(down.parameters()).device for down in anatomy.down),
+            places=tuple(next(layer.parameters()).device for layer in anatomy.layers),
             head=_head_device(model),
         )
 
@@ -206,7 +207,7 @@ class _Layer:
     matrices: tuple[int, ...]
 
     @classmethod
-    def of(cls, layer: nn.Module, down: nn.Module, config: Any) -> _Layer:
+    def of(cls, layer: nn.Module, down: nn.Module | None, config: Any) -> _Layer:
         outputs, widest, routed, meets, matrices = 0, 0, 0, 0, []
         norms = {"fused": 0, "unfused": 0, "own_norms": 0}
         for name, module in layer.named_modules():
@@ -225,7 +226,7 @@ class _Layer:
                 experts, size = len(module.down_proj), module.down_proj.numel()
                 meets = _experts_of_a_token(config, experts)
                 routed = meets * (size // experts // config.hidden_size)
-        inner = linear_sizes(down)[0]  # type: ignore[index]
+        inner = linear_sizes(down)[0] if down is not None else 0  # type: ignore[index]
         # A gated MLP makes two of its width, by one linear or two.
         kept = _GATED * inner if outputs >= 2 * inner else _PLAIN * inner
         kept += _GATED * routed + meets * config.hidden_size
@@ -248,8 +249,7 @@ class _Layer:
 def _experts_of_a_token(config: Any, experts: int) -> int:
     if config.model_type.startswith("llama4"):
         return experts  # its code runs every token through every one
-    chosen = config.num_experts_per_tok
-    return max(chosen) if isinstance(chosen, list | tuple) else chosen
+    return experts_of_a_token(config)
 
 
 def _head_device(model: nn.Module) -> torch.device:
