@@ -15,7 +15,9 @@ from torch import nn
 
 # Only used to choose when the shapes leave more than one candidate (I == H).
 KNOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2")
-_ATTENTION = re.compile(r"(^|\.|_)(attn|attention|self_attn|mixer)(\.|$|_)", re.IGNORECASE)
+_ATTENTION = re.compile(
+    r"(^|\.|_)(attn|attention|self_attn|mixer|mamba|conv|temporal_block)(\.|$|_)", re.IGNORECASE
+)
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe|router)(\.|$)")  # not `shared_experts`
 
 
@@ -91,7 +93,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def in_attention(name: str) -> bool:
-    """Whether a module's dotted name inside its layer lies in attention."""
+    """Whether a module's dotted name inside its layer lies in attention, or in a recurrence or
+    convolution that stands for it."""
     return bool(_ATTENTION.search(name))
 
 
@@ -138,7 +141,8 @@ def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList)
         and len(module)
         and not re.search(r"vision|visual|audio|encoder\.", name)
-        and any(in_attention(n) for n, _ in module[0].named_modules())
+        # Some mix tokens by a recurrence in their first layers.
+        and any(in_attention(n) for layer in module for n, _ in layer.named_modules())
     ]
     if not lists:
         raise ValueError(
