@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -11,17 +16,23 @@ from ..choices import BATCH_SIZE, PATH, PATHS, PathName
 from ..model.anatomy import Anatomy
 from .attribution.batches import Kernel, attribute_many
 from .attribution.checking import NotReproduced, check_reproduces
-from .attribution.engine import attribute_batch, convergence_error
+from .attribution.engine import attribute_batch, convergence_error, integrate
+from .attribution.plain import attribute_plainly, integrate_plainly
 from .attribution.quadrature import Rule
-from .attribution.quiet import quiet
+from .attribution.quiet import OwnAttention, quiet
 from .attribution.sequence import attribute_sequences
 from .calibration.prompts import Prompt
+from .pace import duration
 
 # What is left where a model cannot be analysed.
 WITHOUT_SCORES = (
     "Its rows train without an analysis: `strategy: random`, `quota: 100`, or a file of rows in"
     " `rows`, in the `loki:` block"
 )
+LOG = logging.getLogger("loki_plugin")
+# Why the fast analysis cannot be used for a model, and models of which the log says so.
+_unknown: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_told: WeakSet[nn.Module] = WeakSet()
 KERNELS: dict[PathName, Kernel] = {"token": attribute_batch, "sequence": attribute_sequences}
 
 
@@ -37,25 +48,29 @@ def analyse(
     """Scores [N, L, H] of N prompts, in their order, on the CPU; `done(b)` is told of each batch.
 
     Neighbours share a batch: sort prompts by length, or by their ids where many begin alike. A
-    model object that has not been analysed before is checked against itself first.
+    model object that has not been analysed before is checked against itself first; one that the
+    fast analysis does not reproduce is analysed by the plain loop, and the log says so.
 
     Raises:
-        ValueError: an unknown path, or a model that the fast analysis does not reproduce.
+        ValueError: an unknown path, or a model that does not run here.
         RuntimeError: one prompt alone does not fit into memory.
     """
     if path not in KERNELS:
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
     check_analysable(anatomy)
-    with quiet(model) as own_attention:
-        try:
-            shortest = min(prompts, key=lambda p: len(p.ids))
-            check_reproduces(model, anatomy, shortest, own_attention)
-        except NotReproduced as error:
-            raise ValueError(
-                f"model family '{model.config.model_type}' cannot be analysed: {error}"
-            ) from error
-        parts = []
-        for part in attribute_many(model, anatomy, prompts, rule, batch_size, KERNELS[path]):
+    with quiet(model) as own_attention, ExitStack() as stack:
+        why = not_known(model, anatomy, prompts, own_attention)
+        if why is None:
+            kernel = KERNELS[path]
+            batches = attribute_many(model, anatomy, prompts, rule, batch_size, kernel)
+        else:
+            stack.enter_context(own_attention())
+            batches = attribute_plainly(model, anatomy, prompts, rule, path, batch_size)
+        parts, started = [], time.perf_counter()
+        for part in batches:
+            if why is not None and model not in _told:
+                _told.add(model)
+                _tell(model, anatomy, rule, why, (time.perf_counter() - started) / len(part))
             parts.append(part)
             done(len(part))
         return torch.cat(parts)
@@ -74,7 +89,37 @@ def check_analysable(anatomy: Anatomy) -> None:
         )
 
 
+def not_known(
+    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], own_attention: OwnAttention
+) -> str | None:
+    """Why the fast analysis cannot be used for a model; None: it can. Asked once of each."""
+    if model not in _unknown:
+        try:
+            shortest = min(prompts, key=lambda p: len(p.ids))
+            check_reproduces(model, anatomy, shortest, own_attention)
+        except NotReproduced as error:
+            _unknown[model] = str(error)
+    return _unknown.get(model)
+
+
+def _tell(model: nn.Module, anatomy: Anatomy, rule: Rule, why: str, seconds: float) -> None:
+    LOG.warning(
+        "loki: model family '%s' is analysed by the plain loop, since %s. Its scores are exact, but"
+        " it takes %d passes of every prompt, here %s for each. Few prompts suffice: lower"
+        " `calibration.samples_per_subject` or give a short `calibration.source`; `loki stability`"
+        " says from the scores whether there were enough",
+        model.config.model_type,
+        why,
+        anatomy.num_layers * rule.steps,
+        duration(seconds),
+    )
+
+
 def convergence(model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule) -> float:
     """The share of the change of p that the scores of some prompts miss (`path="token"`)."""
-    with quiet(model):
-        return convergence_error(model, anatomy, prompts, rule)
+    with quiet(model) as own_attention:
+        if not_known(model, anatomy, prompts, own_attention) is None:
+            return convergence_error(model, anatomy, prompts, rule, integrate)
+        plainly = partial(integrate_plainly, path="token")
+        with own_attention():
+            return convergence_error(model, anatomy, prompts, rule, plainly)

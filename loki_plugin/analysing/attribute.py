@@ -28,7 +28,8 @@ def attribute(
     (paper, Eq. 4-5, with the factor z of integrated gradients as the authors' code has it).
 
     Args:
-        model: a Hugging Face causal LM of a supported family, in any precision, as it stands.
+        model: a Hugging Face causal LM in any precision, as it stands. One whose layers mix tokens
+            in a way that the fast analysis does not know takes L·S passes per prompt.
         input_ids: [B, T] token ids.
         attention_mask: [B, T], 1 for real tokens; padding left or right. None: no padding.
         targets: [B] token ids y; None: the model's own arg-max prediction.
@@ -43,7 +44,7 @@ def attribute(
 
     Raises:
         ValueError: shapes that do not fit, an empty prompt, padding in the middle, a target
-            outside the vocabulary, an unknown rule or path, an unsupported model family.
+            outside the vocabulary, an unknown rule or path, a model without down-projections.
     """
     if path not in PATHS:
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")

@@ -44,6 +44,8 @@ REFUSED = {
     "llmcompressor": "it prunes the base model",
     "fp8": "it replaces the linear layers, and with them the constraint to the rows",
     "reinit_weights": "the rows would be chosen and trained on random weights",
+    "scaling_softmax": "it changes attention in this training alone; the base was analysed, and is"
+    " merged, without it",
     "shrink_embeddings": "it cuts tokens off the base model's embeddings",
     "lisa_step_interval": "LISA trains layers of the base model",
     "spectrum_top_fraction": "Spectrum trains layers of the base model",
@@ -71,6 +73,8 @@ _WHY = {
 }
 # Axolotl takes new tokens beside an adapter only if their embeddings are named to be trained. They
 # stand in the configuration for its check and are out of it while the adapter is made.
+# Tokens of a shard where `tiled_mlp_num_shards` does not say how many there are.
+_SHARD = 32768
 EMBEDDINGS = ["embed_in", "embed_out", "embed_tokens", "embeddings", "lm_head", "word_embeddings"]
 WRITTEN = (*OVERRIDDEN, "adapter", "lora_r", "lora_alpha", "lora_modules_to_save", "loki")
 
@@ -203,6 +207,11 @@ def _refuse(cfg, config: LokiConfig) -> None:
         faults.append("  optimizer: polora works on pairs of A and B, and LoKI has no such pairs")
     if cfg.get("lr_groups") and config.lr_scale != 1:
         faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
+    if _tiled_wrongly(cfg):
+        faults.append(
+            "  tiled_mlp: Axolotl's backward of several shards mixes up the sequences of a batch,"
+            " and gradients are wrong; set `micro_batch_size: 1` or `tiled_mlp_num_shards: 1`"
+        )
     faults += preference_faults(cfg)
     faults += fsdp_faults(cfg, config.protect)
     if is_fsdp2(cfg) and config.targets != DOWN:
@@ -225,6 +234,14 @@ def _block(cfg, key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"`{key}:` must be a block of settings, got {found!r}")
     return found
+
+
+def _tiled_wrongly(cfg) -> bool:
+    """Whether a tiled MLP cuts a batch of several sequences; packed ones run as one."""
+    if not cfg.get("tiled_mlp") or cfg.get("sample_packing"):
+        return False
+    shards = cfg.get("tiled_mlp_num_shards") or -(-(cfg.get("sequence_len") or 1) // _SHARD)
+    return shards > 1 and (cfg.get("micro_batch_size") or 1) > 1
 
 
 def _adds_tokens(cfg) -> bool:

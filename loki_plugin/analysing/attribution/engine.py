@@ -58,12 +58,17 @@ def attribute_batch(
 
 
 def convergence_error(
-    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], rule: Rule
+    model: nn.Module,
+    anatomy: Anatomy,
+    prompts: Sequence[Prompt],
+    rule: Rule,
+    integrate: Callable[[nn.Module, Anatomy, Sequence[Prompt], Rule], Integral],
 ) -> float:
     """How far the scores of some prompts are from completeness.
 
     Integrated gradients add up to the change of p; a finite sum misses it by
-    Σ |Σ_j score[l, j] - (p(z_l) - p(0))| / Σ |p(z_l) - p(0)|, over all prompts and layers.
+    Σ |Σ_j score[l, j] - (p(z_l) - p(0))| / Σ |p(z_l) - p(0)|, over all prompts and layers, by the
+    scores of `integrate`.
     """
     # One more node at z_l = 0, which does not count.
     with_zero = Rule((*rule.nodes, 0.0), (*rule.weights, 0.0))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...model.quantised import dequantising, quantised_modules, unpack
+from ...model.tiling import untiled
 from . import attention
 
 # Inside it, the model attends as it was loaded.
@@ -17,7 +18,7 @@ OwnAttention = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[OwnAttention]:
-    """Evaluation mode, no parameter gradients, our attention; all put back on the way out.
+    """Evaluation mode, no parameter gradients, our attention, MLPs untiled; all put back after.
 
     Yields a context manager inside which the model attends as it was loaded.
     """
@@ -44,7 +45,7 @@ def quiet(model: nn.Module) -> Iterator[OwnAttention]:
         for parameter in trainable:
             parameter.requires_grad_(False)
         _set_attention([(config, implementation(model)) for config, _ in found])
-        with dequantising(model):
+        with dequantising(model), untiled(model):
             yield own_attention
     finally:
         _set_attention(found)
