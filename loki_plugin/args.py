@@ -304,11 +304,6 @@ class LokiConfig(_Block):
         " registers a configuration again, when `adapter` and `lora_r` are the carrier's)",
     )
 
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the rows depend on an analysis: not all of them, nor drawn, nor from a file."""
-        return self.rows is None and self.strategy != "random" and self.quota < 100
-
     @model_validator(mode="after")
     def _form_and_rank_agree(self):
         if self.linear_rank is not None and self.targets == DOWN:

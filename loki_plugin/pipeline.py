@@ -50,8 +50,6 @@ def choose_rows(
     rank, world = ranks.current(), ranks.count()
     with ranks.together():
         inputs = inputs or Inputs.read(config)
-        if not config.needs_scores:
-            return _without_scores(model, config, inputs)
     selection: Any = None
     if world == 1:
         selection = _choose(model, tokenizer, config, inputs, 0, 1)
@@ -67,23 +65,6 @@ def choose_rows(
         elif rank == first:
             selection = _choose(model, tokenizer, config, inputs, 0, 1)
     return ranks.broadcast(selection, first)
-
-
-def _without_scores(model: nn.Module, config: LokiConfig, inputs: Inputs) -> RowSelection:
-    """All rows, or drawn ones: nothing is analysed. Every rank finds the same."""
-    anatomy = find_anatomy(model)
-    check_rank(config.rank, quota_to_count(config.quota, anatomy.hidden_size))
-    excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
-    rows = select_rows(
-        torch.zeros(1, anatomy.num_layers, anatomy.hidden_size),
-        config.quota,
-        config.strategy,
-        exclude=[s.rows for s in excluded],
-        seed=config.seed,
-    )
-    chosen = config.model_dump(mode="json", include={"quota", "strategy", "exclude", "seed"})
-    mark = fingerprint(model) if is_loaded(model) else None
-    return RowSelection(rows, anatomy.hidden_size, mark, Made(**chosen))
 
 
 def _choose(
