@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.standins import shrink
 from benchmarks.trial import live, save_standin
 from loki_plugin import RowSelection, implant
-from loki_plugin.implanting.adapters import spelled
+from loki_plugin.implanting.adapters import respelled
 from loki_plugin.implanting.checkpoint import Base, open_checkpoint
 from loki_plugin.implanting.merge import merge_adapter
 from loki_plugin.implanting.verify import verify
@@ -121,13 +121,31 @@ def test_an_adapter_in_the_spelling_of_the_other_class_merges_the_same(tmp_path)
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+class Held:
+    """An open safetensors file with these keys."""
+
+    def __init__(self, keys):
+        self._keys = keys
+
+    def keys(self):
+        return self._keys
+
+    def get_tensor(self, key):
+        assert key in self._keys
+        return key
+
+
 def test_names_of_a_tower_are_never_taken_for_the_decoders():
     names = [f"model.language_model.layers.{i}.mlp.down_proj" for i in range(2)]
     head = "base_model.model.model.vision_tower.encoder."
-    keys = [f"{head}layers.{i}.mlp.down_proj.lora_A.weight" for i in range(2)]
-    assert spelled(keys, names) == names
-    text = [k.replace("vision_tower.encoder", "text_model") for k in keys]
-    assert spelled(text, names) == [f"model.text_model.layers.{i}.mlp.down_proj" for i in range(2)]
+    tower = Held([f"{head}layers.{i}.mlp.down_proj.lora_A.weight" for i in range(2)])
+    assert respelled(tower, {}, names)[0] is tower
+    text = Held([k.replace("vision_tower.encoder", "text_model") for k in tower.keys()])
+    config = {"alpha_pattern": {"model.text_model.layers.1.mlp.down_proj": 3}}
+    seen, changed = respelled(text, config, names)
+    keys = [f"base_model.model.{n}.lora_A.weight" for n in names]
+    assert seen.keys() == keys and seen.get_tensor(keys[1]) == text.keys()[1]
+    assert changed["alpha_pattern"] == {names[1]: 3}
 
 
 def test_stock_peft_loads_the_adapter_into_the_wrapper(tmp_path):
