@@ -24,6 +24,20 @@ SHARED_EXPERTS = {
     "pad_token_id": 0,
 }
 
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12, "head_dim": 12,
+}  # fmt: skip
+SHARED_EXPERT = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 2, "mamba_d_state": 16,
+    "mamba_expand": 2, "mamba_chunk_size": 8, "pad_token_id": 0,
+}  # fmt: skip
+
 # family -> (model_type, settings); every entry exercises what its family adds to Llama.
 FAMILIES = {
     "llama": ("llama", GQA),
@@ -164,7 +178,47 @@ FAMILIES = {
         | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         | {"num_shared_experts": 1, "num_dense_layers": 1, "head_dim": 12},
     ),
+    # A recurrence or a convolution instead of attention in some layers, or beside it.
+    "qwen3_5": ("qwen3_5_text", GQA | DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", GQA | DELTA | SHARED_EXPERT),
+    "qwen3_next": ("qwen3_next", GQA | DELTA | SHARED_EXPERT),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        COMMON | DELTA | {"linear_num_key_heads": 4, "pad_token_id": 0, "num_key_value_heads": 4},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        GQA
+        | MAMBA
+        | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 80}
+        | {"num_local_experts": 0},
+    ),
+    "granitemoehybrid-experts": (
+        "granitemoehybrid",
+        GQA
+        | MAMBA
+        | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 64}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "bamba": ("bamba", GQA | MAMBA | {"attn_layer_indices": [1]}),
+    "falcon_h1": (
+        "falcon_h1",
+        GQA | MAMBA | {"mamba_d_ssm": 96, "time_step_limit": (0.05, 0.6)},
+    ),
+    "jamba": (
+        "jamba",
+        GQA
+        | {"num_experts": 1, "num_experts_per_tok": 1, "pad_token_id": 0, "mamba_dt_rank": 6}
+        | {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8},
+    ),
+    "lfm2": (
+        "lfm2",
+        GQA
+        | {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
+        | {"pad_token_id": 0},
+    ),
 }
+RECURRENT = list(FAMILIES)[list(FAMILIES).index("qwen3_5") :]
 
 
 def tiny(family: str, attention: str = "eager", dtype=torch.float32, seed: int = 0, **widths: int):

@@ -55,6 +55,8 @@ class AttentionState:
         keys, values: per layer [B, K, T, d], as the layer made them.
         visible: per layer [B, 1 or heads, 1, T], True or a bias of 0 where key j < t is seen.
         own_bias: per layer [B, 1 or heads, 1, 1], the additive bias (alibi) of the query's own key.
+        mixed: how many recurrences and convolutions the layer that runs has called.
+        kept: of each of them, by layer and number, its state before t (`recurrence`).
     """
 
     last: Copies
@@ -68,6 +70,8 @@ class AttentionState:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     visible: dict[int, torch.Tensor | None] = field(default_factory=dict)
     own_bias: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    mixed: int = 0
+    kept: dict[tuple[int, int], Any] = field(default_factory=dict)
     _token: Any = None
     _before: dict[tuple[torch.device, int], torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
@@ -99,6 +103,11 @@ class AttentionState:
 
 def _as_bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def active() -> AttentionState:
+    """The state of the pass that runs."""
+    return _active.get()
 
 
 def is_replaying() -> bool:

@@ -199,12 +199,18 @@ def _does_not_run(model: nn.Module, error: Exception) -> str:
 
 
 def _states_of_the_stack(model: nn.Module, anatomy: Anatomy, ids: tuple[int, ...]) -> torch.Tensor:
-    """[1 + L, H]: the last token's final state as it is, and with z_l replaced, l = 0 .. L-1."""
-    prompt = [Prompt(ids)]
-    state = batch_state(anatomy, prompt)
+    """[1 + L, H]: the last token's final state as it is, and with z_l replaced, l = 0 .. L-1.
+
+    A second, shorter prompt runs beside it, as in a batch.
+    """
+    prompts = [Prompt(ids), Prompt(ids[: max(1, len(ids) - 1)])]
+    state = batch_state(anatomy, prompts)
     with state, watched(model, anatomy, state):
         rule = Rule((_NODE,), (0.0,))
-        return climb(anatomy, state, prompt, rule, first_device(model), gradients=False)[1][0]
+        hidden = climb(anatomy, state, prompts, rule, first_device(model), gradients=False)[1]
+    if hidden.shape[1] != 1 + anatomy.num_layers:
+        raise ValueError(f"a batch of 2 prompts ends with states of shape {list(hidden.shape)}")
+    return hidden[0]
 
 
 def _states_of_the_model(

@@ -30,6 +30,7 @@ from .head import head_gradient, resolve_targets
 from .norms import fused_norms
 from .quadrature import Rule
 from .quiet import implementation
+from .recurrence import has_recurrences, kept_recurrences
 from .rope import fused_rope
 from .stack import Stack
 
@@ -109,13 +110,18 @@ def integrate(
 
 
 def batch_state(anatomy: Anatomy, prompts: Sequence[Prompt], shared: int = 0) -> AttentionState:
-    """What the passes over a batch must know of it."""
+    """What the passes over a batch must know of it.
+
+    What prompts share runs apart only where attention alone would see it.
+    """
+    recurrent = has_recurrences(anatomy)
     lengths = [len(p.ids) for p in prompts]
     return AttentionState(
         last=Copies([n - 1 for n in lengths]),
-        final_layer=anatomy.num_layers - 1,
+        # A recurrence beside attention may run after it.
+        final_layer=-1 if recurrent else anatomy.num_layers - 1,
         uniform=len(set(lengths)) == 1,
-        shared=shared,
+        shared=0 if recurrent else shared,
     )
 
 
@@ -193,13 +199,14 @@ def least_saving(model: nn.Module, device: torch.device) -> int:
 def watched(model: nn.Module, anatomy: Anatomy, state: AttentionState) -> Iterator[None]:
     """The model as the passes need it, and `state` told which layer runs.
 
-    Plain attention calls are caught where the family has them, plain norms and rope are fused, and
-    nothing reads the device.
+    Plain attention calls and recurrences are caught where the family has them, plain norms and rope
+    are fused, and nothing reads the device.
     """
     with ExitStack() as stack:
         stack.enter_context(_unasked())
         stack.enter_context(fused_norms(model))
         stack.enter_context(fused_rope(anatomy))
+        stack.enter_context(kept_recurrences(anatomy))
         if implementation(model) == "sdpa":
             stack.enter_context(attention.SdpaCalls())
         for i, layer in enumerate(anatomy.layers):
@@ -233,7 +240,7 @@ def _unasked() -> Iterator[None]:
 
 def _at(state: AttentionState, index: int) -> Callable[[nn.Module, tuple], None]:
     def enter_layer(module: nn.Module, args: tuple) -> None:
-        state.layer, state.attended = index, False
+        state.layer, state.attended, state.mixed = index, False, 0
 
     return enter_layer
 
@@ -248,12 +255,13 @@ def run_prefix(anatomy: Anatomy, state: AttentionState, ids: torch.Tensor) -> No
         past.batch_repeat_interleave(len(ids))
     state.mode = Mode.PREFIX
     _run_to_last_keys(anatomy, ids[:, state.shared :], past)
-    if len(state.keys) == anatomy.num_layers:
+    seen = {*state.keys, *(layer for layer, _ in state.kept)}
+    if len(seen) == anatomy.num_layers:
         return
     raise ValueError(
         f"model family '{anatomy.decoder.config.model_type}' does not attend through transformers'"
         " attention interface or scaled_dot_product_attention in every layer (seen in layers"
-        f" {sorted(state.keys)}), so its keys and values cannot be kept; loki cannot analyse it"
+        f" {sorted(seen)}), so its keys and values cannot be kept"
     )
 
 

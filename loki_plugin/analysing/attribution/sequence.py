@@ -81,13 +81,13 @@ def _attribute_one(model: nn.Module, anatomy: Anatomy, prompt: Prompt, rule: Rul
         zero = _Pass(anatomy, torch.zeros_like(ids))
         base = _Pass(anatomy, ids)
         y = resolve_targets(model, anatomy, base.hidden[:, -1], [prompt])  # [1]
-        kept = state.keys, state.values
+        kept = state.keys, state.values, state.kept
         for i, down in enumerate(anatomy.down):
             # 2. S points of the path at all positions, and the keys that they give above layer i.
             path = base.memo[down] - zero.memo[down]  # [1, T, H]
             alpha = nodes.on(path.device, path.dtype)[:, None, None]  # [S, 1, 1]
             outputs = zero.memo[down] + alpha * path  # [S, T, H]
-            state.keys, state.values = (dict(k) for k in kept)
+            state.keys, state.values, state.kept = (dict(k) for k in kept)  # type: ignore[assignment]
             _keep_above(anatomy, state, base, i, outputs)
             # 3. The last token again, with gradients; layer i makes S of it.
             leaf = outputs[:, -1:].detach().requires_grad_()  # [S, 1, H]

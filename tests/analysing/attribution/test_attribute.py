@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.families import FAMILIES, tiny
+from helpers.families import FAMILIES, RECURRENT, tiny
 from helpers.prompts import error, pad, prompts, rms, whole
 from helpers.reference import Exact, loop
 from transformers import masking_utils
@@ -31,6 +31,13 @@ def test_equals_the_loop_in_float64(family):
     assert error(alone, truth[2:]) <= 1e-10  # equal lengths take a path without padding
 
 
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recurrences_are_analysed_fast_in_every_precision(family, dtype, our_log):
+    attribute(tiny(family, dtype=dtype), *pad(prompts(), "left"))
+    assert not our_log.records  # the plain loop would say so
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_prompts_begin_with_runs_once_and_changes_nothing(family):
     model = tiny(family, dtype=torch.float64)
@@ -54,7 +61,8 @@ def test_what_prompts_begin_with_runs_once_and_changes_nothing(family):
         handle.remove()
         same = attribute(model, torch.stack([head, head]), n_steps=4)
         assert error(same, loop(model, anatomy.down, [head], *quadrature("left", 4))) <= 1e-10
-    assert widths[:2] == [18, 3 * 6]  # the common tokens once, then the rest of all prompts
+    # The common tokens once, then the rest of all prompts; a recurrence runs them whole.
+    assert widths[:2] == ([3 * 24, 3] if family in RECURRENT else [18, 3 * 6])
     assert error(scores, truth) <= 1e-10
 
 
@@ -70,7 +78,9 @@ def test_float32_is_within_1e_5_of_the_float64_truth(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "olmo2", "gpt_neox", "qwen3_5", "falcon_h1", "lfm2"]
+)
 def test_half_precision_is_no_worse_than_the_plain_loop(family, dtype):
     rule = quadrature("left", 7)
     ours, plain = [], []
