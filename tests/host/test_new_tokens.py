@@ -108,6 +108,11 @@ def test_new_tokens_train_the_rows_and_nothing_else(
     assert torch.equal(merged.get_input_embeddings().weight, embeddings)
     assert merged.config.vocab_size == len(tokenizer) == len(old) + count
     tokens = ["<|new_pad|>"] if added is PAD else ["<|im_start|>", "<|im_end|>"]
+    if added is CHATML:  # the base ends its texts with another token
+        end = tokenizer.eos_token_id
+        assert tokenizer.eos_token == "<|im_end|>" and merged.config.eos_token_id == end
+        assert merged.generation_config.eos_token_id[0] == end
+        assert f"generation_config.json: eos_token_id is [{end}, " in result.output
     ids = sorted(tokenizer.convert_tokens_to_ids(tokens))
     assert ids == [len(old) + i for i in range(count)]
     ids = torch.tensor([[5, 6, len(old)]])
