@@ -3,8 +3,8 @@
     python -m venv OLD && OLD/bin/pip install torch "transformers==4.57.*" sentencepiece protobuf
     python -m benchmarks.older --work DIR --python OLD/bin/python
 
-The older release makes three small bases, with tokenizers as Llama, Gemma and Qwen2 have them. On
-each, `axolotl train` runs twice: with nothing added, and with ChatML tokens and template. `loki
+The older release makes three small bases, with tokenizers as Llama 2, Llama 3, Gemma and Qwen2 have them.
+On each, `axolotl train` runs twice: with nothing added, and with ChatML tokens and template. `loki
 merge` writes the models, and both releases load them, encode texts and answer.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.writer import command, write
 
 ROOT = Path(__file__).parents[1]
-STYLES = ("llama", "gemma", "qwen")
+STYLES = ("llama", "llama3", "gemma", "qwen")
 CHATML = {"chat_template": "chatml", "tokens": ["<|im_start|>", "<|im_end|>"]}
 CHATML |= {"special_tokens": {"eos_token": "<|im_end|>"}}
 RUNS: dict[str, dict[str, Any]] = {"nothing added": {}, "ChatML": CHATML}
@@ -33,10 +33,10 @@ MAKE = """
 import sys
 from pathlib import Path
 import sentencepiece, torch, transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GemmaConfig, GemmaForCausalLM, GemmaTokenizerFast, LlamaConfig, LlamaForCausalLM,
-    LlamaTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast,
+    LlamaTokenizerFast, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast,
 )
 
 work = Path(sys.argv[1])
@@ -79,6 +79,12 @@ tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 alphabet = pre_tokenizers.ByteLevel.alphabet()
 tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
 tokenizer.model.save(str(folder))
+ends = ["<|begin_of_text|>", "<|eot_id|>"]
+tokenizer.decoder = decoders.ByteLevel()
+tokenizer.add_special_tokens(ends)
+save(work / "llama3",
+     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=ends[0], eos_token=ends[1]),
+     each.replace("BEFORE", ends[0]).replace("AFTER", ends[1]), LlamaConfig, LlamaForCausalLM)
 turns = ["<|im_start|>", "<|im_end|>"]
 save(folder, Qwen2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"),
                                 additional_special_tokens=turns),
@@ -210,6 +216,8 @@ def main() -> None:
         " saved copied over them, as 0.6.0 did.",
         command("older", DIR=str(options.work), **{"OLD/bin/python": options.python}),
         rows,
+        more="The two releases read a Llama 2 tokenizer differently, base and merged model alike;"
+        " a merged model with the base's files is read as the base is.",
     )
     print(path.read_text())
 

@@ -15,12 +15,18 @@ from pydantic import ValidationError
 from ..args import LokiConfig
 from ..choices import ALL, DOWN, LINEAR_RANK
 from .preference import preference_faults
-from .sharding import fsdp_faults, is_fsdp2, zero_faults
+from .sharding import (
+    OVERRIDDEN_WITH_FSDP2,
+    fsdp2_overrides,
+    fsdp_faults,
+    is_fsdp2,
+    zero_faults,
+)
 from .telling import Line
 
 LOG = logging.getLogger("loki_plugin")
 
-# Keys that would train, move or scale something else than the selected rows.
+# Keys that would train, move or scale something else than the selected rows, and why.
 REFUSED = {
     "reward_model": "reward models are not supported yet",
     "process_reward_model": "reward models are not supported yet",
@@ -35,7 +41,6 @@ REFUSED = {
     "lora_rank_pattern": "LoKI sets the ranks from the rows",
     "lora_alpha_pattern": "LoKI sets the ranks from the rows",
     "loraplus_lr_ratio": "use `loki.lr_scale`",
-    "unfrozen_parameters": "it trains parameters of the base model",
     "fix_untrained_tokens": "it changes embeddings of the base model",
     "gptq": "only 16/32-bit and bitsandbytes 8-bit or 4-bit bases are supported",
     "model_quantization_config": "only bitsandbytes 8-bit or 4-bit bases are supported",
@@ -50,6 +55,15 @@ REFUSED = {
     "lisa_step_interval": "LISA trains layers of the base model",
     "spectrum_top_fraction": "Spectrum trains layers of the base model",
     "lora_exclude_modules": "use `loki.exclude` or a rows file to leave layers out",
+    "flash_attn_fuse_mlp": "it replaces the MLPs, and with them the down-projections",
+}
+# What to do about them, where it is not to remove the key.
+_TAKE_16_BIT = "take the 16-bit model that it was made from, with `load_in_4bit: true` if need be"
+DO = {"gptq": _TAKE_16_BIT, "model_quantization_config": _TAKE_16_BIT}
+REMOVE = "remove it"
+REFUSED_PLUGINS = {
+    "DiffusionPlugin": "it trains to fill masks by attention in both directions, and rows are"
+    " chosen by what follows a causal prompt",
 }
 OVERRIDDEN = {
     "lora_target_modules": ["down_proj"],  # until the rows are known
@@ -61,22 +75,30 @@ OVERRIDDEN = {
     "lora_qkv_kernel": False,
     "lora_o_kernel": False,
     "lora_embedding_kernel": False,
+    "lora_modules_to_save": None,
+    # Axolotl freezes and unfreezes by it after the adapter is loaded.
+    "unfrozen_parameters": None,
 }
 _KERNEL = "the fused kernel reads lora_A and lora_B past what constrains them"
-_WHY = {
+WHY = {
     "lora_target_parameters": "routed experts do not train",
     "lora_dropout": "LoKI trains without dropout",
     "lora_mlp_kernel": _KERNEL,
     "lora_qkv_kernel": _KERNEL,
     "lora_o_kernel": _KERNEL,
     "lora_embedding_kernel": _KERNEL,
+    "lora_modules_to_save": "whole modules do not train, new embeddings neither",
+    "unfrozen_parameters": "parameters of the base do not train",
 }
 # Axolotl takes new tokens beside an adapter only if their embeddings are named to be trained. They
 # stand in the configuration for its check and are out of it while the adapter is made.
 # Tokens of a shard where `tiled_mlp_num_shards` does not say how many there are.
 _SHARD = 32768
 EMBEDDINGS = ["embed_in", "embed_out", "embed_tokens", "embeddings", "lm_head", "word_embeddings"]
-WRITTEN = (*OVERRIDDEN, "adapter", "lora_r", "lora_alpha", "lora_modules_to_save", "loki")
+WRITTEN = (*OVERRIDDEN, *OVERRIDDEN_WITH_FSDP2, "adapter", "lora_r", "lora_alpha", "loki")
+# Rates from here on are LoRA's, ten times those of full fine-tuning, of which the dense form is a
+# part (docs/choosing.md).
+_RATE_OF_LORA = 5e-5
 
 
 def parse(cfg) -> LokiConfig:
@@ -126,31 +148,53 @@ def prepare(cfg) -> list[Line]:
     """
     config = parse(cfg)
     adapter, rank = _adapter(cfg, config)
-    lines: list[Line] = []
-    config = _aim(cfg, config, rank, lines)
-    _refuse(cfg, config)
+    sharding, lines = fsdp2_overrides(cfg) if is_fsdp2(cfg) else ({}, [])
+    about: list[Line] = []
+    config = _aim(cfg, config, rank, about)
+    _refuse({**cfg, **sharding}, config)
     form = "dense" if rank is None else "low-rank"
     if config.form is None:
         given = cfg.get("adapter") or "not set"
-        lines.append(("adapter", f"'{given}' runs as '{adapter}', in the {form} form"))
+        about.append(("adapter", f"'{given}' runs as '{adapter}', in the {form} form"))
+        about += _about_rate(cfg, config) if form == "dense" else []
     if is_fsdp2(cfg):
-        lines.append(("sharding", "FSDP2: has run on CPU ranks only, see docs/ways.md"))
+        about.append(("sharding", "FSDP2: has run on CPU ranks only, see docs/ways.md"))
     wanted = {**OVERRIDDEN, "adapter": adapter, "lora_r": rank or 1, "lora_alpha": rank or 1}
     if _adds_tokens(cfg):
         wanted["lora_modules_to_save"] = EMBEDDINGS
-    reasons = dict.fromkeys(("lora_r", "lora_alpha"), "set from the rows")
-    reasons["lora_modules_to_save"] = "embeddings do not train, those of new tokens neither"
     told = {"adapter", "lora_target_modules", "lora_target_linear"}
     if config.targets != DOWN and rank is None and config.linear_rank == _rank(cfg.get("lora_r")):
         told.add("lora_r")  # it is the rank on the other linears
     for key, value in wanted.items():
         given = cfg.get(key)
         if given is not None and given != value and key not in told:
-            reason = reasons.get(key) or f"now {value}, for {_WHY[key]}"
+            reason = f"now {value}, for {WHY[key]}" if key in WHY else "set from the rows"
+            if key == "lora_modules_to_save":
+                reason = WHY[key]
             lines.append(("overrides", f"{key} = {given!r}: {reason}"))
-        cfg[key] = value
+    cfg.update({**sharding, **wanted})
     cfg["loki"] = config.model_dump(mode="json", exclude_none=True) | {"rank": rank, "form": form}
-    return lines
+    return about + lines
+
+
+def _about_rate(cfg, config: LokiConfig) -> list[Line]:
+    """A word where the dense form would train at a rate that was meant for a LoRA."""
+    try:
+        given = float(cfg.get("learning_rate") or 0)  # YAML takes 1e-4 for text
+    except (TypeError, ValueError):
+        return []  # Axolotl's to say
+    optimizer, scale = str(cfg.get("optimizer") or "adamw"), config.lr_scale
+    if config.targets != DOWN or "adam" not in optimizer or given * scale < _RATE_OF_LORA:
+        return []
+    scaled = f" x lr_scale {scale:g}" if scale != 1 else ""
+    return [
+        (
+            "rate",
+            f"learning_rate = {given:g}{scaled} is kept, a rate of LoRA; dense rows train as in"
+            " full fine-tuning, and forget more at higher rates: about 1e-5 is advised"
+            " (docs/choosing.md). Set it, or `loki.lr_scale`",
+        )
+    ]
 
 
 def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiConfig:
@@ -195,18 +239,37 @@ def restore(cfg, before: dict[str, Any]) -> None:
 
 
 def _refuse(cfg, config: LokiConfig) -> None:
-    faults = [f"  {key}: {why}" for key, why in REFUSED.items() if cfg.get(key)]
-    modules = cfg.get("lora_modules_to_save")
-    if modules and not (_adds_tokens(cfg) and set(modules) <= set(EMBEDDINGS)):
-        faults.append("  lora_modules_to_save: it trains whole modules")
+    faults = [
+        f"  {key}: {why}; {DO.get(key, REMOVE)}" for key, why in REFUSED.items() if cfg.get(key)
+    ]
+    if cfg.get("model_quantization_config") == "Mxfp4Config":  # of gpt-oss alone
+        faults[:] = [f for f in faults if "model_quantization_config" not in f]
+        faults.append(
+            "  model_quantization_config: Mxfp4Config is the form of gpt-oss, whose layers have"
+            " routed experts only; loki cannot train it, stored as 16 bits neither. Take a dense"
+            " model, or a mixture with shared experts (docs/limits.md)"
+        )
+    for plugin in cfg.get("plugins") or []:
+        name = str(plugin).rpartition(".")[2]
+        if name in REFUSED_PLUGINS:
+            faults.append(f"  plugins: {plugin}: {REFUSED_PLUGINS[name]}; take it out")
+    if cfg.get("adapter") == "qlora" and not (cfg.get("load_in_4bit") or cfg.get("merge_lora")):
+        faults.append(
+            "  adapter: qlora is LoRA on a 4-bit base; set `load_in_4bit: true`, or write"
+            " `adapter: lora` (low-rank) or `adapter: loki` (dense) for a 16/32-bit base"
+        )
     if _block(cfg, "peft").get("loftq_config"):
-        faults.append("  peft.loftq_config: LoKI's update starts at zero")
+        faults.append("  peft.loftq_config: LoKI's update starts at zero; remove it")
     if str(cfg.get("tensor_parallel_size") or 1) != "1":
-        faults.append("  tensor_parallel_size: it spreads the rows of a layer over the GPUs")
+        faults.append(
+            "  tensor_parallel_size: it spreads the rows of a layer over the GPUs; remove it"
+        )
     if cfg.get("optimizer") == "polora":
-        faults.append("  optimizer: polora works on pairs of A and B, and LoKI has no such pairs")
+        faults.append(
+            "  optimizer: polora works on pairs of A and B; take another, such as adamw_torch"
+        )
     if cfg.get("lr_groups") and config.lr_scale != 1:
-        faults.append("  lr_groups: its rates are absolute; use them or `loki.lr_scale`")
+        faults.append("  lr_groups: its rates are absolute; set them or `loki.lr_scale`, not both")
     if _tiled_wrongly(cfg):
         faults.append(
             "  tiled_mlp: Axolotl's backward of several shards mixes up the sequences of a batch,"
@@ -216,12 +279,14 @@ def _refuse(cfg, config: LokiConfig) -> None:
     faults += fsdp_faults(cfg, config.protect)
     if is_fsdp2(cfg) and config.targets != DOWN:
         faults.append(
-            "  loki.targets: linears besides the down-projections were not proved with FSDP2"
+            "  loki.targets: linears besides the down-projections were not proved with FSDP2;"
+            " remove it"
         )
     faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(
-            "these settings cannot be used with loki; remove them:\n" + "\n".join(faults)
+            "these settings cannot be used with loki; each line says what to do:\n"
+            + "\n".join(faults)
         )
     if config.rows and config.exclude:
         raise ValueError(
