@@ -3,9 +3,9 @@
     python -m venv OLD && OLD/bin/pip install torch "transformers==4.57.*" sentencepiece protobuf
     python -m benchmarks.older --work DIR --python OLD/bin/python
 
-The older release makes three small bases, with tokenizers as Llama 2, Llama 3, Gemma and Qwen2 have them.
-On each, `axolotl train` runs twice: with nothing added, and with ChatML tokens and template. `loki
-merge` writes the models, and both releases load them, encode texts and answer.
+The older release makes four small bases, with tokenizers as Llama 2, Llama 3, Gemma and Qwen2 have
+them. On each, `axolotl train` runs twice: with nothing added, and with ChatML tokens and template.
+`loki merge` writes the models, and both releases load them, encode texts and answer.
 """
 
 from __future__ import annotations
