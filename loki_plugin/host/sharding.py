@@ -37,7 +37,10 @@ _UNDER_DDP = (
     "take `fsdp_version` and `fsdp_config` out and it trains under DDP, on as many GPUs as there"
     " are, each with the whole base"
 )
-_QUANTISED = f"only 16/32-bit bases were proved under FSDP2; {_UNDER_DDP}, or set it to false"
+_QUANTISED = (
+    f"only 16/32-bit bases were proved under FSDP2; {_UNDER_DDP}; or set it to false, with"
+    " `adapter: loki` or `lora` in place of `qlora`"
+)
 _NOT_PROVED = f"it was not proved under FSDP2; remove it, or {_UNDER_DDP}"
 NOT_WITH_FSDP2 = {
     "fsdp": "the settings of FSDP2 stand in `fsdp_config`; remove it",
