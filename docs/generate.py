@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 import loki_plugin
 from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
-from loki_plugin.host import settings
+from loki_plugin.host import options as tables
 from loki_plugin.host.sharding import NOT_WITH_FSDP2, OVERRIDDEN_WITH_FSDP2
 
 HERE = Path(__file__).parent
@@ -199,11 +199,16 @@ def _prose(docstring: str) -> str:
 
 def options() -> str:
     """Axolotl's options that are refused or overridden."""
-    said = settings.WHY | dict.fromkeys(("lora_r", "lora_alpha"), "they are set from the rows")
-    now = {**settings.OVERRIDDEN, "lora_r": "the rows", "lora_alpha": "the rows"}
+    said = tables.WHY | dict.fromkeys(("lora_r", "lora_alpha"), "they are set from the rows")
+    said |= {
+        "lora_target_modules": "they are read as `loki.targets`",
+        "lora_target_linear": "`true` is read as `loki.targets: all`",
+    }
+    now = {**tables.OVERRIDDEN, "lora_r": "the rows", "lora_alpha": "the rows"}
+    now["lora_target_modules"] = "the rows and `loki.targets`"
     parts = [
         NOTE + "# Axolotl's options with LoKI\n\n"
-        "Read from the tables that check your YAML (`loki_plugin/host/settings.py` and"
+        "Read from the tables that check your YAML (`loki_plugin/host/options.py` and"
         " `sharding.py`). All refusals of a YAML are shown at once, before anything is loaded, each"
         " with what to do; what is overridden stands in the log, in the block `loki: settings`."
         " What is not named here goes through to Axolotl as it stands; [Ways to train](ways.md)"
@@ -219,12 +224,12 @@ def options() -> str:
         "",
         "## Refused\n\n| key | why | what to do |\n|---|---|---|",
         *(
-            f"| `{key}` | {why} | {settings.DO.get(key, settings.REMOVE)} |"
-            for key, why in sorted(settings.REFUSED.items())
+            f"| `{key}` | {why} | {tables.DO.get(key, tables.REMOVE)} |"
+            for key, why in sorted(tables.REFUSED.items())
         ),
         *(
             f"| `plugins: [...{name}]` | {why} | take it out |"
-            for name, why in settings.REFUSED_PLUGINS.items()
+            for name, why in tables.REFUSED_PLUGINS.items()
         ),
         "",
         "## Refused under FSDP2\n\n| key | why, and what to do |\n|---|---|",

@@ -8,7 +8,7 @@ import json
 import pytest
 from helpers.axolotl import load, load_after
 
-from loki_plugin.host import settings
+from loki_plugin.host import options, settings
 
 FORMS = {
     "dense": {"adapter": "loki"},
@@ -131,11 +131,11 @@ def test_a_deepspeed_file_is_read(tmp_path):
 
 
 def test_every_key_that_is_refused_says_what_to_do():
-    config = dict.fromkeys(settings.REFUSED, "x") | {"adapter": "loki"}
+    config = dict.fromkeys(options.REFUSED, "x") | {"adapter": "loki"}
     with pytest.raises(ValueError, match="each line says what to do:") as raised:
         settings.prepare(config)
     lines = str(raised.value).splitlines()[1:]
-    assert len(lines) == len(settings.REFUSED)
+    assert len(lines) == len(options.REFUSED)
     assert all(line.endswith("; remove it") or "; take " in line for line in lines)
 
 
