@@ -1,4 +1,4 @@
-"""Writes the pages that are read out of the package: fields, commands, Python functions.
+"""Writes the pages that are read out of the package: fields, options, commands, Python functions.
 
     python docs/generate.py
 
@@ -22,6 +22,8 @@ from pydantic.fields import FieldInfo
 import loki_plugin
 from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
+from loki_plugin.host import options as tables
+from loki_plugin.host.sharding import NOT_WITH_FSDP2, OVERRIDDEN_WITH_FSDP2
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py; do not edit. -->\n\n"
@@ -195,8 +197,59 @@ def _prose(docstring: str) -> str:
     return "".join(p if p.startswith("`") else p.replace("_", "\\_") for p in parts)
 
 
+def options() -> str:
+    """Axolotl's options that are refused or overridden."""
+    said = tables.WHY | dict.fromkeys(("lora_r", "lora_alpha"), "they are set from the rows")
+    said |= {
+        "lora_target_modules": "they are read as `loki.targets`",
+        "lora_target_linear": "`true` is read as `loki.targets: all`",
+    }
+    now = {**tables.OVERRIDDEN, "lora_r": "the rows", "lora_alpha": "the rows"}
+    now["lora_target_modules"] = "the rows and `loki.targets`"
+    parts = [
+        NOTE + "# Axolotl's options with LoKI\n\n"
+        "Read from the tables that check your YAML (`loki_plugin/host/options.py` and"
+        " `sharding.py`). All refusals of a YAML are shown at once, before anything is loaded, each"
+        " with what to do; what is overridden stands in the log, in the block `loki: settings`."
+        " What is not named here goes through to Axolotl as it stands; [Ways to train](ways.md)"
+        " says what of it has been run.\n",
+        "## Overridden\n\n| key | becomes | for |\n|---|---|---|",
+        *(f"| `{key}` | {_becomes(value)} | {said[key]} |" for key, value in sorted(now.items())),
+        "",
+        "`lora_modules_to_save` is set where the YAML adds tokens, for a check of Axolotl's, and"
+        " taken away again before the adapter is made. With `adapter: lora` or `qlora`, `lora_r` is"
+        " the rank of the low-rank form.\n",
+        "## Overridden under FSDP2\n\n| key | becomes |\n|---|---|",
+        *(f"| `{key}` | {text} |" for key, text in OVERRIDDEN_WITH_FSDP2.items()),
+        "",
+        "## Refused\n\n| key | why | what to do |\n|---|---|---|",
+        *(
+            f"| `{key}` | {why} | {tables.DO.get(key, tables.REMOVE)} |"
+            for key, why in sorted(tables.REFUSED.items())
+        ),
+        *(
+            f"| `plugins: [...{name}]` | {why} | take it out |"
+            for name, why in tables.REFUSED_PLUGINS.items()
+        ),
+        "",
+        "## Refused under FSDP2\n\n| key | why, and what to do |\n|---|---|",
+        *(f"| `{key}` | {why} |" for key, why in NOT_WITH_FSDP2.items()),
+        "",
+        "Values of `rl`, `optimizer`, `deepspeed`, `fsdp_config`, `lr_groups` and"
+        " `tensor_parallel_size` that cannot be used are refused with a line of their own.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _becomes(value: Any) -> str:
+    if isinstance(value, str):
+        return f"set from {value}"
+    return "not set" if value is None else f"`{_yaml(value)}`"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "fields.md": fields,
+    "options.md": options,
     "commands.md": commands,
     "python.md": python,
 }

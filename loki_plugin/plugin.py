@@ -99,6 +99,7 @@ class LokiPlugin(BasePlugin):
         """The base model is in memory, maybe quantised, before adapters: find the rows."""
         if not self._acts_on(cfg):
             return
+        patches.mend_attention(model)
         if not self._trains():
             leave_alone(cfg, model)
             return

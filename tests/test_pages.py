@@ -40,7 +40,7 @@ def each(*kinds: str) -> list:
 # --- pages that are written by docs/generate.py ---
 
 
-@pytest.mark.parametrize("page", ["fields.md", "commands.md", "python.md"])
+@pytest.mark.parametrize("page", ["fields.md", "options.md", "commands.md", "python.md"])
 def test_the_page_is_what_the_package_says(page):
     written = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"][page]()
     assert TEXTS[f"docs/{page}"] == written, "run `python docs/generate.py`"

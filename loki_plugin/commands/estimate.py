@@ -100,7 +100,8 @@ def _lengths(given: dict[str, Any], block, where: dict[str, Any], assumed: list[
             given.get("tokenizer_config") or given["base_model"], **where
         )
         # Of a folder without its files transformers makes one that knows no word.
-        known = bool(tokenizer("A", add_special_tokens=False)["input_ids"])
+        ids = tokenizer("A", add_special_tokens=False)["input_ids"]
+        known = any(i != tokenizer.unk_token_id for i in ids)
     except (OSError, ValueError):
         known = False
     if not known:

@@ -33,7 +33,12 @@ _STATES = {
     "adamw_torch": None, "adamw_torch_fused": None, "adamw_hf": None, "adamw_apex_fused": None,
     "paged_adamw_32bit": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
     "lion_32bit": 4, "lion_pytorch": 4, "paged_lion_32bit": 4, "lion_8bit": 1, "paged_lion_8bit": 1,
-    "sgd": 0, "adafactor": 0,
+    "sgd": 0, "adafactor": 0, "adopt_adamw": None,
+}  # fmt: skip
+# torchao's: bits of a number in each of two states, and how many share a float32 scale.
+_TORCHAO = {
+    "adamw_torch_8bit": (8, 256), "ao_adamw_8bit": (8, 256), "ao_adamw_fp8": (8, 256),
+    "adamw_torch_4bit": (4, 128), "ao_adamw_4bit": (4, 128),
 }  # fmt: skip
 _BLOCK = 256  # parameters that share a float32 scale in 8-bit states
 _LEAST_8BIT = 4096  # smaller tensors keep float32 states
@@ -138,6 +143,16 @@ def trainable(inputs: Sequence[int], counts: Sequence[int], rank: int | None) ->
 
 def state_bytes(optimizer: str, tensors: Sequence[int], dtype: torch.dtype) -> int | None:
     """Bytes of the optimizer's states for trainable tensors of so many elements; None: unknown."""
+    if optimizer == "muon":  # one momentum for a matrix, and what trains are matrices
+        return dtype.itemsize * sum(tensors)
+    if optimizer in _TORCHAO:
+        bits, block = _TORCHAO[optimizer]
+        return sum(
+            2 * (bits * n // 8 + 4 * (n // block))
+            if n >= _LEAST_8BIT and n % block == 0
+            else 2 * dtype.itemsize * n
+            for n in tensors
+        )
     if optimizer not in _STATES:
         return None
     each = _STATES[optimizer]

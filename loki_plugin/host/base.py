@@ -72,12 +72,7 @@ def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[A
 
     name, shape = run["base_model"], read_config(run)
     method = quantisation_of(shape)
-    if method not in (None, "bitsandbytes"):
-        raise ValueError(
-            f"base_model '{name}' is quantised with '{method}': rows cannot be merged"
-            " into it. Train on the 16-bit model that it was made from, with `load_in_4bit: true`"
-            " or `load_in_8bit: true` where memory is short"
-        )
+    foreign = method not in (None, "bitsandbytes")
     if hasattr(shape, "quantization_config"):
         del shape.quantization_config  # the shapes are those of the whole weights
     try:
@@ -87,7 +82,16 @@ def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[A
         if config is not None and config.needs_scores and not run.get("lora_model_dir"):
             check_analysable(anatomy)
     except ValueError as error:
-        raise ValueError(f"loki cannot train rows of base_model '{name}': {error}") from error
+        said = f"loki cannot train rows of base_model '{name}'"
+        if foreign:
+            said += f", which is quantised with '{method}', stored as 16 bits neither"
+        raise ValueError(f"{said}: {error}") from error
+    if foreign:
+        raise ValueError(
+            f"base_model '{name}' is quantised with '{method}': rows cannot be merged"
+            " into it. Train on the 16-bit model that it was made from, with `load_in_4bit: true`"
+            " or `load_in_8bit: true` where memory is short"
+        )
     return model.eval().requires_grad_(False), anatomy
 
 

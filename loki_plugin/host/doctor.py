@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -241,17 +240,14 @@ def telemetry(environment: Mapping[str, str]) -> Finding:
 
 def cache(given: str | None) -> list[Finding]:
     """Where analyses are kept: can it be written, how full is it, how much room is left?"""
-    from ..analysing.scores.cache import cache_folder, entries, kept
+    from ..analysing.scores.cache import cache_folder, entries, kept, why_not_writable
     from ..args import LokiConfig
 
     folder = cache_folder(given)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    why = why_not_writable(folder)
+    if why is not None:
         do = "set LOKI_CACHE_DIR, or `loki.cache_dir` in the YAML, to a folder of yours"
-        return [Finding("cache", BROKEN, f"{folder} cannot be written: {_short(error)}", do)]
+        return [Finding("cache", BROKEN, f"{folder} cannot be written: {why}", do)]
     analyses = entries(folder)
     size = sum(a.bytes for a in analyses) + sum(k.bytes for k in kept(folder))
     limit = LokiConfig().cache_limit

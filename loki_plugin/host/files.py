@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..analysing.scores.cache import check_cache
 from ..args import LokiConfig
 from ..inputs import Inputs
 from ..rows import FILE_NAME, RowSelection, common_rows
@@ -35,7 +36,8 @@ class Files:
         """Read what the run needs and no more.
 
         Raises:
-            ValueError: a file that cannot be read or contradicts another one; a quantised base.
+            ValueError: a file that cannot be read or contradicts another one; a quantised base; a
+                cache folder that cannot be written.
         """
         config = parse(cfg)
         check_starts_afresh(cfg)
@@ -46,7 +48,10 @@ class Files:
             rows = _rows_of_adapter(Path(cfg.lora_model_dir), config)
         elif config.rows:
             source, rows = config.rows, RowSelection.load(config.rows)
-        inputs = Inputs.read(config, analysed=rows is None and config.needs_scores)
+        analysed = rows is None and config.needs_scores
+        if analysed:
+            check_cache(config.cache_dir)
+        inputs = Inputs.read(config, analysed=analysed)
         if rows is not None:
             for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
                 _check_disjoint(rows, cfg.lora_model_dir, excluded, path)

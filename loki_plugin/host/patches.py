@@ -1,7 +1,7 @@
 """What is changed in Axolotl itself.
 
-Our log is shown, merging a LoKI run and saving a sharded one is ours, and evaluating one says that
-it evaluates.
+Our log is shown, merging a LoKI run and saving a sharded one is ours, evaluating one says that it
+evaluates, and what an earlier run left in a class of attention does no harm.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import logging
 import sys
 from contextvars import ContextVar
 from pathlib import Path
+from types import MethodType
+
+from torch import nn
 
 from .. import ranks
 
@@ -94,6 +97,24 @@ def take_over_sharded_saving() -> None:
 
     save_fsdp2_lora_adapter.saves_loki = True  # type: ignore[attr-defined]
     shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
+
+
+def mend_attention(model: nn.Module) -> None:
+    """Let a model attend though an earlier LoRA run of this process has changed its class.
+
+    With `lora_qkv_kernel` or `lora_o_kernel` Axolotl rewrites the forward of the attention class,
+    for good, so that it calls `apply_qkv` and `apply_o`; but only the models of such runs get
+    these. Here they are Axolotl's own plain ones.
+    """
+    for module in model.modules():
+        if not hasattr(type(module), "_original_forward") or hasattr(module, "apply_qkv"):
+            continue
+        from axolotl.monkeypatch import lora_kernels as kernels
+
+        plain = getattr(module, "v_proj", None) is not None
+        qkv = kernels.original_apply_qkv if plain else kernels.original_apply_qkv_optional_v
+        module.apply_qkv = MethodType(qkv, module)
+        module.apply_o = MethodType(kernels.original_apply_o, module)
 
 
 _EVALUATING = ContextVar("evaluating", default=False)

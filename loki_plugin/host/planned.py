@@ -13,6 +13,7 @@ from ..estimating.planned import Planned
 from .sharding import SPREADING
 
 _FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy")
+_ON_BY_DEFAULT = "CutCrossEntropyPlugin"  # the plugin, with its key or without
 
 
 def planned(run: Mapping[str, Any]) -> Planned:
@@ -55,8 +56,16 @@ def planned(run: Mapping[str, Any]) -> Planned:
         checkpointing=bool(value("gradient_checkpointing")),
         optimizer=getattr(optimizer, "value", optimizer),
         adapter_dtype=dtype if kept else torch.float32,
-        logits=not any(run.get(key) for key in _FUSED_LOSSES),
+        logits=not _fused_loss(run),
     )
+
+
+def _fused_loss(run: Mapping[str, Any]) -> bool:
+    """Whether the loss is computed without the logits of all tokens at once."""
+    names = [str(plugin).rpartition(".")[2] for plugin in run.get("plugins") or []]
+    if _ON_BY_DEFAULT in names and run.get("cut_cross_entropy") is None:
+        return True
+    return any(run.get(key) for key in _FUSED_LOSSES)
 
 
 def not_counted(run: Mapping[str, Any]) -> list[str]:
@@ -67,6 +76,8 @@ def not_counted(run: Mapping[str, Any]) -> list[str]:
         found.append(f"{', '.join(spread)}: memory is that of one GPU that holds everything")
     if run.get("rl"):
         found.append(f"rl: {run['rl']}: counted as plain fine-tuning on the same number of tokens")
+    if run.get("quantize_moe_experts"):
+        found.append("quantize_moe_experts: routed experts are counted as not quantised")
     if ((run.get("loki") or {}).get("attribution") or {}).get("path") == "sequence":
         found.append("attribution.path: sequence: counted as `token`, which is many times faster")
     text = ((run.get("loki") or {}).get("protect") or {}).get("text")

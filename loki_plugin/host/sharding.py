@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import nn
 
 from .. import ranks
 from ..args import ProtectArgs
 from ..model.loading import is_loaded
+from .telling import Line
 
 _INSTEAD = (
     "DDP (several GPUs and neither `fsdp` nor `deepspeed`), with `load_in_4bit: true` where the"
@@ -31,28 +33,44 @@ _PATIENCE = 6 * 3600  # seconds
 
 
 # What was proved under FSDP2, on CPU ranks, stands in docs/ways.md; all else is refused.
-_NOT_WITH_FSDP2 = {
-    "fsdp": "the settings of FSDP2 stand in `fsdp_config`",
-    "load_in_4bit": "only 16/32-bit bases were proved under FSDP2",
-    "load_in_8bit": "only 16/32-bit bases were proved under FSDP2",
-    "rl": "preferences were not proved under FSDP2",
-    "context_parallel_size": "it was not proved under FSDP2",
-    "dp_replicate_size": "it was not proved under FSDP2",
-    "expert_parallel_size": "it was not proved under FSDP2",
-    "fp32_norms": "it was not proved under FSDP2",
-    "torch_compile": "it was not proved under FSDP2",
-    "load_best_model_at_end": "loading a checkpoint was not proved under FSDP2",
-    "early_stopping_patience": "loading the best checkpoint was not proved under FSDP2",
+_UNDER_DDP = (
+    "take `fsdp_version` and `fsdp_config` out and it trains under DDP, on as many GPUs as there"
+    " are, each with the whole base"
+)
+_QUANTISED = (
+    f"only 16/32-bit bases were proved under FSDP2; {_UNDER_DDP}; or set it to false, with"
+    " `adapter: loki` or `lora` in place of `qlora`"
+)
+_NOT_PROVED = f"it was not proved under FSDP2; remove it, or {_UNDER_DDP}"
+NOT_WITH_FSDP2 = {
+    "fsdp": "the settings of FSDP2 stand in `fsdp_config`; remove it",
+    "load_in_4bit": _QUANTISED,
+    "load_in_8bit": _QUANTISED,
+    "rl": f"preferences were not proved under FSDP2; {_UNDER_DDP}",
+    "context_parallel_size": _NOT_PROVED,
+    "dp_replicate_size": _NOT_PROVED,
+    "expert_parallel_size": _NOT_PROVED,
+    "fp32_norms": _NOT_PROVED,
+    "torch_compile": _NOT_PROVED,
+    "load_best_model_at_end": "loading a checkpoint was not proved under FSDP2; remove it",
+    "early_stopping_patience": "loading the best checkpoint was not proved under FSDP2; remove it",
 }
 _NOT_IN_FSDP_CONFIG = {
-    "activation_checkpointing": "use `gradient_checkpointing: true`",
-    "offload_params": "it was not proved",
-    "mixed_precision_policy": "it was not proved; `bf16: true` sets one",
+    "offload_params": "it was not proved; remove it",
+    "mixed_precision_policy": "it was not proved; remove it, `bf16: true` sets one",
 }
-_IN_FSDP_CONFIG = {
+_IN_FSDP_CONFIG: dict[str, str | bool] = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "cpu_ram_efficient_loading": True,
     "reshard_after_forward": True,
+}
+# What is set for the user, and said: keys of the YAML, and what becomes of them.
+OVERRIDDEN_WITH_FSDP2 = {
+    "fsdp_config": "`cpu_ram_efficient_loading` and `reshard_after_forward`, where they are not"
+    " set, are true; `activation_checkpointing` becomes `gradient_checkpointing`",
+    "gradient_checkpointing": "true, where `fsdp_config.activation_checkpointing` is",
+    "gradient_checkpointing_kwargs": "then `{use_reentrant: false}`, where it is not set",
+    "save_only_model": "true where checkpoints are saved: they hold the adapter alone",
 }
 
 
@@ -61,6 +79,44 @@ def is_fsdp2(cfg) -> bool:
     given = _fsdp_config(cfg)
     version = cfg.get("fsdp_version") or given.get("fsdp_version") or given.get("version")
     return bool(given) and str(version) == "2"
+
+
+def fsdp2_overrides(cfg) -> tuple[dict[str, Any], list[Line]]:
+    """The keys that an FSDP2 run gets, as they were proved, and lines that say so.
+
+    Where a key is set to something else, `fsdp_faults` refuses it.
+    """
+    changes: dict[str, Any] = {}
+    given, inside, lines = _fsdp_config(cfg), dict(cfg["fsdp_config"]), []
+
+    def told(key: str, before: Any, now: str) -> None:
+        lines.append(("overrides", f"{key} = {before!r}: {now}"))
+
+    for key in ("cpu_ram_efficient_loading", "reshard_after_forward"):
+        if given.get(key) is None:
+            inside[key] = True
+            told(f"fsdp_config.{key}", None, "now True, as it was proved")
+    if given.get("activation_checkpointing"):
+        inside = {k: v for k, v in inside.items() if not k.endswith("activation_checkpointing")}
+        changes["gradient_checkpointing"] = cfg.get("gradient_checkpointing") or True
+        if not cfg.get("gradient_checkpointing_kwargs"):  # FSDP's own are not reentrant
+            changes["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        told(
+            "fsdp_config.activation_checkpointing", True,
+            "now `gradient_checkpointing: true`, as it was proved",
+        )  # fmt: skip
+    if inside != dict(cfg["fsdp_config"]):
+        changes["fsdp_config"] = inside
+    if _saves(cfg) and not cfg.get("save_only_model"):
+        changes["save_only_model"] = True
+        why = "checkpoints hold the adapter alone, for resuming was not proved under FSDP2"
+        told("save_only_model", cfg.get("save_only_model"), f"now True: {why}")
+    return changes, lines
+
+
+def _saves(cfg) -> bool:
+    every = cfg.get("save_steps") or cfg.get("saves_per_epoch")
+    return bool(every or cfg.get("save_strategy") != "no")
 
 
 def fsdp_faults(cfg, protect: ProtectArgs) -> list[str]:
@@ -82,20 +138,23 @@ def fsdp_faults(cfg, protect: ProtectArgs) -> list[str]:
     sizes = ("context_parallel_size", "dp_replicate_size", "expert_parallel_size")
     faults = [
         f"  {key}: {why}"
-        for key, why in _NOT_WITH_FSDP2.items()
+        for key, why in NOT_WITH_FSDP2.items()
         if cfg.get(key) and not (key in sizes and cfg[key] == 1)
     ]
     faults += [
         f"  fsdp_config.{k}: {why}" for k, why in _NOT_IN_FSDP_CONFIG.items() if given.get(k)
     ]
     faults += [
-        f"  fsdp_config.{key}: FSDP2 was proved with {value} only, got {given.get(key)}"
+        f"  fsdp_config.{key}: FSDP2 was proved with {value} only, got {given.get(key)};"
+        f" set it to {str(value).lower() if value is True else value}"
         for key, value in _IN_FSDP_CONFIG.items()
         if given.get(key) != value
     ]
     checkpointing = cfg.get("gradient_checkpointing")
     if checkpointing and checkpointing is not True:
-        faults.append(f"  gradient_checkpointing: {checkpointing} was not proved under FSDP2")
+        faults.append(
+            f"  gradient_checkpointing: {checkpointing} was not proved under FSDP2; set true"
+        )
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if protect.anchor and checkpointing and kwargs.get("use_reentrant") is not False:
         # Measured: with reentrant checkpoints the gradient of the first pass is lost.
@@ -105,15 +164,15 @@ def fsdp_faults(cfg, protect: ProtectArgs) -> list[str]:
             " `gradient_checkpointing_kwargs: {use_reentrant: false}`"
         )
     if protect.soft:
-        faults.append("  loki.protect.soft: soft directions were not proved under FSDP2")
-    saves = cfg.get("save_steps") or cfg.get("saves_per_epoch") or cfg.get("save_strategy") != "no"
-    if saves and not cfg.get("save_only_model"):
         faults.append(
-            "  save_strategy: resuming was not proved under FSDP2; set `save_only_model: true`, and"
-            " checkpoints hold the adapter alone, or `save_strategy: 'no'`"
+            "  loki.protect.soft: soft directions were not proved under FSDP2;"
+            " take `inputs` or `directions` without it"
         )
     if not _saver_is_known():
-        faults.append("  fsdp_version: this version of Axolotl saves FSDP2 adapters in another way")
+        faults.append(
+            "  fsdp_version: this version of Axolotl saves FSDP2 adapters in another way;"
+            f" {_UNDER_DDP}"
+        )
     return faults
 
 

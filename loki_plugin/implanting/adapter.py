@@ -38,7 +38,8 @@ def check_rank(rank: int | None, fullest: int) -> None:
     if rank is not None and not 1 <= rank < fullest:
         raise ValueError(
             f"rank = {rank}, but {fullest} rows train per layer; a low-rank update needs"
-            f" 1 <= rank < {fullest}. Leave `rank` out for the dense form"
+            f" 1 <= rank < {fullest}. Take a smaller rank (`loki.rank`, or `lora_r`) or a larger"
+            " quota, or leave it out for the dense form (`adapter: loki`)"
         )
 
 

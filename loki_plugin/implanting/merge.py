@@ -16,11 +16,9 @@ from ..rows import FILE_NAME, Made, RowSelection, union
 from .adapters import Adapter, Opened, check_disjoint, opened
 from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
+from .tokenizer_files import write_tokenizer
 from .vocabulary import check_tokenizer, copy_model, new_rows
 
-# Training may have saved newer ones than the base's.
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-              "merges.txt", "chat_template.jinja", "*.model")  # fmt: skip
 _MUCH = 0.1  # of the update
 
 
@@ -72,6 +70,7 @@ class MergeReport:
         new_tokens: by how many tokens the embeddings grew.
         rounding: what the checkpoint's dtype could not hold.
         dtype: of the checkpoint's down-projections.
+        companions: what became of the files beside the weights, in words.
     """
 
     output: Path
@@ -82,6 +81,7 @@ class MergeReport:
     new_tokens: int
     rounding: Rounding
     dtype: str
+    companions: list[str]
     linears: int = 0
 
     def text(self) -> str:
@@ -95,6 +95,7 @@ class MergeReport:
         ]
         if self.new_tokens:
             lines.append(f"the embeddings grew by {self.new_tokens} tokens")
+        lines += self.companions
         if self.rounding.lost_share > _MUCH:
             lines.append(
                 "much of what was learned is too small for this dtype: train longer or with a"
@@ -134,8 +135,9 @@ def merge_adapters(
     that all other bytes are the base's by construction; at most one layer's rows are in memory.
     The sum is made in float32 (float64 for a float64 checkpoint) and rounded once to the
     checkpoint's dtype. Embeddings to which training added tokens get their rows behind the base's
-    own. A half-written model never stands at `output`. The tokenizer is the one of the adapter
-    that adds tokens, else the first one's.
+    own. A half-written model never stands at `output`. Files beside the weights keep their bytes
+    but for what the tokenizer of the adapter that adds tokens, else of the first one, needs; see
+    `write_tokenizer`.
 
     Args:
         adapters: each trained on `base`, on rows of its own. The result does not depend on their
@@ -167,7 +169,7 @@ def merge_adapters(
         check_tokenizer(source, found, grown)
         partial.mkdir(parents=True)
         copy_model(found, partial, grown, progress)
-        _copy_tokenizer(source, partial)
+        companions = write_tokenizer(found.folder, source, partial, base.trust_remote_code)
         stored = tensors(partial)
         layers = [i for i, rows in enumerate(selection.rows) if len(rows)]
         for i in tqdm(layers, desc="loki: merging layers", disable=not progress):
@@ -195,6 +197,7 @@ def merge_adapters(
             max(map(len, grown.values()), default=0),
             rounding,
             found.stored[found.down[0]].dtype,
+            companions,
             len(selection.linears),
         )
         _with_merge(selection, report, base).save(partial / FILE_NAME)
@@ -259,13 +262,6 @@ def _with_merge(selection: RowSelection, report: MergeReport, base: Base) -> Row
         "unchanged": report.rounding.unchanged_share,
     }
     return replace(selection, made=Made(**{**selection.made, "merge": merge}))
-
-
-def _copy_tokenizer(adapter: Path, target: Path) -> None:
-    for pattern in _TOKENIZER:
-        for file in adapter.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
 
 
 def _write_rows(

@@ -56,17 +56,19 @@ def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype)
 
 def test_optimizer_states_are_exact():
     import bitsandbytes as bnb
+    from axolotl.contribs.mit.muon import Muon
 
-    shapes = [(5, 800), (7, 800), (3, 9)]
+    shapes = [(5, 800), (7, 800), (8, 1024), (3, 9)]
     for dtype in (torch.float32, torch.bfloat16):
         for name, make in (
             ("adamw_torch", torch.optim.AdamW),
             ("adamw_bnb_8bit", bnb.optim.AdamW8bit),
             ("lion_8bit", bnb.optim.Lion8bit),
             ("sgd", torch.optim.SGD),
+            ("muon", Muon),
         ):
             weights = [torch.nn.Parameter(torch.ones(*s, dtype=dtype)) for s in shapes]
-            optimizer = make(weights, lr=0.1)
+            optimizer = make(**{"muon_params" if make is Muon else "params": weights, "lr": 0.1})
             for weight in weights:
                 weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -79,6 +81,28 @@ def test_optimizer_states_are_exact():
             said = state_bytes(name, [w.numel() for w in weights], dtype)
             assert said == held, (name, dtype)
     assert state_bytes("of my own", [3], torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_states_of_torchao_are_exact(kind, dtype):
+    """As its step makes them; the step itself is compiled, which takes minutes."""
+    import torchao.optim
+
+    weights = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (4000, 5600, 8192, 27)]
+    optimizer = getattr(torchao.optim, kind)(weights, lr=0.1)
+    states = [optimizer._new_buffer(w, signed) for w in weights for signed in (True, False)]
+    parts = [
+        getattr(state, name) if hasattr(state, "codes") else state
+        for state in states
+        for name in (("codes", "scale") if hasattr(state, "codes") else ("itself",))
+    ]
+    assert any(p.dtype == torch.float32 and p.numel() < 100 for p in parts)  # scales
+    held = sum(part.numel() * part.element_size() for part in parts)
+    short = kind.removeprefix("AdamW").lower()
+    for name in (f"adamw_torch_{short}", f"ao_adamw_{short}"):
+        if name != "adamw_torch_fp8":  # transformers has none
+            assert state_bytes(name, [w.numel() for w in weights], dtype) == held, name
 
 
 def test_a_family_without_weights_has_the_bytes_of_its_weights(tmp_path):
@@ -156,13 +180,20 @@ def test_where_only_the_length_can_change_the_shortest_is_told(big, tmp_path):
 
 def test_a_folder_without_a_tokenizer_gives_none_that_knows_no_word(big, tmp_path):
     """transformers makes an empty tokenizer for a Qwen that has only its configuration."""
-    from transformers import Qwen3Config
+    from transformers import Gemma3TextConfig, Qwen3Config
 
     Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(
         tmp_path / "qwen"
     )
     facts = asked(big | {"base_model": str(tmp_path / "qwen")}, tmp_path, "--json")
     assert facts["assumed"] == ["the tokenizer is not here: prompts of 200 tokens"]
+    # And one that takes every word for the unknown one for a Gemma.
+    Gemma3TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16
+    ).save_pretrained(tmp_path / "gemma")
+    facts = asked(big | {"base_model": str(tmp_path / "gemma")}, tmp_path, "--json")
+    assert facts["assumed"] == ["the tokenizer is not here: prompts of 200 tokens"]
+    assert facts["analysis"]["longest_prompt_tokens"] == 200
 
 
 def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
@@ -203,11 +234,21 @@ def test_a_fused_loss_makes_no_logits_and_what_is_left_out_is_said(big, tmp_path
     plain = asked(big, tmp_path, "--json")["training"]["activations_bytes"]["loss"]
     fused = asked(big | {"cut_cross_entropy": True}, tmp_path, "--json")["training"]
     assert fused["activations_bytes"]["loss"] == plain - 12 * 2048 * 128256
-    run = big | {"rl": "dpo", "deepspeed": {"zero_optimization": {"stage": 2}}}
+    # The plugin switches it on by itself.
+    plugin = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+    for key, saved in ((None, True), (True, True), (False, False)):
+        run = big | {"plugins": [*big["plugins"], plugin], "cut_cross_entropy": key}
+        loss = asked(run, tmp_path, "--json")["training"]["activations_bytes"]["loss"]
+        assert (loss == fused["activations_bytes"]["loss"]) == saved, key
+    run = big | {
+        "rl": "dpo",
+        "quantize_moe_experts": True,
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
     run["loki"] = {"attribution": {"path": "sequence"}}
     assumed = asked(run, tmp_path, "--json")["assumed"]
     assert [line.split(":")[0] for line in assumed] == [
-        "deepspeed", "rl", "attribution.path", "the tokenizer is not here",
+        "deepspeed", "rl", "quantize_moe_experts", "attribution.path", "the tokenizer is not here",
     ]  # fmt: skip
 
 

@@ -146,6 +146,8 @@ def merge_and_verify(run_config, base, selection, tmp_path):
     result = CliRunner().invoke(loki, ["merge", str(config)])
     assert result.exit_code == 0, result.output
     assert_only_rows_changed(base, out / "merged", selection)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / "merged" / name).read_bytes() == (base / name).read_bytes(), name
     result = CliRunner().invoke(
         loki, ["verify", str(base), str(out / "merged"), "--rows", str(out / "loki_rows.json")]
     )

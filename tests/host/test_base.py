@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from loki_plugin.host.base import check_stored
+from loki_plugin.host.base import check_base, check_stored
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -162,3 +163,19 @@ def test_the_commands_say_the_same(on_the_hub, tmp_path, command):
     file.write_text(yaml.safe_dump(run_on(f"{on_the_hub}/llama")))
     result = CliRunner().invoke(loki, [command, str(file)])
     assert result.exit_code == 0, result.output
+
+
+def test_a_quantised_base_that_could_not_be_trained_anyway_says_both(tmp_path):
+    """gpt-oss: its whole weights would be refused for their routed experts."""
+    from axolotl.utils.dict import DictDefault
+    from transformers import GptOssConfig
+
+    sizes = TEXT | {"head_dim": 8, "num_local_experts": 4}
+    config = GptOssConfig(**sizes, quantization_config={"quant_method": "mxfp4"})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'mxfp4', stored as 16 bits neither: .*routed experts"):
+        check_base(DictDefault({"base_model": str(tmp_path)}))
+    llama = LlamaConfig(**TEXT, quantization_config={"quant_method": "gptq", "bits": 4})
+    llama.save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="'gptq': rows cannot be merged into it. Train on the 16"):
+        check_base(DictDefault({"base_model": str(tmp_path / "llama")}))

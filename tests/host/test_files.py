@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,50 @@ def test_a_missing_file_ends_training_before_the_model_loads(
     run_config["loki"] = block
     with pytest.raises(ValueError, match=message):
         train(run_config)
+
+
+@pytest.mark.parametrize("case", ["below a file", "a file", "not ours"])
+def test_a_cache_that_cannot_be_written_is_named_before_the_model_loads(
+    run_config, train, no_model, tmp_path, case
+):
+    (tmp_path / "file").write_text("mine")
+    # Root may write into every folder but this one.
+    place = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "cache"}
+    folder = place.get(case, Path("/proc"))
+    run_config["loki"]["cache_dir"] = str(folder)
+    with pytest.raises(
+        ValueError, match=f"cache folder '{folder}' cannot be written .*set `loki.cache_dir`"
+    ):
+        train(run_config)
+
+
+AS_ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from loki_plugin.analysing.calibration.prompts import Calibration
+from loki_plugin.analysing.scores.cache import check_cache, open_log
+
+os.umask(0o022)
+folder, mark = Path(sys.argv[1]), dict.fromkeys(("config", "identity", "weights", "quantisation"))
+open_log(folder, mark, Calibration([], 0, "x"), {}, 2, 8, "m")
+folder.chmod(0o555)
+if os.getuid() == 0:
+    os.setuid(65534)
+check_cache(str(folder))
+open_log(folder, mark, Calibration([], 0, "x"), {}, 2, 8, "m")
+print("served")
+open_log(folder, mark, Calibration([], 0, "x"), {"steps": 3}, 2, 8, "m")
+"""
+
+
+def test_a_cache_that_can_only_be_read_serves_what_is_in_it():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        Path(folder).chmod(0o755)
+        command = [sys.executable, "-c", AS_ANOTHER_USER, f"{folder}/cache"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        Path(folder, "cache").chmod(0o755)
+    assert done.stdout == "served\n"
+    assert f"ValueError: the cache folder '{folder}/cache' cannot be written" in done.stderr
 
 
 @pytest.mark.parametrize(

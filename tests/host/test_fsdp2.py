@@ -5,6 +5,7 @@ Only the device is another one than on GPUs, see helpers/fsdp2_on_cpu.py.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from loki_plugin.host import settings
 from loki_plugin.host.files import Files
 from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.protecting.reading import leakage
@@ -92,11 +94,9 @@ def sharded(run_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"load_in_4bit": True}, "load_in_4bit: only 16/32-bit bases"),
+        ({"load_in_4bit": True}, "load_in_4bit: only 16/32-bit bases .* it trains under DDP"),
         ({"load_in_8bit": True}, "load_in_8bit: only 16/32-bit bases"),
         ({"rl": "dpo"}, "rl: preferences were not proved under FSDP2"),
-        ({"save_only_model": False, "save_strategy": "epoch"}, "save_strategy: resuming was not"),
-        ({"save_only_model": False, "save_steps": 2}, "save_strategy: resuming was not"),
         ({"dp_replicate_size": 2}, "dp_replicate_size: it was not proved"),
         ({"gradient_checkpointing": "offload"}, "gradient_checkpointing: offload was not proved"),
         (
@@ -126,7 +126,6 @@ def test_a_wrong_block_is_named(run_config):
     [
         ({"offload_params": True}, "fsdp_config.offload_params: it was not proved"),
         ({"fsdp_offload_params": True}, "fsdp_config.offload_params: it was not proved"),
-        ({"activation_checkpointing": True}, "activation_checkpointing: use `gradient_check"),
         ({"cpu_ram_efficient_loading": False}, "proved with True only, got False"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "proved with TRANSFORMER_BASED_WRAP only"),
     ],
@@ -135,6 +134,59 @@ def test_other_ways_of_sharding_are_refused(sharded, change, message):
     sharded["fsdp_config"] |= change
     with pytest.raises(ValueError, match=message):
         load(sharded)
+
+
+@pytest.mark.parametrize("prefix", ["", "fsdp_"])
+def test_what_can_be_set_for_the_user_is_set_and_said(sharded, prefix):
+    """About 50 of Axolotl's own FSDP2 examples want nothing else."""
+    sharded["fsdp_config"] = {
+        f"{prefix}auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        f"{prefix}transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        f"{prefix}activation_checkpointing": True,
+    }
+    sharded["save_strategy"] = "epoch"
+    del sharded["save_only_model"]
+    before = copy.deepcopy(sharded)
+    kept = settings.remember(sharded)
+    lines = [text for _, text in settings.prepare(sharded)]
+    assert sharded["save_only_model"] is True and sharded["gradient_checkpointing"] is True
+    assert sharded["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    assert sharded["fsdp_config"] == {
+        f"{prefix}auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        f"{prefix}transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "cpu_ram_efficient_loading": True,
+        "reshard_after_forward": True,
+    }
+    for said in (
+        "fsdp_config.cpu_ram_efficient_loading = None: now True",
+        "fsdp_config.reshard_after_forward = None: now True",
+        "fsdp_config.activation_checkpointing = True: now `gradient_checkpointing: true`",
+        "save_only_model = None: now True: checkpoints hold the adapter alone",
+    ):
+        assert any(line.startswith(said) for line in lines), (said, lines)
+    once = copy.deepcopy(sharded)
+    assert settings.prepare(sharded) == [
+        ("sharding", "FSDP2: has run on CPU ranks only, see docs/ways.md")
+    ]
+    assert sharded == once
+    settings.restore(sharded, kept)
+    assert sharded == before
+    cfg = load(sharded)  # and Axolotl takes what was set
+    assert cfg.save_only_model is True and cfg.gradient_checkpointing is True
+    assert cfg.fsdp_config.cpu_ram_efficient_loading is True
+
+
+def test_every_refusal_says_what_to_do(sharded):
+    """Under a heading that says so."""
+    sharded |= {"load_in_8bit": True, "rl": "dpo", "torch_compile": True, "peft_use_dora": True}
+    sharded["fsdp_config"] |= {"offload_params": True, "cpu_ram_efficient_loading": False}
+    sharded["fsdp_config"].pop("auto_wrap_policy")
+    with pytest.raises(ValueError, match="each line says what to do:") as raised:
+        settings.prepare(sharded)
+    lines = str(raised.value).splitlines()[1:]
+    assert len(lines) >= 7
+    for line in lines:
+        assert any(do in line for do in ("remove it", "set it to", "take ", "set ")), line
 
 
 def test_another_way_of_saving_is_refused(sharded, monkeypatch):

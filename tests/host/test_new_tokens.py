@@ -108,6 +108,11 @@ def test_new_tokens_train_the_rows_and_nothing_else(
     assert torch.equal(merged.get_input_embeddings().weight, embeddings)
     assert merged.config.vocab_size == len(tokenizer) == len(old) + count
     tokens = ["<|new_pad|>"] if added is PAD else ["<|im_start|>", "<|im_end|>"]
+    if added is CHATML:  # the base ends its texts with another token
+        end = tokenizer.eos_token_id
+        assert tokenizer.eos_token == "<|im_end|>" and merged.config.eos_token_id == end
+        assert merged.generation_config.eos_token_id[0] == end
+        assert f"generation_config.json: eos_token_id is [{end}, " in result.output
     ids = sorted(tokenizer.convert_tokens_to_ids(tokens))
     assert ids == [len(old) + i for i in range(count)]
     ids = torch.tensor([[5, 6, len(old)]])
@@ -126,12 +131,13 @@ def test_new_tokens_train_the_rows_and_nothing_else(
     assert torch.equal(models[1][1], embeddings)  # those that the adapter brought
 
 
-def test_embeddings_that_axolotl_wants_listed_do_not_train(run_config):
+def test_embeddings_that_axolotl_wants_listed_do_not_train(run_config, our_log):
     listed = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
-    cfg = load(run_config | {"tokens": ["<x>"]} | listed)
-    assert cfg.lora_modules_to_save == EMBEDDINGS
-    with pytest.raises(ValueError, match="lora_modules_to_save: it trains whole"):
-        load(run_config | listed)
+    said = "lora_modules_to_save = ['embed_tokens', 'lm_head']: whole modules do not train"
+    for more, now in (({"tokens": ["<x>"]}, EMBEDDINGS), ({}, None)):
+        our_log.clear()
+        assert load(run_config | listed | more).lora_modules_to_save == now
+        assert said in our_log.text
     listed["lora_modules_to_save"].append("q_proj")
-    with pytest.raises(ValueError, match="lora_modules_to_save: it trains whole"):
-        load(run_config | {"tokens": ["<x>"]} | listed)
+    load(run_config | listed)
+    assert "'lm_head', 'q_proj']: whole modules do not train" in our_log.text

@@ -8,7 +8,7 @@ import json
 import pytest
 from helpers.axolotl import load, load_after
 
-from loki_plugin.host import settings
+from loki_plugin.host import options, settings
 
 FORMS = {
     "dense": {"adapter": "loki"},
@@ -98,6 +98,16 @@ def test_a_refused_configuration_is_left_as_it_was():
         ({"lora_exclude_modules": ["0"]}, "lora_exclude_modules: use `loki.exclude`"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: it spreads the rows"),
         ({"optimizer": "polora"}, "optimizer: polora works on pairs"),
+        ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp: it replaces the MLPs.*; remove it"),
+        (
+            {"plugins": ["loki", "axolotl.integrations.diffusion.DiffusionPlugin"]},
+            "plugins: axolotl.integrations.diffusion.DiffusionPlugin: .*; take it out",
+        ),
+        (
+            {"model_quantization_config": "Mxfp4Config"},
+            "gpt-oss, whose layers have routed experts only; .* Take a dense model",
+        ),
+        ({"adapter": "qlora", "lora_r": 8}, "adapter: qlora .*; set `load_in_4bit: true`, or"),
         ({"lr_groups": [1], "loki": {"lr_scale": 2}}, "lr_groups: its rates are absolute"),
         ({"deepspeed": {"optimizer": {"type": "AdamW"}}}, "deepspeed: .* defines an `optimizer`"),
         (
@@ -118,3 +128,46 @@ def test_a_deepspeed_file_is_read(tmp_path):
         settings.prepare({"adapter": "loki", "deepspeed": str(file)})
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     settings.prepare({"adapter": "loki", "deepspeed": str(file)})
+
+
+def test_every_key_that_is_refused_says_what_to_do():
+    config = dict.fromkeys(options.REFUSED, "x") | {"adapter": "loki"}
+    with pytest.raises(ValueError, match="each line says what to do:") as raised:
+        settings.prepare(config)
+    lines = str(raised.value).splitlines()[1:]
+    assert len(lines) == len(options.REFUSED)
+    assert all(line.endswith("; remove it") or "; take " in line for line in lines)
+
+
+def test_parameters_of_the_base_do_not_train_though_the_yaml_says_so(run_config, our_log):
+    """Gemma 3's own QLoRA examples; Axolotl would freeze and unfreeze behind the adapter."""
+    run_config["unfrozen_parameters"] = ["model.embed_tokens.weight"]
+    cfg = load(run_config)
+    assert not cfg.unfrozen_parameters
+    assert (
+        "unfrozen_parameters = ['model.embed_tokens.weight']: now None, for param" in our_log.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": "2e-4"}, "learning_rate = 0.0002 is kept, a rate of LoRA"),
+        ({"learning_rate": 1e-4, "optimizer": "adamw_bnb_8bit"}, "learning_rate = 0.0001 is kept"),
+        ({"learning_rate": 1e-5, "loki": {"lr_scale": 20}}, "1e-05 x lr_scale 20 is kept"),
+        ({"learning_rate": 1e-5}, None),
+        ({"learning_rate": 2e-4, "loki": {"lr_scale": 0.05}}, None),
+        ({"learning_rate": 2e-4, "loki": {"rank": 8}}, None),
+        ({"learning_rate": 2e-4, "adapter": "lora", "lora_r": 8}, None),
+        ({"learning_rate": 2e-4, "optimizer": "sgd"}, None),
+        ({}, None),
+    ],
+)
+def test_a_rate_of_lora_in_the_dense_form_is_said(change, said):
+    config = {"adapter": "loki", "optimizer": "adamw_torch"} | change
+    rate = config.get("learning_rate")
+    told = [text for about, text in settings.prepare(config) if about == "rate"]
+    assert config.get("learning_rate") == rate
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]
+    assert settings.prepare(config) == []

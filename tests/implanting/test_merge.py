@@ -106,10 +106,10 @@ def test_the_merged_model_answers_as_the_adapter_does(tmp_path):
         assert torch.allclose(plain(input_ids=ids).logits, wanted, atol=1e-4)
 
 
-def test_companion_files_come_along_and_newer_tokenizers_win(tmp_path):
+def test_companion_files_come_along_and_a_tokenizer_that_cannot_be_read_is_the_runs(tmp_path):
     make(tmp_path)
     (tmp_path / "adapter" / "tokenizer_config.json").write_text('{"of": "training"}')
-    merged(tmp_path)
+    assert "tokenizer: the files are the run's, for it cannot be read" in merged(tmp_path).text()
     files = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "loki_rows.json"} <= files
     assert "adapter_config.json" not in files

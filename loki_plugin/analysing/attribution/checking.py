@@ -190,7 +190,7 @@ def _does_not_run(model: nn.Module, error: Exception) -> str:
     if "flash" in attention:
         advice = (
             f"It attends by '{attention}', which needs a GPU and the package flash-attn; give"
-            " `sdp_attention: true` in place of `flash_attention: true`"
+            " `attn_implementation: sdpa` (in place of `flash_attention: true`, if you have it)"
         )
     return (
         f"the model itself does not run on {device.type.upper()}, analysed or not"

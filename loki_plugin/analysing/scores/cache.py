@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,6 +76,44 @@ def cache_folder(given: str | None = None) -> Path:
     return Path(given or os.environ.get("LOKI_CACHE_DIR") or user_cache_dir("loki_plugin"))
 
 
+def why_not_writable(folder: Path) -> str | None:
+    """None where a file can be made in `folder`, which is made itself; else the reason."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_cache(given: str | None) -> None:
+    """Check, before a model is loaded, that its scores can be kept.
+
+    A cache of another user that can only be read is let through where something is in it, for
+    what is looked for may be there.
+
+    Raises:
+        ValueError: nothing can be written to it.
+    """
+    folder = cache_folder(given)
+    why = why_not_writable(folder)
+    if why is None:
+        return
+    with suppress(OSError):
+        if entries(folder):
+            return
+    raise ValueError(cannot_keep(folder, why))
+
+
+def cannot_keep(folder: Path, why: str) -> str:
+    """What to say of a folder that analyses cannot be kept in."""
+    return (
+        f"the cache folder '{folder}' cannot be written ({why}), and the scores of the analysis"
+        " are kept there; set `loki.cache_dir` in the YAML, or LOKI_CACHE_DIR, to a folder of"
+        " your own"
+    )
+
+
 def open_log(
     folder: Path,
     fingerprint: dict[str, str],
@@ -106,7 +146,12 @@ def open_log(
                 del manifest[field]
         with suppress(PermissionError):  # another user's
             os.utime(path)  # when it was last used
-    return ScoreLog(folder / key, manifest)
+    try:
+        return ScoreLog(folder / key, manifest)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # says what to do
+        raise ValueError(cannot_keep(folder, error.strerror or str(error))) from error
 
 
 def _key(manifest: dict[str, Any]) -> str:

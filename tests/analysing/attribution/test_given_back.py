@@ -70,6 +70,7 @@ def test_the_attention_setting_is_put_back(monkeypatch, attention, raises):
 def test_flash_attention_without_a_gpu_is_told_as_what_it_is():
     model = tiny("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"attends by 'flash_attention_2'.*`sdp_attention: true`"):
+    said = r"attends by 'flash_attention_2'.*`attn_implementation: sdpa`"
+    with pytest.raises(ValueError, match=said):
         run(model)
     assert model.config._attn_implementation == "flash_attention_2"
