@@ -65,7 +65,6 @@ class Data:
         if not path.is_file():
             raise ValueError(
                 f"'{path}' is missing; --data expects a folder as benchmarks/real/README.md"
-                " describes it (`python -m benchmarks.real data` makes one from public"
-                " repositories)"
+                " describes it, which names the public source of every file"
             )
         return path.read_text(encoding="utf-8")
