@@ -7,7 +7,6 @@ tokenizer, the task, and what may be known of the base.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from benchmarks.forgetting.building import (
 from benchmarks.real.lab import Lab
 from loki_plugin import implant
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.protecting.anchor import divergence
+from loki_plugin.protecting.anchor import Anchor
 
 
 @dataclass(frozen=True)
@@ -215,10 +214,11 @@ def extra_loss(model, arm: Arm, lab: Lab, count: int = 4, longest: int = 96):
     """weight · KL(base || tuned) on `count` texts in every step; None without an anchor."""
     if not arm.anchor:
         return None
-    pool = [ids[:longest] for ids in lab.texts(arm.anchored)]
-    draw = random.Random(f"anchor/{lab.seed}/{lab.draw}")
+    texts = [ids[:longest] for ids in lab.texts(arm.anchored)]
+    # It asks the base once per text and keeps the answer, as training does.
+    anchor = Anchor(texts, arm.anchor, count)
 
     def extra(step: int) -> torch.Tensor:
-        return arm.anchor * divergence(model, draw.sample(pool, count))
+        return anchor.weight * anchor.divergence(model, anchor.draw(step, lab.draw))
 
     return extra

@@ -37,14 +37,12 @@ class Kind:
         make: (data, tokenizer, random source, how many are tested) -> the task.
         loss: the held-out loss at which arms are compared.
         score: the held-out score at which they are compared; None: the base is too small for any.
-        steps: of a run.
         without: a kind of text that is the same source, and is not measured.
     """
 
     make: Callable[[Data, object, random.Random, int], Task]
     loss: float
     score: float | None
-    steps: int = 60
     without: str | None = None
 
 
