@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from benchmarks.real import bases, matching, probes, report, scoring, sweep, tasks
 from benchmarks.real.arms import ARMS
-from benchmarks.real.data import Data
+from benchmarks.real.data import DEFAULT, Data
 from benchmarks.real.lab import Lab
 from benchmarks.real.scoring import Asked, Reference, answers, loss_of, score
 
@@ -426,7 +428,7 @@ def test_the_bases_are_made_and_read_english(name):
 def test_on_a_real_base_protection_keeps_what_lora_loses(tmp_path):
     """The benchmark in small: the pipeline, and one ordering that is far outside noise."""
     real(NAME)
-    data = Data()
+    data = Data(Path(os.environ.get("LOKI_REAL_DATA") or DEFAULT))
     if not data.folder.is_dir():
         pytest.skip(f"the data folder '{data.folder}' is not there (benchmarks/real/README.md)")
     lab, file = Lab(NAME, data, "ci"), tmp_path / "real_ci.csv"
