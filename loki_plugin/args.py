@@ -315,6 +315,11 @@ class LokiConfig(_Block):
             raise ValueError(f"form is {self.form}, but rank is {self.rank}; leave `form` out")
         return self
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether an analysis says which rows train: not where they are given, drawn, or all."""
+        return self.rows is None and self.strategy != "random" and self.quota < 100
+
     @field_serializer("quota", when_used="json")
     def _plain_quota(self, value: Decimal) -> int | float:
         return plain_number(value)

@@ -26,7 +26,7 @@ from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
 from .model.loading import is_loaded
 from .rows import Made, RowSelection
-from .selecting.select import quota_to_count, select_rows
+from .selecting.select import quota_to_count, rows_without_scores, select_rows
 
 LOG = logging.getLogger("loki_plugin")
 _CONVERGENCE_PROMPTS = 8
@@ -38,6 +38,7 @@ def choose_rows(
     """Analyse `model` on the calibration prompts, or take its scores from the cache; select rows.
 
     Nothing is analysed for rows that no score decides (`strategy: random`, `quota: 100`).
+
     `inputs` are read now unless given.
 
     Under `torch.distributed` the ranks share the work and all return one selection, bit for bit.
@@ -75,6 +76,8 @@ def _choose(
         if not config.strategy.startswith("global"):  # there the fullest layer is still to be found
             check_rank(config.rank, count)
         excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
+        if not config.needs_scores:
+            return _without_scores(model, anatomy, config, excluded)
         check_analysable(anatomy)
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records
@@ -126,6 +129,24 @@ def _choose(
         "prompts_analysed": analysed,
     }
     return RowSelection(rows, anatomy.hidden_size, mark, made)
+
+
+def _without_scores(
+    model: nn.Module, anatomy: Anatomy, config: LokiConfig, excluded: list[RowSelection]
+) -> RowSelection:
+    """Drawn rows, or all: no prompt runs, so that any model will do that has rows."""
+    rows = rows_without_scores(
+        (anatomy.num_layers, anatomy.hidden_size),
+        config.quota,
+        config.strategy,
+        [s.rows for s in excluded],
+        config.seed,
+    )
+    made: Made = {
+        **config.model_dump(mode="json", include={"quota", "strategy", "exclude"}),
+        "seed": config.seed,
+    }
+    return RowSelection(rows, anatomy.hidden_size, fingerprint(model), made)
 
 
 def _together(workers: int) -> AbstractContextManager:

@@ -98,6 +98,29 @@ def select_rows(
     return [torch.from_numpy(m.nonzero()[0]) for m in chosen.reshape(election.shape)]
 
 
+def rows_without_scores(
+    shape: tuple[int, int],
+    quota: int | float | str | Decimal,
+    strategy: str,
+    exclude: Sequence[Sequence[Iterable[int]]] | None = None,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """What `select_rows` selects whatever the scores: `random`, or all rows (q = 100).
+
+    Args:
+        shape: (L, H).
+
+    Raises:
+        ValueError: as `select_rows`, or a selection that needs scores.
+    """
+    election = Election(shape, quota, strategy, exclude=exclude)
+    if strategy == "random":
+        return _random(election.blocked, election.count, seed)
+    if election.count < election.groups[1]:
+        raise ValueError(f"strategy {strategy!r} at a quota of {quota} % needs scores")
+    return [torch.arange(shape[1]) for _ in range(shape[0])]
+
+
 class Election:
     """Who stands against whom for how many places; `groups` are G contests of W rows each.
 
