@@ -80,8 +80,9 @@ def not_counted(run: Mapping[str, Any]) -> list[str]:
         found.append("quantize_moe_experts: routed experts are counted as not quantised")
     if ((run.get("loki") or {}).get("attribution") or {}).get("path") == "sequence":
         found.append("attribution.path: sequence: counted as `token`, which is many times faster")
-    text = ((run.get("loki") or {}).get("protect") or {}).get("text")
-    if text:
+    protect = (run.get("loki") or {}).get("protect") or {}
+    text = protect.get("text")
+    if text and protect.get("anchor"):
         found.append(f"protect.text: {text}: the anchor is counted with calibration prompts only")
     if text == SELF:
         found.append("protect.text: self: the time that the model takes to write is not counted")

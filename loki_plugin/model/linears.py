@@ -18,7 +18,8 @@ def other_linears(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
     """By name inside the model, in the model's order: every linear module of its decoder layers.
 
     Left out are down-projections, routed experts (transformers holds them as one parameter, which
-    is no module) and what routes to them.
+    is no module), what routes to them, and Mamba's `out_proj`, whose weight fused kernels read past
+    the module, and so past an adapter on it.
     """
     names = {id(module): name for name, module in model.named_modules()}
     down = {id(module) for module in anatomy.down}
@@ -31,7 +32,9 @@ def other_linears(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
             if linear_sizes(module) is None:
                 continue
             inside.append(local)
-            if id(module) not in down and not in_experts(local) and not _routes(layer, local):
+            if id(module) in down or in_experts(local):
+                continue
+            if not _routes(layer, local) and not _is_read_by_kernels(layer, local):
                 found[names[id(module)]] = module
     return found
 
@@ -40,6 +43,11 @@ def _routes(layer: nn.Module, local: str) -> bool:
     """Whether a linear stands beside routed experts: it says where a token goes."""
     parent: Any = layer.get_submodule(local.rpartition(".")[0])
     return isinstance(getattr(parent, "experts", None), nn.Module)
+
+
+def _is_read_by_kernels(layer: nn.Module, local: str) -> bool:
+    parent: Any = layer.get_submodule(local.rpartition(".")[0])
+    return kind_of(local) == "out_proj" and hasattr(parent, "A_log") and hasattr(parent, "D")
 
 
 def row_dim(module: nn.Module) -> int:

@@ -1,0 +1,31 @@
+"""Which linears there are besides the down-projections, by family."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.families import tiny
+
+from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.model.linears import kind_of, other_linears
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+GATED = {"gate_proj", "up_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("llama", ATTENTION | GATED),
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+        ("phi3", {"qkv_proj", "o_proj", "gate_up_proj"}),
+        ("qwen2_moe", ATTENTION | GATED),  # of the shared expert; its gate and the router stay
+        ("falcon_h1", ATTENTION | GATED | {"in_proj"}),
+    ],
+)
+def test_every_linear_but_experts_routers_and_what_kernels_read(family, kinds):
+    model = tiny(family)
+    anatomy = find_anatomy(model)
+    found = other_linears(model, anatomy)
+    assert {kind_of(name) for name in found} == kinds
+    assert not set(found) & set(anatomy.names)
+    assert all(model.get_submodule(name) is module for name, module in found.items())
