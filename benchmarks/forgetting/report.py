@@ -208,7 +208,8 @@ def _head(kept: dict) -> str:
     return (
         f"# Evidence\n\n## Real pretrained models\n\n{_real()}\n\n## Small worlds\n\nThe rest"
         " of this page is background: models of 0.5 and 10.5 million parameters that have learned"
-        " generated worlds. They tell orders, not sizes, and decide nothing about your model."
+        " generated worlds. They tell orders, not sizes, and decide nothing about your model. Their"
+        " protected inputs are those of version 0.6.0, whose moments were not normalised."
         f" Written by `{command('forgetting')}` from"
         f" `benchmarks/results/forgetting_*.csv`. {kept['machine']}.\n\n"
         f"{_base(kept['base'])} Calibration, anchors and protected inputs see half of the"

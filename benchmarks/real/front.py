@@ -87,9 +87,9 @@ def panels(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def picture(page: str, rows: list[Row]) -> str:
-    """The picture and what it shows."""
+    """The picture and what it shows; nothing without runs: the table's place says so."""
     if not panels(rows):
-        return NOTHING
+        return ""
     path = PICTURE if page == "README.md" else PICTURE.removeprefix("docs/")
     return (
         f"![Forgetting against task score]({path})\n\n"
