@@ -1,4 +1,4 @@
-"""What README and docs say is what the package accepts, what the results hold, and what is there."""
+"""What README and docs say is what the package accepts and what the results hold."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_the_command_is_one_that_runs(command):
     line, whole = command.text, command.whole
     words = [w for w in shlex.split(line) if not w.startswith("CUDA_VISIBLE_DEVICES=")]
     if not pages.STARTS.fullmatch(words[0]):
-        raise AssertionError(f"'{line}' is no command that is known here; output is a ```text block")
+        raise AssertionError(f"'{line}' is no known command; output is a ```text block")
     if command.why == "theirs":
         return
     if words[0] == "axolotl" and words[1:2] != ["loki"]:

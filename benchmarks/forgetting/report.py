@@ -117,9 +117,9 @@ def _in_short(columns: dict[str, Runs]) -> list[str]:
         " share of what LoRA r16 forgets there with the same seeds (number of seeds). Empty: not"
         " run. `-`: the score was not reached. The last line has LoRA's own figure.",
         table(_in_words(columns)),
-        "All arms that ran in three columns or more, by their names in the code. The mean is geometric, over what has been run, so that arms"
-        " that ran in few columns are to be compared column by column. Arms of one or two columns"
-        " are in the tables below.",
+        "All arms that ran in three columns or more, by their names in the code. The mean is"
+        " geometric, over what has been run, so that arms that ran in few columns are to be"
+        " compared column by column. Arms of one or two columns are in the tables below.",
         table(rows),
         *picture,
     ]

@@ -1,7 +1,8 @@
-"""What README and docs say of real models: marked blocks, filled from the results and nothing else.
+"""What README and docs say of real models: marked blocks, filled from the results alone.
 
-A page has `<!-- real:table -->` and `<!-- /real:table -->` where the table stands, and the same with
-`picture`. `python -m benchmarks.real report` fills them; a test fails while a page has another text.
+A page has `<!-- real:table -->` and `<!-- /real:table -->` where the table stands, and the same
+with `picture`. `python -m benchmarks.real report` fills them; a test fails while a page has another
+text.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def kept(folder: Path = RESULTS) -> list[Row]:
 
 
 def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
-    """Draw the picture and write the blocks of every page under `root`; returns what was written."""
+    """Draw the picture and write the blocks of every page under `root`; returns these files."""
     written = []
     if panels(rows):
         draw(rows, root / PICTURE, "task_score", panels(rows))
