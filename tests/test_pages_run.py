@@ -113,16 +113,15 @@ def test_a_reason_does_not_fit_any_command():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_questions():
-    """One in two dozen of the shipped questions, and few own texts, for every command here."""
-    read = sources._jsonl
+    """One in two dozen of the shipped questions, and short own texts, for every command here."""
+    read = sources.jsonl
 
     def some(text, name):
         rows = list(read(text, name))
         return rows[::24] if name == "builtin.jsonl" else rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_jsonl", some)
-        patch.setattr(preparing, "TEXT_COUNT", 12)
+        patch.setattr(sources, "jsonl", some)
         patch.setattr(preparing, "TEXT_TOKENS", 16)
         yield
 
