@@ -54,7 +54,8 @@ def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
     """Draw the picture and write the blocks of every page under `root`; returns these files."""
     written = []
     if panels(rows):
-        draw(rows, root / PICTURE, "task_score", panels(rows))
+        titles = {key: _title(*key) for key in panels(rows)}
+        draw(rows, root / PICTURE, "task_score", titles)
         written.append(root / PICTURE)
     for page in PAGES:
         path = root / page

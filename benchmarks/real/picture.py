@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.real.matching import CHOSEN_BY, Row, at, curves, goals
@@ -23,7 +23,7 @@ SHOWN = {
 }
 _LEARNED = {
     "task_loss": "held-out loss of the new task (learned: to the right)",
-    "task_score": "answers of the new task that are exactly right (learned: to the right)",
+    "task_score": "answers exactly right in the new task (learned: to the right)",
 }
 _PER_LINE, _FLOOR = 3, 1e-4
 
@@ -34,12 +34,13 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def draw(
-    rows: list[Row], path: Path, axis_of: str, panels: Sequence[tuple[str, str]] | None = None
+    rows: list[Row], path: Path, axis_of: str, titles: Mapping[tuple[str, str], str] | None = None
 ) -> None:
-    """The same against `task_loss` or `task_score`, of all (base, task) or of some of them."""
+    """The same against `task_loss` or `task_score`, of all (base, task) or of those with titles."""
     from matplotlib.figure import Figure
 
-    panels = panels or list(dict.fromkeys((r["base"], r["task"]) for r in rows))
+    titles = titles or {(r["base"], r["task"]): f"{r['base']}: {r['task']}" for r in rows}
+    panels = list(titles)
     lines, width = -(-len(panels) // _PER_LINE), min(len(panels), _PER_LINE)
     figure = Figure(figsize=(4.8 * width + 1, 4.2 * lines + 1.2), layout="constrained")
     axes = figure.subplots(lines, width, squeeze=False).flatten()
@@ -67,7 +68,7 @@ def draw(
         axis.set(
             xlabel=_LEARNED[axis_of],
             ylabel="forgetting: KL to the base on dialogues",
-            title=f"{base}: {task}",
+            title=titles[base, task],
             yscale="log",
         )
         if axis_of == "task_loss":
