@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 import loki_plugin
 from loki_plugin.args import LokiConfig
+from loki_plugin.choices import AUTO
 from loki_plugin.cli import loki
 from loki_plugin.host import options as tables
 from loki_plugin.host.sharding import NOT_WITH_FSDP2, OVERRIDDEN_WITH_FSDP2
@@ -36,6 +37,14 @@ KINDS = {
     bool: "true or false",
     NoneType: "null",
 }
+EXAMPLE = """\
+from loki_plugin import attribute, implant, input_directions, select_rows
+
+scores = attribute(model, input_ids, attention_mask)  # [B, L, H]
+rows = select_rows(scores, quota=10)  # L tensors of row indices
+directions = input_directions(model, input_ids, attention_mask, soft=True)  # L tensors, optional
+peft_model = implant(model, rows, protect=directions)
+"""
 # Sections of a docstring that list names; `Returns` and `Raises` are told as they stand.
 LISTS = ("Args:", "Attributes:")
 
@@ -46,6 +55,11 @@ def fields() -> str:
         NOTE + "# Every field of the `loki:` block\n\n"
         "Read from the model that checks your YAML (`loki_plugin/args.py`). An unknown field is an"
         " error. All faults of a block are shown at once.\n\n"
+        "The whole block, each field with its default; what you leave out has it too:\n\n"
+        f"```yaml\n{_full_block()}```\n\n"
+        "`quota` may be a decimal such as 2.5; it is exact. `protect` also takes one word:"
+        f" `protect: auto` is `protect: {{{_flow(AUTO)}}}`, and what stands beside `auto: true` in"
+        " the block counts; `protect: off`, the default, protects nothing.\n\n"
         "## `loki`\n\n" + _table(LokiConfig)
     ]
     for name, field in LokiConfig.model_fields.items():
@@ -55,6 +69,28 @@ def fields() -> str:
                 + _table(field.annotation)
             )
     return "\n".join(parts)
+
+
+def _full_block() -> str:
+    """The block as YAML with every default."""
+    lines = ["loki:"]
+    for name, field in LokiConfig.model_fields.items():
+        if name in INTERNAL:
+            continue
+        if _is_block(field):
+            inner = {n: _default(f) for n, f in field.annotation.model_fields.items()}  # type: ignore[union-attr]
+            lines += [f"  {name}:", *(f"    {n}: {_yaml(value)}" for n, value in inner.items())]
+        else:
+            lines.append(f"  {name}: {_yaml(_default(field))}")
+    return "\n".join(lines) + "\n"
+
+
+def _flow(block: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {_yaml(value)}" for name, value in block.items())
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)
 
 
 def _is_block(field: FieldInfo) -> bool:
@@ -70,7 +106,7 @@ def _table(block: type[BaseModel]) -> str:
             about = inspect.getdoc(field.annotation)
             row = (f"[`{name}`](#loki{name})", "block", "", about)
         else:
-            default = _yaml(field.get_default(call_default_factory=True))
+            default = _yaml(_default(field))
             row = (
                 f"`{name}`",
                 _type(field.annotation, field.metadata),
@@ -138,7 +174,9 @@ def python() -> str:
     """The public functions and classes, from their docstrings."""
     parts = [
         NOTE + "# Python\n\nWhat `loki_plugin` offers. Shapes: B prompts in a batch, N prompts in"
-        " all, T tokens, L layers, H rows per layer, I inputs, V vocabulary.\n"
+        " all, T tokens, L layers, H rows per layer, I inputs, V vocabulary.\n\n"
+        "It works with any trainer that takes a PEFT model:\n\n"
+        f"```python\n{EXAMPLE}```\n"
     ]
     for name in loki_plugin.__all__:
         what = getattr(loki_plugin, name)

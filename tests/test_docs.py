@@ -1,4 +1,4 @@
-"""What README and example configurations say is what the package accepts."""
+"""What README and docs say is what the package accepts and what the results hold."""
 
 from __future__ import annotations
 
@@ -11,33 +11,65 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from benchmarks.real import front
 from loki_plugin.args import LokiConfig
+from loki_plugin.choices import SELF
 from loki_plugin.cli import loki
 from loki_plugin.host import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [yaml.safe_load(b) for b in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)]
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
-def test_the_full_block_in_the_readme_is_every_field_with_its_default():
-    (full,) = [b["loki"] for b in BLOCKS if "report" in b["loki"]]
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_full_block_is_every_field_with_its_default():
+    (block,) = blocks_of((ROOT / "docs" / "fields.md").read_text(encoding="utf-8"))
+    full = yaml.safe_load(block)["loki"]
     assert LokiConfig(**full) == LokiConfig()
     assert full.keys() == LokiConfig.model_fields.keys() - {"form"}  # internal
     for part in ("calibration", "attribution", "protect"):
         assert full[part].keys() == type(getattr(LokiConfig(), part)).model_fields.keys()
 
 
-def test_the_short_block_in_the_readme_is_a_run():
-    (short,) = [b for b in BLOCKS if "plugins" in b]
+def test_the_block_in_the_readme_is_a_protected_run_in_six_lines():
+    (block,) = blocks_of(README)
+    assert len(block.splitlines()) == 6
+    short = yaml.safe_load(block)
     settings.prepare(short)
     assert short["adapter"] == "qlora"
+    protect = LokiConfig(**short["loki"]).protect
+    assert protect.auto and protect.soft and protect.inputs and protect.text == SELF
 
 
-def test_every_command_in_the_readme_exists():
-    commands = re.findall(r"`loki ([a-z]+(?: (?:list|clear))?)", README)
-    assert len(set(commands)) >= 5
-    for command in commands:
+def section(title: str) -> str:
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 150
+    assert len(re.findall(r"^- ", section("Limits"), re.M)) == 10
+    (commands,) = re.findall(r"```\n(.*?)```", section("Two commands"), re.DOTALL)
+    assert [c.split("  ")[0] for c in commands.splitlines()] == ["make demo", "make test"]
+    table = re.findall(r"^\|.*\|$", section("What is kept"), re.M)
+    assert len(table) <= 2 + 6 and all(line.count("|") <= 4 + 1 for line in table)
+
+
+@pytest.mark.parametrize("page", front.PAGES)
+def test_what_a_page_says_of_real_models_is_read_from_the_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- real:table -->" in text
+    again = front.filled(text, page, front.kept())
+    assert text == again, "run `python -m benchmarks.real report`"
+
+
+def test_every_command_in_the_readme_and_the_guide_exists():
+    commands = re.findall(r"`loki ([a-z]+(?: (?:list|clear))?)", README + GUIDE)
+    assert {c.split()[0] for c in commands} >= set(loki.commands)
+    for command in set(commands):
         result = CliRunner().invoke(loki, [*command.split(), "--help"])
         assert result.exit_code == 0, (command, result.output)
 
@@ -51,6 +83,21 @@ def test_every_file_that_a_page_names_is_there(page):
     named = re.findall(r"`((?:docs|tests|benchmarks|example_configs)/[\w./-]+)`", text)
     missing = [n for n in named if not (ROOT / n).exists()]
     assert not missing
+
+
+def test_the_map_shows_the_rooms_that_there_are():
+    """Every folder of the package, and no module that is gone."""
+    text = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    tree = text.split("```\n")[1]
+    package = ROOT / "loki_plugin"
+    there = {p.name for p in package.rglob("*.py")} | {p.name for p in (ROOT / "docs").glob("*.py")}
+    gone = set(re.findall(r"\b\w+\.py\b", tree)) - there
+    assert not gone
+    rooms = {p.parent.name for p in package.rglob("__init__.py")}
+    missing = {room for room in rooms if f"{room}/" not in tree}
+    assert not missing
+    journeys = re.findall(r"^## (From .*)$", text, re.M)
+    assert len(journeys) == 3
 
 
 WITHOUT_AXOLOTL = """

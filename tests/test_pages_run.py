@@ -31,6 +31,7 @@ from helpers.tokenizers import make_tokenizer
 
 from loki_plugin.analysing.calibration import sources
 from loki_plugin.cli import loki
+from loki_plugin.protecting import preparing
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_plugins")]
 
@@ -91,12 +92,7 @@ def why_not(line: pages.Line) -> str | None:
     return line.why or next((why for why in BY_ITSELF if CANNOT[why](words)), None)
 
 
-def is_command(line: pages.Line) -> bool:
-    """The README also shows what the demo prints (tests/test_pages.py knows it)."""
-    return bool(pages.STARTS.fullmatch(line.text.split()[0])) or line.text.startswith("CUDA_")
-
-
-ALL = [c for c in [*pages.shown(), *pages.examples(), *pages.named()] if is_command(c)]
+ALL = [*pages.shown(), *pages.examples(), *pages.named()]
 NOT_RUN = sorted({(c.text, why) for c in ALL if (why := why_not(c))})
 
 
@@ -117,15 +113,16 @@ def test_a_reason_does_not_fit_any_command():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_questions():
-    """One in two dozen of the shipped questions: every command that reads them reads these."""
-    read = sources._jsonl
+    """One in two dozen of the shipped questions, and short own texts, for every command here."""
+    read = sources.jsonl
 
     def some(text, name):
         rows = list(read(text, name))
         return rows[::24] if name == "builtin.jsonl" else rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_jsonl", some)
+        patch.setattr(sources, "jsonl", some)
+        patch.setattr(preparing, "TEXT_TOKENS", 16)
         yield
 
 
@@ -161,8 +158,9 @@ def write(path: str, run: dict) -> None:
     Path(path).write_text(yaml.safe_dump({k: v for k, v in run.items() if v is not None}))
 
 
-# The README's first YAML, and one that protects what it reads.
-CONFIG = run_of("outputs", {"quota": 10}, load_in_4bit=True)
+# The README's YAML, and one with hard directions.
+(README,) = (yaml.safe_load(b.text) for b in pages.blocks("yaml") if b.page == "README.md")
+CONFIG = run_of("outputs", README["loki"], load_in_4bit=README["load_in_4bit"])
 RUN = run_of("out", {"quota": 10, "protect": {"inputs": 0.5}}, save_strategy="epoch")
 FIRST = run_of("outputs/first", {"quota": 10})
 
@@ -377,8 +375,8 @@ def test_what_is_told_before_a_command_is_told_of_one_that_is_there():
     assert {*IN_A_PROCESS, *WHOLE} <= {line.text for line in ALL}
 
 
-def test_a_run_leaves_the_files_that_the_readme_lists(kept):
-    table = pages.TEXTS["README.md"].split("## What is written")[1].split("\n## ")[0]
+def test_a_run_leaves_the_files_that_the_guide_lists(kept):
+    table = pages.TEXTS["docs/guide.md"].split("## What is written")[1].split("\n## ")[0]
     cells = " ".join(re.findall(r"^\| (`.*?) \|", table, re.M))
     listed = {name.rstrip("/") for name in re.findall(r"`([\w./]+)`", cells)}
     left = {p.name for p in (kept["merged"] / "out").iterdir()}

@@ -20,9 +20,32 @@ from benchmarks.forgetting.matching import (
 )
 from benchmarks.forgetting.picture import plot
 from benchmarks.forgetting.sweep import about, results
+from benchmarks.real import front
 from benchmarks.writer import command, table
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+_RIVAL = "lora_all_r16"
+# The main arms as a reader knows them.
+_WORDS = {
+    "loki_soft99_q90": "LoKI, quota 90, `protect: {inputs: 0.99, soft: true}`",
+    "loki_soft99_written_anchor_q90": "the same and `anchor: 1.0, text: self`",
+    "loki_written_anchor_q90": "LoKI, quota 90, `protect: {anchor: 1.0, text: self}`",
+    "loki_soft99_anchor_q90": "LoKI, quota 90, soft inputs, anchor on calibration prompts only",
+    "random_soft99_q90": "random rows, 90 %, soft inputs",
+    "loki_soft99_q30": "LoKI, quota 30, soft inputs",
+    "loki_soft99_lowrank_q90": "LoKI, quota 90, `rank: 16`, soft inputs",
+    "loki_written_anchor_lowrank_q90": "LoKI, quota 90, `rank: 16`, anchor on own text",
+    "lora_written_anchor": "LoRA r16, all linears, anchor on own text",
+    "lora_soft99_written_anchor": "LoRA r16, all linears, soft inputs, anchor on own text",
+    "lora_soft99": "LoRA r16, all linears, soft inputs",
+    "lora_anchor": "LoRA r16, all linears, anchor on calibration prompts",
+    "osf": "OSF",
+    "freeze_bottom": "freezing the lower layers",
+    "full": "full fine-tuning at a low rate",
+    "loki_q30": "LoKI, quota 30: the paper's",
+    "random_q30": "random rows, 30 %",
+    "lora_replay1": "LoRA r16, 1 % real replay",
+}
 _NOISE = (
     "The same arm with another order of the data and another start of what is new, at the matched"
     " score. Leads smaller than the largest of these on any base, as a share of what was forgotten,"
@@ -90,13 +113,41 @@ def _in_short(columns: dict[str, Runs]) -> list[str]:
         return picture
     return [
         "## In short",
-        "Forgetting at the matched task score as a share of what LoRA r16 forgets there with the"
-        " same seeds (number of seeds); the mean is geometric, over what has been run, so that arms"
-        " that ran in few columns are to be compared column by column. Arms of one or two columns"
-        " are in the tables below. Empty: not run. `-`: the score was not reached.",
+        "Forgetting (rise of cross-entropy on what the base knew) at the matched task score, as a"
+        " share of what LoRA r16 forgets there with the same seeds (number of seeds). Empty: not"
+        " run. `-`: the score was not reached. The last line has LoRA's own figure.",
+        table(_in_words(columns)),
+        "All arms that ran in three columns or more, by their names in the code. The mean is"
+        " geometric, over what has been run, so that arms that ran in few columns are to be"
+        " compared column by column. Arms of one or two columns are in the tables below.",
         table(rows),
         *picture,
     ]
+
+
+def _in_words(columns: dict[str, Runs]) -> list[dict]:
+    """The main arms against LoRA r16, in words; the last line has what LoRA itself forgets."""
+    found = {r["arm"]: r for r in against(columns, least=1)}
+    params: dict[str, list[float]] = {}
+    for runs in columns.values():
+        for r in runs:
+            params.setdefault(r["arm"], []).append(r["params"])
+
+    def line(arm: str, name: str, cells: dict) -> dict:
+        trained = f"{min(params[arm]) / 1e3:.0f} k"
+        return {"": name, "trained, smallest base": trained} | cells
+
+    rows = [
+        line(arm, name, {c: found[arm].get(c, "") for c in columns})
+        for arm, name in _WORDS.items()
+        if arm in found
+    ]
+    own = {}
+    for column, runs in columns.items():
+        task = runs[0]["task"]
+        (rival,) = matched([r for r in runs if r["arm"] == _RIVAL], {task: MATCHED[task]})
+        own[column] = f"{rival['forgetting']:.3f} ({rival['seeds']})"
+    return [*rows, line(_RIVAL, "LoRA r16, all linears: forgetting", own)]
 
 
 def _tries(bases: list[tuple[str, Runs]]) -> list[str]:
@@ -155,7 +206,11 @@ def _base(report: dict) -> str:
 
 def _head(kept: dict) -> str:
     return (
-        f"# Evidence\n\nWritten by `{command('forgetting')}` from"
+        f"# Evidence\n\n## Real pretrained models\n\n{_real()}\n\n## Small worlds\n\nThe rest"
+        " of this page is background: models of 0.5 and 10.5 million parameters that have learned"
+        " generated worlds. They tell orders, not sizes, and decide nothing about your model. Their"
+        " protected inputs are those of version 0.6.0, whose moments were not normalised."
+        f" Written by `{command('forgetting')}` from"
         f" `benchmarks/results/forgetting_*.csv`. {kept['machine']}.\n\n"
         f"{_base(kept['base'])} Calibration, anchors and protected inputs see half of the"
         " items of four kinds (people, arithmetic, opposites, instructions); measured are the other"
@@ -164,6 +219,15 @@ def _head(kept: dict) -> str:
         " of the answers' cross-entropy; both are means over the seven kinds, *uncovered* over the"
         " three. KL is forward KL(base || tuned) at the answers' positions."
     )
+
+
+def _real() -> str:
+    """What `python -m benchmarks.real report` fills, as it is now."""
+    rows = front.kept()
+    more = "All arms: [figures of real models](../benchmarks/results/real.md).\n\n" if rows else ""
+    page = "docs/evidence.md"
+    parts = [front.marked(name, page, rows) for name in ("table", "picture")]
+    return more + "\n\n".join(parts)
 
 
 def _written(found: Runs) -> str:

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.real import bases, report, seen, sweep
+from benchmarks.real import bases, front, report, seen, sweep
 from benchmarks.real.arms import ARMS
 from benchmarks.real.data import DEFAULT, Data
 from benchmarks.real.lab import Lab
@@ -41,6 +41,9 @@ def main() -> None:
         return
     if options.what == "report":
         report.write(options.output)
+        if options.output == RESULTS:  # the pages tell what is committed
+            for path in front.fill(front.kept()):
+                print(f"written: {path}")
         return
     arms = _names(options.arms, ARMS, "--arms", parser)
     chosen = _names(options.tasks, TASKS, "--tasks", parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.real.matching import CHOSEN_BY, Row, at, curves, goals
@@ -20,14 +21,26 @@ SHOWN = {
     "lora_soft_anchor": ("all linears, protected + anchor", "tab:red"),
     "auto": ("protect: auto", "tab:red"),
 }
+_LEARNED = {
+    "task_loss": "held-out loss of the new task (learned: to the right)",
+    "task_score": "answers exactly right in the new task (learned: to the right)",
+}
 _PER_LINE, _FLOOR = 3, 1e-4
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """A line per arm, along the run of its best rate (seed 0); dotted: where arms are compared."""
+    draw(rows, path, "task_loss")
+
+
+def draw(
+    rows: list[Row], path: Path, axis_of: str, titles: Mapping[tuple[str, str], str] | None = None
+) -> None:
+    """The same against `task_loss` or `task_score`, of all (base, task) or of those with titles."""
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((r["base"], r["task"]) for r in rows))
+    titles = titles or {(r["base"], r["task"]): f"{r['base']}: {r['task']}" for r in rows}
+    panels = list(titles)
     lines, width = -(-len(panels) // _PER_LINE), min(len(panels), _PER_LINE)
     figure = Figure(figsize=(4.8 * width + 1, 4.2 * lines + 1.2), layout="constrained")
     axes = figure.subplots(lines, width, squeeze=False).flatten()
@@ -37,12 +50,12 @@ def plot(rows: list[Row], path: Path) -> None:
         runs = {k[2:]: c for k, c in every.items() if k[:2] == (base, task) and k[3] == 0}
         for arm in sorted(dict.fromkeys(k[0] for k in runs), key=lambda a: a in SHOWN):
             mine = [c for k, c in runs.items() if k[0] == arm]
-            goal = goals(task, "task_loss")
-            best = min(mine, key=lambda c: _forgot(c, goal))[1:]
+            goal = goals(task, axis_of)
+            best = min(mine, key=lambda c: _forgot(c, axis_of, goal))[1:]
             name, colour = SHOWN.get(arm, ("all other arms", "0.85"))
             strong = arm in SHOWN
             (line,) = axis.plot(
-                [r["task_loss"] for r in best],
+                [r[axis_of] for r in best],
                 [max(r[CHOSEN_BY], _FLOOR) for r in best],
                 color=colour,
                 marker="o" if strong else ".",
@@ -50,14 +63,16 @@ def plot(rows: list[Row], path: Path) -> None:
                 linewidth=1.6 if strong else 0.7,
             )
             handles.setdefault(name, line)
-        axis.axvline(goals(task, "task_loss"), color="0.6", linestyle=":", linewidth=1)
+        if (goal := goals(task, axis_of)) is not None:
+            axis.axvline(goal, color="0.6", linestyle=":", linewidth=1)
         axis.set(
-            xlabel="held-out loss of the new task (learned: to the right)",
+            xlabel=_LEARNED[axis_of],
             ylabel="forgetting: KL to the base on dialogues",
-            title=f"{base}: {task}",
+            title=titles[base, task],
             yscale="log",
         )
-        axis.invert_xaxis()
+        if axis_of == "task_loss":
+            axis.invert_xaxis()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     names = [n for n, _ in SHOWN.values() if n in handles]
@@ -68,6 +83,6 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _forgot(curve: list[Row], goal: float | None) -> float:
-    found = at(curve, "task_loss", goal) if goal is not None else None
+def _forgot(curve: list[Row], axis_of: str, goal: float | None) -> float:
+    found = at(curve, axis_of, goal) if goal is not None else None
     return float("inf") if found is None else found[CHOSEN_BY]

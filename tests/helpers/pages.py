@@ -58,7 +58,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def shown() -> list[Line]:
-    """Every line of the blocks that hold commands (and, in the README, what the demo prints)."""
+    """Every line of the blocks that hold commands; what they print stands in `text` blocks."""
     return [
         Line(block.page, line, block.why)
         for block in blocks("", "bash")

@@ -1,0 +1,176 @@
+"""What README and docs say of real models: marked blocks, filled from the results alone.
+
+A page has `<!-- real:table -->` and `<!-- /real:table -->` where the table stands, and the same
+with `picture`. `python -m benchmarks.real report` fills them; a test fails while a page has another
+text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.real import matching
+from benchmarks.real.bases import SOURCES
+from benchmarks.real.matching import CHOSEN_BY, RIVAL, Row, goals
+from benchmarks.real.picture import SHOWN, draw
+from benchmarks.real.report import is_ours
+from benchmarks.real.tasks import TASKS
+from benchmarks.writer import RESULTS, table
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/choosing.md", "docs/evidence.md")
+PICTURE = "docs/pictures/real_tradeoff.png"
+NOTHING = (
+    "*No run of a real model stands in `benchmarks/results/` yet, so there is nothing to show here."
+    " `python -m benchmarks.real report` fills this place from the runs.*"
+)
+# A front page has no room for more.
+LINES, COLUMNS, PANELS = 6, 3, 2
+_OTHERS = "the best of all other ways, without old data"
+# Arms of this package, the most wanted first; the paper's own and those with old data stand apart.
+_OURS = ("auto", "lora_soft_anchor", "lora_soft", "loki_soft_q90")
+_PAPERS, _OLD_DATA = "loki_q30", "lora_replay5"
+_NAMES = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma-3-270M"}
+_TASK_NAMES = {
+    "bfcl": "function calls", "snips": "commands to JSON", "wikidyk": "new facts",
+    "counterfact": "changed facts", "banking77": "intents", "gsm8k": "maths",
+}  # fmt: skip
+
+
+def kept(folder: Path = RESULTS) -> list[Row]:
+    """The runs of real bases in `folder`, of each base and task the fullest measurement alone."""
+    rows = [r for r in matching.read(folder) if r["amount"] != "ci"]
+    found = []
+    for base, task in dict.fromkeys((r["base"], r["task"]) for r in rows):
+        some = [r for r in rows if (r["base"], r["task"]) == (base, task)]
+        amounts = {r["amount"] for r in some if r["arm"] == RIVAL} or {r["amount"] for r in some}
+        fullest = "full" if "full" in amounts else min(amounts)
+        found += [r for r in some if r["amount"] == fullest]
+    return found
+
+
+def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
+    """Draw the picture and write the blocks of every page under `root`; returns these files."""
+    written = []
+    if panels(rows):
+        titles = {key: _title(*key) for key in panels(rows)}
+        draw(rows, root / PICTURE, "task_score", titles)
+        written.append(root / PICTURE)
+    for page in PAGES:
+        path = root / page
+        path.write_text(filled(path.read_text("utf-8"), page, rows), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def filled(text: str, page: str, rows: list[Row]) -> str:
+    """`text` of a page with its blocks as the runs have them."""
+    for name in ("picture", "table"):
+        pattern = rf"(<!-- real:{name} -->\n).*?(<!-- /real:{name} -->)"
+        new = block(name, page, rows)
+        text = re.sub(pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+def block(name: str, page: str, rows: list[Row]) -> str:
+    """What stands between the marks of a page, in Markdown."""
+    return picture(page, rows) if name == "picture" else in_short(rows)
+
+
+def marked(name: str, page: str, rows: list[Row]) -> str:
+    """The same with its marks."""
+    return f"<!-- real:{name} -->\n{block(name, page, rows)}\n<!-- /real:{name} -->"
+
+
+def panels(rows: list[Row]) -> list[tuple[str, str]]:
+    """The bases and tasks of the picture: those with a score at which arms are compared."""
+    return [key for key in _wanted(rows) if goals(key[1], "task_score") is not None][:PANELS]
+
+
+def picture(page: str, rows: list[Row]) -> str:
+    """The picture and what it shows; nothing without runs: the table's place says so."""
+    if not panels(rows):
+        return ""
+    path = PICTURE if page == "README.md" else PICTURE.removeprefix("docs/")
+    return (
+        f"![Forgetting against task score]({path})\n\n"
+        "Each line is a way to train, from its first steps to its last: to the right it has learned"
+        " more of the task, further down the model still says what it said before."
+    )
+
+
+def in_short(rows: list[Row]) -> str:
+    """At most six ways to train on at most three tasks, one unit, and a sentence above."""
+    lines = matching.matched(rows, "task_loss")
+    known = {(x["base"], x["task"], x["arm"]): x for x in lines}
+    columns = [key for key in _wanted(rows) if _forgets(known.get((*key, RIVAL)))][:COLUMNS]
+    if not columns:
+        return NOTHING
+    ran = {x["arm"] for x in lines if (x["base"], x["task"]) in columns}
+    ours = [arm for arm in _OURS if arm in ran][: LINES - 4]
+    shown = [RIVAL, _OTHERS, _OLD_DATA, _PAPERS, *ours]
+    found = []
+    for arm in shown:
+        cells = {
+            _title(*key): _best_other(lines, key)
+            if arm == _OTHERS
+            else _cell(known.get((*key, arm)))
+            for key in columns
+        }
+        if any(cells.values()):
+            found.append({"way to train": SHOWN.get(arm, (arm,))[0], **cells})
+    lora = "; ".join(f"{_title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
+    seeds = [int(known[*k, RIVAL]["seeds"]) for k in columns]
+    many = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
+    return (
+        "How much is forgotten when the new task is learned equally well, as a share of what LoRA"
+        " forgets (KL to the base on dialogues; smaller is better; `-`: it did not learn the task"
+        f" so well).\n\n{table(found)}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of LoRA:"
+        f" {many}; each way at the best of its rates."
+    )
+
+
+def _wanted(rows: list[Row]) -> list[tuple[str, str]]:
+    """Bases and tasks that ran, the first base's first; then in the order of the tasks."""
+    ran = {(r["base"], r["task"]) for r in rows}
+    order = [(base, task) for base in SOURCES for task in TASKS if (base, task) in ran]
+    first = [key for key in order if key[0] == next(iter(SOURCES))]
+    others = [key for key in order if key not in first]
+    # Two tasks of the first base and one of another say more than three of the first.
+    return first[: COLUMNS - 1] + others[:1] + first[COLUMNS - 1 :] + others[1:]
+
+
+def _title(base: str, task: str) -> str:
+    return f"{_NAMES.get(base, base)}, {_TASK_NAMES.get(task, task)}"
+
+
+def _forgets(line: Row | None) -> bool:
+    return line is not None and line[CHOSEN_BY] is not None
+
+
+def _cell(line: Row | None) -> str:
+    if line is None:
+        return ""
+    return "-" if line["of_lora"] is None else f"{line['of_lora']:.2g}"
+
+
+def _best_other(lines: list[Row], key: tuple[str, str]) -> str:
+    """Of what is neither ours nor the paper's, and sees no old data: its share and its name."""
+    others = [
+        x
+        for x in lines
+        if (x["base"], x["task"]) == key and is_others(x["arm"]) and x["of_lora"] is not None
+    ]
+    if not others:
+        return ""
+    best = min(others, key=lambda x: x["of_lora"])
+    name = SHOWN.get(best["arm"], (best["arm"],))[0]
+    return f"{best['of_lora']:.2g} ({name})"
+
+
+def is_others(arm: str) -> bool:
+    """Whether an arm is neither LoRA itself nor a form of LoKI, protected or not."""
+    if arm == RIVAL or arm in matching.AGAIN.values() or is_ours(arm):
+        return False
+    return not arm.startswith(("loki", "random", "all_", "form_", "lora_hard", "lora_replay"))

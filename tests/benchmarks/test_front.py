@@ -1,0 +1,85 @@
+"""What the pages say of real models: blocks that are filled from runs, made up here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from benchmarks.real import front
+from benchmarks.real.bases import SOURCES
+
+SMOL, GEMMA = list(SOURCES)[:2]
+# arm -> KL to the base where the task is learned well enough; None: it never is.
+ENDS = {
+    "lora_all_r16": 0.8, "lora_again": 0.82, "osf": 0.4, "lora_anchor": 0.2, "lora_replay5": 0.6,
+    "loki_q30": 0.72, "loki_soft_q90": 0.08, "lora_soft": 0.04, "lora_soft_anchor": 0.02,
+    "full": None,
+}  # fmt: skip
+
+
+def run(base, task, arm, end, seed=0):
+    """A run from nothing learned to all learned, with `end` at the loss where arms are compared."""
+    loss, points = front.goals(task, "task_loss"), ((0, 5.0, 0.0), (9, None, end))
+    if end is None:
+        loss, points = 4.0, ((0, 5.0, 0.0), (9, None, 0.3))
+    for step, at, kl in points:
+        row = dict.fromkeys(front.matching.MEASURES, 0.5)
+        row |= {"base": base, "task": task, "arm": arm, "seed": seed, "rate": 1e-3, "step": step}
+        row |= {"amount": "full", "task_loss": loss if at is None else at, "kl_dialogues": kl}
+        yield row | {"task_score": step / 10, "seconds": 1.0, "trained_parameters": 10}
+
+
+@pytest.fixture
+def rows():
+    columns = [(b, t) for b in (GEMMA, SMOL) for t in ("wikidyk", "snips", "bfcl")]
+    return [r for key in columns for arm, end in ENDS.items() for r in run(*key, arm, end)]
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = re.findall(r"^\| (.*) \|$", text, re.M)
+    return [line.split(" | ") for line in lines]
+
+
+def test_the_table_has_six_lines_and_four_columns_in_one_unit(rows):
+    head, lora, others, replay, papers, *ours = cells(front.in_short(rows))
+    assert head[1:] == [
+        "SmolLM2-135M, commands to JSON",
+        "SmolLM2-135M, function calls",
+        "Gemma-3-270M, commands to JSON",
+    ]
+    assert lora[1:] == ["1", "1", "1"]
+    # The best of the others is named; ours and those with old data are none of them.
+    assert others[1] == "0.25 (LoRA + anchor on its own text)"
+    assert replay[1] == "0.75" and papers[1] == "0.9"
+    assert [line[1] for line in ours] == ["0.025", "0.05"]  # the two that come first in `_OURS`
+    assert "commands to JSON 0.8;" in front.in_short(rows)
+
+
+def test_what_did_not_run_or_did_not_learn_is_told(rows):
+    rows = [r for r in rows if r["base"] == SMOL and r["arm"] in ("lora_all_r16", "loki_q30")]
+    rows += run(SMOL, "snips", "lora_soft", None)
+    _, lora, papers, ours = cells(front.in_short(rows))
+    assert ours[1:] == ["-", "", ""]
+    assert lora[1:] == ["1"] * 3 and papers[1:] == ["0.9"] * 3
+    # Without LoRA there is nothing to compare with.
+    assert front.in_short([r for r in rows if r["arm"] != "lora_all_r16"]) == front.NOTHING
+
+
+def test_pages_are_filled_from_the_runs_and_from_nothing_else(rows, tmp_path):
+    for page in front.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        shutil.copy(front.ROOT / page, tmp_path / page)
+    (tmp_path / front.PICTURE).parent.mkdir(parents=True)
+    front.fill(rows, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert front.in_short(rows) in readme and f"]({front.PICTURE})" in readme
+    assert (tmp_path / front.PICTURE).stat().st_size > 5000
+    assert "](pictures/real_tradeoff.png)" in (tmp_path / "docs/evidence.md").read_text()
+    outside = [re.sub(r"(?s)<!-- real:.*?<!-- /real:\w+ -->", "", t) for t in
+               (readme, (front.ROOT / "README.md").read_text())]  # fmt: skip
+    assert outside[0] == outside[1]
+    front.fill([], tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert front.NOTHING in readme and "real_tradeoff" not in readme
