@@ -189,6 +189,9 @@ def _protected(found: dict[str, Any]) -> str:
     inputs = found.get("inputs")
     where = f"at each of {len(inputs)} inputs that linears read" if inputs else "per layer"
     told = f"{min(counts)} to {max(counts)} directions {where}"
+    sinks = [n for n in found.get("sink_tokens_per_layer") or () if n]
+    if sinks:
+        told += f", {len(sinks)} of them with sinks"
     told += ", read in inverse proportion to their use" if found.get("soft") else ", not read"
     if found.get("energy_per_layer"):
         told += f"; at least {_percent(min(found['energy_per_layer']))} of the energy of"
@@ -196,9 +199,6 @@ def _protected(found: dict[str, Any]) -> str:
     kept_back = found.get("energy_of_held_out_prompts_per_layer")
     if kept_back:
         told += f", {_percent(min(kept_back))} of that of prompts kept back"
-    sinks = [n for n in found.get("sink_tokens_per_layer") or () if n]
-    if sinks:
-        told += f"; {len(sinks)} inputs have sinks, which are protected too"
     leakage = found.get("leakage_per_layer")
     return told + (f"; at most {max(leakage):.2g} of the update reads them" if leakage else "")
 

@@ -80,6 +80,9 @@ def assert_proved(run_config, base, tmp_path, selection):
     out = Path(run_config["output_dir"])
     merged = merge(run_config, tmp_path)
     assert_merged(base, merged, selection, transposed=False)
+    told = CliRunner().invoke(loki, ["estimate", str(tmp_path / "merge.yaml"), "--json"])
+    foretold = json.loads(told.stdout)["trainable_parameters"]
+    assert foretold == report_of(out)["trainable_parameters"], told.output
     files = ["--rows", str(out / "loki_rows.json")]
     if (out / FILE_NAME).is_file():
         files += ["--directions", str(out / FILE_NAME)]
