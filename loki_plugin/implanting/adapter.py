@@ -238,11 +238,11 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
             )
         let_train(module.lora_B[adapter])
     total = sum(isinstance(m, LoraLayer) for m in modules.values())
-    expected_total = found + len(selection.linears)
-    if total != expected_total:
+    others = len(selection.linears)
+    if total != found + others:
+        more = f" and {others} further linears" if others else ""
         raise ValueError(
-            f"{total} modules carry LoRA, expected {expected_total}: the selected down-projections"
-            f" and {len(selection.linears)} further linears"
+            f"{total} modules carry LoRA, expected only the {found} selected down-projections{more}"
         )
     freeze(model)
     save_rows_with(model, selection)
