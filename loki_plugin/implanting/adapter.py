@@ -178,11 +178,13 @@ def aimed(
     Raises:
         ValueError: unknown targets.
     """
-    down = set(chosen_down(anatomy, targets))
+    down, linears = set(chosen_down(anatomy, targets)), chosen(model, anatomy, targets)
+    if down.issuperset(anatomy.names) and linears == selection.linears:
+        return selection
     nothing = torch.empty(0, dtype=torch.long)
     pairs = zip(anatomy.names, selection.rows, strict=True)
     rows = [kept if name in down else nothing for name, kept in pairs]
-    return replace(selection, rows=rows, linears=chosen(model, anatomy, targets))
+    return replace(selection, rows=rows, linears=linears)
 
 
 def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: bool = True):
