@@ -24,6 +24,7 @@ from .implanting.adapter import check_rank
 from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
+from .model.linears import chosen, chosen_down
 from .model.loading import is_loaded
 from .rows import Made, RowSelection
 from .selecting.select import quota_to_count, rows_without_scores, select_rows
@@ -37,7 +38,8 @@ def choose_rows(
 ) -> RowSelection:
     """Analyse `model` on the calibration prompts, or take its scores from the cache; select rows.
 
-    Nothing is analysed for rows that no score decides (`strategy: random`, `quota: 100`).
+    Nothing is analysed where no score decides (`strategy: random`, `quota: 100`, or `targets`
+    without the down-projections).
 
     `inputs` are read now unless given.
 
@@ -67,11 +69,18 @@ def choose_rows(
     return ranks.broadcast(selection, first)
 
 
+def is_analysed(model: nn.Module, config: LokiConfig) -> bool:
+    """Whether scores decide which rows of `model` train."""
+    return config.needs_scores and bool(chosen_down(find_anatomy(model), config.targets))
+
+
 def _choose(
     model: nn.Module, tokenizer, config: LokiConfig, inputs: Inputs, worker: int, workers: int
 ) -> RowSelection | None:
     with _together(workers):
         anatomy = find_anatomy(model)
+        if not chosen_down(anatomy, config.targets):
+            return _without_rows(model, anatomy, config)
         count = quota_to_count(config.quota, anatomy.hidden_size)
         if not config.strategy.startswith("global"):  # there the fullest layer is still to be found
             check_rank(config.rank, count)
@@ -129,6 +138,13 @@ def _choose(
         "prompts_analysed": analysed,
     }
     return RowSelection(rows, anatomy.hidden_size, mark, made)
+
+
+def _without_rows(model: nn.Module, anatomy: Anatomy, config: LokiConfig) -> RowSelection:
+    """Of `targets` without the down-projections."""
+    none = [torch.empty(0, dtype=torch.long)] * anatomy.num_layers
+    linears = chosen(model, anatomy, config.targets)
+    return RowSelection(none, anatomy.hidden_size, fingerprint(model), linears=linears)
 
 
 def _without_scores(

@@ -50,6 +50,7 @@ def write_report(
         "num_layers": selection.num_layers,
         "hidden_size": selection.hidden_size,
         "rows_per_layer": selection.counts,
+        "linears": list(selection.linears),
         "trainable_percent": round(100 * share, 4),
         "verified": verdict.verified,
         "verified_what": verdict.what,

@@ -62,13 +62,14 @@ def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[A
     Raises:
         Unreadable: its configuration is not at hand.
         ValueError: quantised by anything but bitsandbytes; a class that cannot be built; no
-            down-projections; a family whose rows no standard adapter can hold; a model that the
-            block wants analysed and that cannot be.
+            down-projections; a family whose rows no standard adapter can hold; `targets` that it
+            does not have; a model that the block wants analysed and that cannot be.
     """
     from ..analysing.analysis import check_analysable
     from ..implanting.adapter import check_adaptable
     from ..model.anatomy import find_anatomy
     from ..model.building import build_empty
+    from ..model.linears import chosen, chosen_down
 
     name, shape = run["base_model"], read_config(run)
     method = quantisation_of(shape)
@@ -78,8 +79,14 @@ def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[A
     try:
         model = build_empty(shape, run.get("model_type"), bool(run.get("trust_remote_code")))
         anatomy = find_anatomy(model)
-        check_adaptable(anatomy, model)
-        if config is not None and config.needs_scores and not run.get("lora_model_dir"):
+        linears = chosen(model, anatomy, config.targets) if config else ()
+        check_adaptable(anatomy, model, linears)
+        if (
+            config is not None
+            and config.needs_scores
+            and chosen_down(anatomy, config.targets)
+            and not run.get("lora_model_dir")
+        ):
             check_analysable(anatomy)
     except ValueError as error:
         said = f"loki cannot train rows of base_model '{name}'"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ..analysing.scores.cache import check_cache
 from ..args import LokiConfig
+from ..choices import DOWN
 from ..inputs import Inputs
+from ..model.linears import kind_of
 from ..rows import FILE_NAME, RowSelection, common_rows
 from .base import check_base
 from .settings import parse
@@ -24,20 +26,22 @@ class Files:
         source: where the rows come from, in words.
         rows: the rows of the adapter that goes on, or of `loki.rows`; None = to be analysed.
         inputs: what analysing and protecting read.
+        goes_on: whether the rows are those of an adapter that goes on.
     """
 
     config: LokiConfig
     source: str
     rows: RowSelection | None
     inputs: Inputs
+    goes_on: bool = False
 
     @classmethod
     def read(cls, cfg) -> Files:
         """Read what the run needs and no more.
 
         Raises:
-            ValueError: a file that cannot be read or contradicts another one; a quantised base; a
-                cache folder that cannot be written.
+            ValueError: a file that cannot be read or contradicts another one, or the targets; a
+                quantised base; a cache folder that cannot be written.
         """
         config = parse(cfg)
         check_starts_afresh(cfg)
@@ -48,6 +52,13 @@ class Files:
             rows = _rows_of_adapter(Path(cfg.lora_model_dir), config)
         elif config.rows:
             source, rows = config.rows, RowSelection.load(config.rows)
+        if rows is not None and rows.linears and config.targets == DOWN:
+            kinds = ", ".join(dict.fromkeys(map(kind_of, rows.linears)))
+            raise ValueError(
+                f"'{cfg.lora_model_dir or config.rows}' names {len(rows.linears)} further linears"
+                f" ({kinds}), and `loki.targets: {DOWN}` trains none; set `targets` to what it was"
+                " trained with, such as `all`, or give a file of rows only"
+            )
         analysed = rows is None and config.needs_scores
         if analysed:
             check_cache(config.cache_dir)
@@ -55,7 +66,7 @@ class Files:
         if rows is not None:
             for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
                 _check_disjoint(rows, cfg.lora_model_dir, excluded, path)
-        return cls(config, source, rows, inputs)
+        return cls(config, source, rows, inputs, bool(cfg.lora_model_dir))
 
 
 def _rows_of_adapter(folder: Path, config: LokiConfig) -> RowSelection:

@@ -54,8 +54,7 @@ class Run:
         from ..model.anatomy import find_anatomy
         from ..model.linears import chosen
         from ..model.loading import is_loaded
-        from ..pipeline import choose_rows
-        from ..protecting.own_text import Marks, user_turn
+        from ..pipeline import choose_rows, is_analysed
 
         meet()
         check_anchor(cfg, files.config.protect)
@@ -67,9 +66,10 @@ class Run:
         anatomy, targets = find_anatomy(model), files.config.targets
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
         tokenizer, unknown = calibration_tokenizer(cfg, model, files)
-        if files.config.protect.text == SELF:  # what it cannot write is known before the analysis
-            Marks.of(model, tokenizer)
-            user_turn(model, tokenizer)
+        files = _with_what_it_can_write(files, model, tokenizer)
+        source = files.source
+        if files.rows is None and not is_analysed(model, files.config):
+            source = "no analysis"
         started = time.perf_counter()
         if files.rows is None:
             selection = choose_rows(model, tokenizer, files.config, files.inputs)
@@ -78,11 +78,11 @@ class Run:
                 checked = files.rows.check(model) if is_loaded(model) else None
             selection = ranks.broadcast(checked)
         seconds = time.perf_counter() - started
-        selection = _aimed(selection, model, targets, cfg.lora_model_dir)
+        selection = _aimed(selection, model, targets, files)
         run = cls(files.config, selection, model.get_input_embeddings().num_embeddings)
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
-        run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
-        run.told = about_rows(selection, files.source)
+        run.facts |= {"rows_from": source, "rows_seconds": round(seconds, 3)}
+        run.told = about_rows(selection, source)
         run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
@@ -92,7 +92,9 @@ class Run:
 
     def _protect(self, cfg, model, tokenizer, files: Files, unknown: frozenset[int]) -> None:
         """Directions from what training goes on from, or from the calibration; anchor prompts."""
+        from ..model.anatomy import find_anatomy
         from ..protecting.preparing import (
+            check_trained,
             choose_directions,
             describe,
             earlier_directions,
@@ -104,6 +106,10 @@ class Run:
 
         settings = self.config.protect
         found = earlier_directions(self.config, cfg.lora_model_dir, _resumed_checkpoint(cfg))
+        if found:
+            down = find_anatomy(model).names
+            pairs = zip(down, self.selection.counts, strict=True)
+            check_trained(found, [*self.selection.linears, *(n for n, k in pairs if k)], down)
         prompts = []
         if settings.anchor or (settings.reads and not found):
             inputs = files.inputs
@@ -238,7 +244,11 @@ class Run:
         what, faults = self.verdict.what, []
         try:
             check(model, finite=True)
-            what["adapter"] = "every lora_B is confined to its rows, nothing else trains, no NaN"
+            others = len(self.selection.linears)
+            trains = "every lora_B is confined to its rows, nothing else trains, no NaN"
+            if others:
+                trains = f"the rows and {others} further linears train, nothing else; no NaN"
+            what["adapter"] = trains
         except RuntimeError as error:
             what["adapter"] = "checked, with a fault"
             faults.append(str(error))
@@ -280,8 +290,12 @@ class Run:
             if self.directions:
                 leakage = check_saved_protection(folder, names, self.directions)
                 self.facts["protection"]["leakage_per_layer"] = leakage
-                what["protection"] = "ΔW·U of every layer of the saved adapter"
-            what["saved"] = f"{WEIGHTS}: every layer, B against {FILE_NAME}, no NaN"
+                what["protection"] = "ΔW·U of every linear of the saved adapter"
+            others = len(self.selection.linears)
+            every = f"every layer, B against {FILE_NAME}" + (
+                f", {others} further linears" if others else ""
+            )
+            what["saved"] = f"{WEIGHTS}: {every}, no NaN"
         except (ValueError, OSError, SafetensorError) as error:
             self.verdict.faults.append(str(error))
 
@@ -328,15 +342,36 @@ class Run:
             write_report(folder, self.config, self.selection, self.facts, self.verdict)
 
 
-def _aimed(selection: RowSelection, model, targets, adapter: str | None) -> RowSelection:
-    """The rows with the further linears that `targets` names; an adapter that goes on keeps its."""
+def _with_what_it_can_write(files: Files, model, tokenizer) -> Files:
+    """What the model cannot write is known before the analysis; `auto` goes on without it."""
+    from ..protecting.own_text import Marks, user_turn
+
+    protect = files.config.protect
+    if protect.text != SELF:
+        return files
+    try:
+        Marks.of(model, tokenizer)
+        user_turn(model, tokenizer)
+    except ValueError as error:
+        if not protect.auto:
+            raise
+        LOG.warning("loki: `protect: auto` looks at calibration prompts only: %s", error)
+        less = protect.model_copy(update={"text": None})
+        return replace(files, config=files.config.model_copy(update={"protect": less}))
+    return files
+
+
+def _aimed(selection: RowSelection, model, targets, files: Files) -> RowSelection:
+    """The rows with the further linears that `targets` names, which must be those of an adapter
+    that goes on; a rows file may name none, but no rows or linears that would not train."""
     from ..implanting.adapter import aimed
     from ..model.anatomy import find_anatomy
 
     found = aimed(selection, model, find_anatomy(model), targets)
-    if adapter and found != selection:
+    fewer = found.counts != selection.counts or {*selection.linears} - {*found.linears}
+    if files.rows is not None and selection != found and (files.goes_on or fewer):
         raise ValueError(
-            f"lora_model_dir '{adapter}' trains {_kinds(selection)}, `loki.targets: {targets}` asks"
+            f"{files.source} trains {_kinds(selection)}, `loki.targets: {targets}` asks"
             f" for {_kinds(found)}; give the targets that it was trained with, or start afresh"
         )
     return found

@@ -72,7 +72,7 @@ def prepare(cfg) -> list[Line]:
     Raises:
         ValueError: a setting that contradicts LoKI, before anything is loaded.
     """
-    config = parse(cfg)
+    config = parse(_with_targets(cfg))
     adapter, rank = _adapter(cfg, config)
     sharding, lines = fsdp2_overrides(cfg) if is_fsdp2(cfg) else ({}, [])
     about: list[Line] = []
@@ -124,12 +124,11 @@ def _about_rate(cfg, config: LokiConfig) -> list[Line]:
 
 
 def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiConfig:
-    """The block with `targets`, which may stand in LoRA's own keys, and the rank on linears."""
+    """The block with the rank on linears; says where `targets` come from."""
     if config.form is not None:
         return config
     key, found = _lora_targets(cfg)
-    if key and config.targets == DOWN and "targets" not in config.model_fields_set:
-        config = _changed(config, targets=found)
+    if key and "targets" not in (cfg.get("loki") or {}):
         lines.append(("targets", f"{key} = {cfg[key]!r} is taken as `loki.targets: {found}`"))
     elif key and config.targets != found:
         lines.append(("overrides", f"{key} = {cfg[key]!r}: `loki.targets: {config.targets}`"))
@@ -137,11 +136,17 @@ def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiCo
         return config
     linear_rank = config.linear_rank or rank or _rank(cfg.get("lora_r")) or LINEAR_RANK
     lines.append(("linears", f"besides rows of the down-projections: LoRA of rank {linear_rank}"))
-    return _changed(config, linear_rank=linear_rank)
+    given = config.model_dump(mode="json", exclude_none=True)
+    return LokiConfig(**given | {"linear_rank": linear_rank})
 
 
-def _changed(config: LokiConfig, **fields: Any) -> LokiConfig:
-    return LokiConfig(**{**config.model_dump(mode="json", exclude_none=True), **fields})
+def _with_targets(cfg) -> Any:
+    """The configuration with `targets` in its block, where they stand in LoRA's own keys."""
+    block, (key, found) = cfg.get("loki"), _lora_targets(cfg)
+    block = {} if block is None else block
+    if not key or not isinstance(block, dict) or {"targets", "form"} & block.keys():
+        return cfg
+    return {"loki": {**block, "targets": found}}
 
 
 def _lora_targets(cfg) -> tuple[str | None, str | list[str]]:

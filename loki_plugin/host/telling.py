@@ -58,6 +58,8 @@ def _analysis(made: Mapping[str, Any]) -> str:
 
 def _counts(selection: RowSelection) -> str:
     counts, hidden = selection.counts, selection.hidden_size
+    if not any(counts):
+        return "none: `targets` names no down-projection"
     same = len(set(counts)) == 1
     each = f"{counts[0]}" if same else f"{min(counts)} to {max(counts)}"
     return f"{each} of {hidden} in each of {selection.num_layers} layers"
@@ -72,9 +74,9 @@ def about_training(
         form = f"low-rank: the selected rows train together, rank {rank}"
     kinds = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in selection.linears))
     linears = [("linears", f"{len(selection.linears)} with a LoRA: {kinds}")] if kinds else []
+    rows = [("form", form), ("rows", f"{sum(selection.counts):,} in all")]
     return [
-        *([("form", form)] if any(selection.counts) else []),
-        ("rows", f"{sum(selection.counts):,} in all"),
+        *(rows if any(selection.counts) else []),
         *linears,
         ("trainable", f"{trainable:,} parameters, {100 * trainable / base:.3f} % of {base:,}"),
         ("frozen", "all the rest; it is compared again after training"),

@@ -178,11 +178,13 @@ def aimed(
     Raises:
         ValueError: unknown targets.
     """
-    down = set(chosen_down(anatomy, targets))
+    down, linears = set(chosen_down(anatomy, targets)), chosen(model, anatomy, targets)
+    if down.issuperset(anatomy.names) and linears == selection.linears:
+        return selection
     nothing = torch.empty(0, dtype=torch.long)
     pairs = zip(anatomy.names, selection.rows, strict=True)
     rows = [kept if name in down else nothing for name, kept in pairs]
-    return replace(selection, rows=rows, linears=chosen(model, anatomy, targets))
+    return replace(selection, rows=rows, linears=linears)
 
 
 def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: bool = True):
@@ -238,11 +240,11 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
             )
         let_train(module.lora_B[adapter])
     total = sum(isinstance(m, LoraLayer) for m in modules.values())
-    expected_total = found + len(selection.linears)
-    if total != expected_total:
+    others = len(selection.linears)
+    if total != found + others:
+        more = f" and {others} further linears" if others else ""
         raise ValueError(
-            f"{total} modules carry LoRA, expected {expected_total}: the selected down-projections"
-            f" and {len(selection.linears)} further linears"
+            f"{total} modules carry LoRA, expected only the {found} selected down-projections{more}"
         )
     freeze(model)
     save_rows_with(model, selection)

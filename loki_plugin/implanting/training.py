@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .. import ranks
+from ..model.linears import kind_of
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
 from .saved import save_sharded
@@ -32,7 +33,7 @@ def prepare_trainer(
     the rows file. Training stops when NaN reaches a weight.
 
     Raises:
-        ValueError: `resume_from` is a checkpoint of other rows.
+        ValueError: `resume_from` is a checkpoint of other rows or other linears.
         RuntimeError: a parameter that is not ours is trainable.
     """
     check_resume(resume_from, selection)
@@ -180,6 +181,14 @@ def check_resume(checkpoint: str | None, selection: RowSelection) -> None:
     earlier = RowSelection.load(file)
     if earlier == selection:
         return
+    others = sorted({*earlier.linears} ^ {*selection.linears})
+    if others:
+        kinds = ", ".join(dict.fromkeys(map(kind_of, others)))
+        raise ValueError(
+            f"checkpoint '{checkpoint}' was trained on other linears: {kinds} trained there and"
+            " would not train now, or the other way round. Give the `loki.targets` of its run, or"
+            " start afresh"
+        )
     if earlier.num_layers != selection.num_layers:
         detail = f"{earlier.num_layers} layers instead of {selection.num_layers}"
     else:

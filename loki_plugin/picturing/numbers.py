@@ -46,7 +46,8 @@ def gather(
     """
     found: Numbers = {"format": FORMAT, "version": VERSION, "left_out": {}}
     found["hidden_size"] = selection.hidden_size
-    found["chosen"] = _rounded(chosen_density(selection)) if selection.hidden_size else None
+    drawn = selection.hidden_size and any(selection.counts)
+    found["chosen"] = _rounded(chosen_density(selection)) if drawn else None
     try:
         log = _log_of(selection, cache)
         found["scores"] = of_scores(log, selection)

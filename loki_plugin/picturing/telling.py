@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..implanting.saved import FAILED_NAME
+from ..model.linears import kind_of
 from ..rows import FILE_NAME, RowSelection
 from .numbers import Numbers
 
@@ -43,8 +44,12 @@ def verdict(report: Report, failed: bool) -> dict[str, Any]:
             "faults": faults or [f"{FAILED_NAME} stands beside the adapter"],
         }
     if report.get("verified"):
+        others = len(report.get("linears") or ())
+        what_moved = "the selected rows" if any(report.get("rows_per_layer") or [1]) else ""
+        if others:
+            what_moved += f"{' and ' if what_moved else ''}{others} targeted linears"
         text = (
-            "Only the selected rows have changed: the saved adapter was read back, and the base"
+            f"Only {what_moved} have changed: the saved adapter was read back, and the base"
             " was compared with what it was before the training."
         )
         if not what:  # version 0.1.1
@@ -57,8 +62,11 @@ def verdict(report: Report, failed: bool) -> dict[str, Any]:
 
 
 def tiles(report: Report, selection: RowSelection, numbers: Numbers) -> list[dict[str, str]]:
-    """The four figures that one wants first."""
-    shown = [("Rows that train", *_rows(selection))]
+    """The figures that one wants first."""
+    shown = [("Rows that train", *_rows(selection))] if any(selection.counts) else []
+    if selection.linears:
+        kinds = ", ".join(dict.fromkeys(map(kind_of, selection.linears)))
+        shown.append(("Linears that train a LoRA", str(len(selection.linears)), kinds))
     trainable, base = report.get("trainable_parameters"), report.get("base_parameters")
     if trainable and base:
         share = f"{100 * trainable / base:.2f} % of {_count(base)}"
@@ -109,7 +117,7 @@ def commands(report: Report, folder: Path, adapter: bool) -> list[dict[str, str]
         lines = [
             ("Write the plain merged model", ["axolotl", "loki", "merge", config]),
             (
-                "Prove that nothing but the rows has changed in it",
+                "Prove that nothing else has changed in it",
                 ["loki", "verify", base, merged, "--rows", rows],
             ),
             (
@@ -155,9 +163,12 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
         analysis += f", {seconds:,.1f} s" if seconds is not None else ""
         analysis += f"; misses {100 * error:.1f} % of the change of p" if error is not None else ""
     rank = (report.get("settings") or {}).get("rank")
-    form = None
-    if "settings" in report:
+    form = linears = None
+    if "settings" in report and any(selection.counts):
         form = "dense: every weight of the rows" if rank is None else f"low-rank, r = {rank}"
+    if selection.linears and "settings" in report:
+        linear_rank = report["settings"].get("linear_rank")
+        linears = f"{len(selection.linears)} with a LoRA of rank {linear_rank}"
     protection = report.get("protection") or {}
     return [
         ("Base", report.get("base_model")),
@@ -165,6 +176,7 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
         ("Rows chosen", chosen),
         ("Rows from", report.get("rows_from") or made.get("source")),
         ("Form", form),
+        ("Linears", linears),
         ("Calibration", prompts),
         ("Attribution", analysis),
         ("Protected inputs", _protected(protection) if protection else None),
@@ -174,7 +186,12 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
 def _protected(found: dict[str, Any]) -> str:
     """What the directions cover: how many, energy, tokens, prompts kept back, leakage."""
     counts = found["directions_per_layer"]
-    told = f"{min(counts)} to {max(counts)} directions per layer"
+    inputs = found.get("inputs")
+    where = f"at each of {len(inputs)} inputs that linears read" if inputs else "per layer"
+    told = f"{min(counts)} to {max(counts)} directions {where}"
+    sinks = [n for n in found.get("sink_tokens_per_layer") or () if n]
+    if sinks:
+        told += f", {len(sinks)} of them with sinks"
     told += ", read in inverse proportion to their use" if found.get("soft") else ", not read"
     if found.get("energy_per_layer"):
         told += f"; at least {_percent(min(found['energy_per_layer']))} of the energy of"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from ..choices import DOWN, PROTECT_GB, TEXT_TOKENS
 from ..inputs import Inputs
 from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint
+from ..model.linears import kind_of
 from ..model.loading import is_loaded
 from ..model.writing import write_text
 from . import own_text
@@ -161,6 +162,27 @@ def earlier_directions(
             folder,
         )
     return found
+
+
+def check_trained(found: Directions, trained: Collection[str], down: Sequence[str]) -> None:
+    """Check that earlier directions are of the linears that train.
+
+    Args:
+        trained: names of the linears that train.
+        down: names of the down-projections; some may have directions and no rows.
+
+    Raises:
+        ValueError: a linear without directions, or directions of one that does not train.
+    """
+    names = found.by_module(down).keys()
+    others = sorted((set(trained) - names) | (names - {*trained, *down}))
+    if others:
+        kinds = ", ".join(dict.fromkeys(map(kind_of, others)))
+        raise ValueError(
+            f"the run that goes on was trained with directions of other linears: {kinds} had some"
+            " there and would not train now, or the other way round. Give the `loki.targets` of"
+            " that run, or start afresh"
+        )
 
 
 def choose_directions(

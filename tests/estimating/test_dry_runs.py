@@ -59,6 +59,13 @@ TRAININGS = {
         "shape": GROUPED, "length": 512, "dtype": "float32", "optimizer": "adamw_torch",
     },
     "protected": {"shape": GROUPED, "length": 512, "directions": 64},
+    "all-linears": {"shape": GROUPED, "length": 512, "nf4": True, "targets": "all"},
+    "all-linears-protected": {
+        "shape": GROUPED, "length": 512, "rank": 16, "targets": "all", "directions": 256,
+    },
+    "all-linears-kept": {
+        "shape": GROUPED, "length": 512, "targets": "all", "checkpointing": False,
+    },
     "all-kept": {"shape": GROUPED, "length": 512, "checkpointing": False},
 }  # fmt: skip
 CARDS = {

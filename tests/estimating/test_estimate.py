@@ -13,10 +13,13 @@ from helpers.families import FAMILIES, tiny
 
 from benchmarks.floor import flops
 from loki_plugin import RowSelection, implant
+from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
 from loki_plugin.estimating.base import Stored, weight_bytes
-from loki_plugin.estimating.disk import adapter_bytes, score_log_bytes
-from loki_plugin.estimating.training import state_bytes, trainable
+from loki_plugin.estimating.disk import score_log_bytes
+from loki_plugin.estimating.estimate import Estimator
+from loki_plugin.estimating.planned import Planned
+from loki_plugin.estimating.training import state_bytes
 from loki_plugin.estimating.work import Work
 from loki_plugin.host.base import look_at
 from loki_plugin.implanting.adapter import trainable_share
@@ -32,13 +35,14 @@ def asked(run, tmp_path, *options, code=0):
     return json.loads(result.stdout) if "--json" in options else result.stdout
 
 
+@pytest.mark.parametrize("targets", ["down", "all", ["q_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype):
+def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype, targets):
     model = tiny("llama")
     anatomy = find_anatomy(model)
     selection = RowSelection([[1, 5, 7, 20, 40], [], [2, 3, 4, 5, 6, 9, 11]], 48)
-    tuned = implant(model, selection, rank)
+    tuned = implant(model, selection, rank, targets=targets, linear_rank=3)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -46,11 +50,13 @@ def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype)
         if hasattr(module, "like"):
             module.like = module.like.to(dtype)
     tuned.save_pretrained(tmp_path)
-    each = trainable([80] * 3, selection.counts, rank)
-    assert sum(each) == trainable_share(tuned)[0]
-    names = [n.replace(".base_layer", "") for n in find_anatomy(tiny("llama")).names]
-    said = adapter_bytes(names, [80] * 3, 48, selection.counts, rank, dtype)
-    assert said == (tmp_path / "adapter_model.safetensors").stat().st_size
+    block = LokiConfig(rank=rank, targets=targets, linear_rank=None if targets == "down" else 3)
+    empty = tiny("llama")
+    said = Estimator(empty, find_anatomy(empty), block, selection.counts, [1], analysed=False)
+    assert said.parameters() == trainable_share(tuned)
+    run = Planned(Stored(torch.float32), 1, 8, 1, False, "sgd", dtype)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert said.disk(run, 24)["adapter_bytes"] == size
     assert anatomy.hidden_size == 48
 
 

@@ -46,22 +46,39 @@ def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_con
         logging.getLogger("axolotl"), "handle", lambda record: seen.append(record.getMessage())
     )
     run_config |= {
-        "lora_target_linear": True,
         "lora_target_modules": ["q_proj"],
         "lora_dropout": 0.1,
         "lora_alpha": 32,
     }
+    run_config["loki"]["targets"] = "down"
     cfg = load(run_config)
-    assert cfg.lora_target_modules == ["down_proj"] and not cfg.lora_target_linear
+    assert cfg.lora_target_modules == ["down_proj"] and cfg.loki.targets == "down"
     blocks = [text for text in seen if "overrides" in text]
     assert len(blocks) == 1
     for part in (
-        "lora_target_linear = True: now None",
-        "lora_target_modules = ['q_proj']: now ['down_proj']",
+        "lora_target_modules = ['q_proj']: `loki.targets: down`",
         "lora_dropout = 0.1: now 0.0",
         "lora_alpha = 32: set from the rows",
     ):
         assert part in blocks[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "targets"),
+    [
+        ({"lora_target_linear": True}, "all"),
+        ({"lora_target_modules": "all-linear"}, "all"),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, ["q_proj", "v_proj"]),
+        ({"lora_target_linear": True, "lora_target_modules": ["o_proj"]}, ["o_proj"]),
+        ({"lora_target_modules": r".*\.(q|down)_proj"}, r".*\.(q|down)_proj"),
+    ],
+)
+def test_loras_own_targets_are_taken_and_said_once(run_config, keys, targets, our_log):
+    cfg = load(run_config | keys)
+    assert cfg.loki.targets == targets and cfg.loki.linear_rank == 16
+    assert cfg.lora_target_modules == ["down_proj"] and not cfg.lora_target_linear
+    assert f"is taken as `loki.targets: {targets}`" in our_log.text
+    assert "  overrides   lora_target" not in our_log.text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ FORMS = {
     "dense without adapter": {"adapter": None},
     "rank 3": {"adapter": "loki", "loki": {"rank": 3}},
     "lora_r 3": {"adapter": "lora", "lora_r": 3, "lora_alpha": 16},
+    "lora_r 3 on all": {"adapter": "lora", "lora_r": 3, "lora_target_linear": True},
+    "dense, lora_r on some": {"adapter": "loki", "lora_r": 3, "lora_target_modules": ["q_proj"]},
 }
 
 
@@ -28,6 +30,9 @@ def test_registering_again_changes_nothing(form, four_bit):
     once = copy.deepcopy(config)
     assert once["adapter"] == ("qlora" if four_bit else "lora")
     assert once["loki"]["rank"] == (None if "dense" in form else 3)
+    targets = {"lora_r 3 on all": "all", "dense, lora_r on some": ["q_proj"]}.get(form, "down")
+    assert once["loki"]["targets"] == targets
+    assert once["loki"].get("linear_rank") == (None if targets == "down" else 3)
     for _ in range(2):
         assert settings.prepare(config) == []
         assert config == once

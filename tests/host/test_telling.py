@@ -52,6 +52,17 @@ def test_rows_from_elsewhere():
     ]
 
 
+def test_what_was_not_analysed_and_targets_without_rows():
+    none = RowSelection([[], []], 64, linears=["layers.0.attn.q_proj", "layers.1.attn.q_proj"])
+    assert about_rows(none, "no analysis") == [
+        ("from", "no analysis"),
+        ("rows", "none: `targets` names no down-projection"),
+    ]
+    told = dict(about_training(none, None, 640, 6400))
+    assert told["linears"] == "2 with a LoRA: q_proj"
+    assert not {"form", "rows"} & told.keys()
+
+
 def test_what_trains():
     told = dict(about_training(rows(), None, 1536, 100000))
     assert told["form"].startswith("dense") and told["rows"] == "6 in all"

@@ -107,3 +107,33 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
         assert tensor.abs().max() > 1e-3
         # Axolotl averages the ranks' mean losses, whose numbers of tokens differ by one or two.
         assert (together[name] - tensor).norm() < 5e-3 * tensor.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("rank", "protect"),
+    [(None, "auto"), (2, {"inputs": 0.9})],
+    ids=["dense-auto", "rank-hard"],
+)
+def test_two_ranks_train_the_same_linears(run_config, tmp_path, rank, protect):
+    """Each rank sees other texts and draws other numbers, and both hold one adapter."""
+    run_config["loki"] |= {"targets": "all", "rank": rank, "protect": protect}
+    (tmp_path / "rank.py").write_text(SCRIPT)
+    (tmp_path / "config.yaml").write_text(json.dumps(run_config | {"max_steps": 4}))
+    two_ranks(tmp_path / "rank.py", tmp_path / "config.yaml", tmp_path)
+    for r in range(2):
+        assert (tmp_path / f"world-{r}").read_text() == "2 DistributedType.MULTI_CPU"
+    one, two = (load_file(tmp_path / f"rank-{r}.safetensors") for r in range(2))
+    assert one.keys() == two.keys() and len(one) == 36 + (3 if rank is None else 6)
+    out = Path(run_config["output_dir"])
+    directions = Directions.load(out / FILE_NAME).by_module([])
+    assert len(directions) == 21
+    for name, tensor in one.items():
+        if ".lora_A." in name:  # rank 0 has saved, and so folded what it reads into A
+            u = directions[name.partition(".lora_A.")[0].removeprefix("base_model.model.")]
+            differ = outside(tensor, u) - outside(two[name], u)
+            assert differ.norm() < 1e-6 * tensor.norm(), name
+        else:
+            assert torch.equal(tensor, two[name]), name
+    report = json.loads((out / "loki_report.json").read_text())
+    assert report["verified"] is True and report["verified_what"]["base"] == "every byte"
+    assert len(report["linears"]) == 18 and len(report["protection"]["leakage_per_layer"]) == 12

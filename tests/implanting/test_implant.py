@@ -208,6 +208,8 @@ def test_resuming_with_other_rows_is_refused(tmp_path):
     check_resume(str(tmp_path), selection)
     with pytest.raises(ValueError, match="other rows .1 of 3 layers have other rows"):
         check_resume(str(tmp_path), RowSelection([*ROWS[:2], [7, 8, 10]], 48))
+    with pytest.raises(ValueError, match="trained on other linears: q_proj trained there"):
+        check_resume(str(tmp_path), RowSelection(ROWS, 48, linears=["layers.0.q_proj"]))
 
 
 def test_the_trainer_scales_the_learning_rate_once_and_saves_rows(tmp_path):

@@ -114,6 +114,33 @@ def test_the_page_fetches_nothing_and_forbids_it(run):
     assert "default-src 'none'" in page
 
 
+@pytest.mark.parametrize("rows", [[[1], [2, 3]], [[], []]], ids=["rows", "no rows"])
+def test_the_page_of_targets_says_which_linears_train(tmp_path, rows):
+    names = [f"model.layers.{i}.self_attn.{k}" for i in range(2) for k in ("q_proj", "v_proj")]
+    selection = RowSelection(rows, 40, linears=names)
+    selection.save(tmp_path / "loki_rows.json")
+    protection = {"directions_per_layer": [4, 5], "soft": True, "tokens": 1234}
+    protection |= {"inputs": [names[:2], names[2:]], "sink_tokens_per_layer": [0, 7]}
+    report = report_of(selection, protection=protection, linears=names)
+    report["settings"] |= {"targets": ["q_proj", "v_proj"], "linear_rank": 8}
+    put(tmp_path, report)
+    found = numbers.gather(selection, tmp_path / "cache", HISTORY)
+    text = " ".join(Reader(write_page(tmp_path, found)[0].read_text(encoding="utf-8")).text)
+    some = any(selection.counts)
+    moved = "Only the selected rows and 4 targeted linears" if some else "Only 4 targeted linears"
+    for said in (
+        f"{moved} have changed",
+        "Linears that train a LoRA",
+        "q_proj, v_proj",
+        "4 with a LoRA of rank 8",
+        "4 to 5 directions at each of 2 inputs that linears read",
+        "1 of them with sinks",
+    ):
+        assert said in text, said
+    for said in ("Rows that train", "dense: every weight of the rows"):
+        assert (said in text) == some, said
+
+
 def test_the_page_says_what_the_report_says(run):
     folder, selection = run
     protection = {"directions_per_layer": [4, 5, 4], "soft": True, "tokens": 1234}

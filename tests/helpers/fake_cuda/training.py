@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+PREFIX = "base_model.model."  # PEFT's
+
 # `attend` trains as one kernel each way, which keeps its inputs and its answer.
 torch.library.define(
     "fake_cuda::attend_back", "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor o) -> Tensor[]"
@@ -52,16 +54,29 @@ def pretend_training() -> None:
     torch.cuda.synchronize = lambda *_: None
 
 
-def implanted(model: nn.Module, quota: int, rank: int | None, dtype: str, directions: int):
+def implanted(
+    model: nn.Module,
+    empty: nn.Module,
+    quota: int,
+    rank: int | None,
+    dtype: str,
+    directions: int,
+    targets: str,
+):
     """`implant`, with the adapter in `dtype` and, if `directions`, that many protected inputs."""
     from loki_plugin import RowSelection, implant
+    from loki_plugin.estimating.reading import reads
     from loki_plugin.implanting.adapter import constrained_modules
+    from loki_plugin.model.anatomy import find_anatomy
+    from loki_plugin.model.linears import chosen
     from loki_plugin.protecting.reading import ProtectedA, protected_modules
 
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     with _disable_current_modes():  # rows are read on the host
         rows = [torch.arange(hidden * quota // 100) for _ in range(layers)]
-        selection = RowSelection(rows, hidden)
+        linears = chosen(empty, find_anatomy(empty), targets)
+        selection = RowSelection(rows, hidden, linears=linears)
+        inputs = reads(empty, find_anatomy(empty), targets)
     model.enable_input_require_grads()
     # Made on the device at once: PyTorch does not move fake parameters that somebody looks at.
     stays = mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
@@ -70,12 +85,11 @@ def implanted(model: nn.Module, quota: int, rank: int | None, dtype: str, direct
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
-    if directions:  # `protect_inputs` looks at values
-        for module in tuned.modules():
-            if hasattr(module, "lora_A") and len(module.lora_A):
-                weight = module.lora_A["default"].weight
-                basis = torch.empty(weight.shape[1], directions)
-                module.lora_A["default"] = ProtectedA(weight, basis)
+    for each in inputs if directions else []:  # `protect_inputs` looks at values
+        basis = torch.empty(each.size, directions)
+        for name, _ in each.linears:
+            module = tuned.get_submodule(f"{PREFIX}{name}")
+            module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, basis)
     # What a first step brings to the device, once.
     for _, module in constrained_modules(tuned):
         module.placed(torch.device("cuda:0"))
@@ -124,6 +138,7 @@ def train_step(
     dtype: str = "bfloat16",
     optimizer: str = "adamw_bnb_8bit",
     directions: int = 0,
+    targets: str = "down",
     batch: int = 1,
     checkpointing: bool = True,
 ) -> dict[str, Any]:
@@ -140,8 +155,9 @@ def train_step(
         Stored(torch.bfloat16, bits), batch, length, 1, checkpointing, optimizer,
         getattr(torch, dtype),
     )  # fmt: skip
-    predicted = estimated(empty, run, quota, rank, directions)
-    tuned = implanted(model, quota, rank, dtype, directions)
+    with _disable_current_modes():
+        predicted = estimated(empty, run, quota, rank, directions, targets)
+    tuned = implanted(model, empty, quota, rank, dtype, directions, targets)
     if checkpointing:
         options = {"use_reentrant": True, "preserve_rng_state": False}  # nothing is random here
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -180,23 +196,22 @@ def train_step(
     }
 
 
-def estimated(empty: nn.Module, run, quota: int, rank: int | None, directions: int):
+def estimated(empty: nn.Module, run, quota: int, rank: int | None, directions: int, targets: str):
     """What `loki estimate` says of the step."""
     from loki_plugin.args import LokiConfig
     from loki_plugin.estimating.estimate import Estimator
-    from loki_plugin.estimating.training import trainable
     from loki_plugin.estimating.work import Work
     from loki_plugin.model.anatomy import find_anatomy
 
     anatomy = find_anatomy(empty)
     counts = [anatomy.hidden_size * quota // 100] * anatomy.num_layers
-    config = LokiConfig(
-        quota=quota, rank=rank, protect={"directions": directions} if directions else {}
-    )
-    found = Estimator(empty, anatomy, config, counts, [1], analysed=False).training(run)
-    trained = sum(trainable(anatomy.input_sizes, counts, rank))
+    protect = {"directions": directions} if directions else {}
+    config = LokiConfig(quota=quota, rank=rank, targets=targets, protect=protect)
+    said = Estimator(empty, anatomy, config, counts, [1], analysed=False)
+    trained, _ = said.parameters()
     flops = Work.of(empty, anatomy).training(run.tokens, run.length, trained, run.checkpointing)
-    return found | {"TFLOP": flops / 1e12}
+    flops += said.protection_flops(run, 24)
+    return said.training(run) | {"TFLOP": flops / 1e12}
 
 
 def _first_linear(model: nn.Module) -> str:
