@@ -139,6 +139,7 @@ class Run:
         cfg.lora_rank_pattern = settings["rank_pattern"] or None
         cfg.lora_alpha_pattern = settings["alpha_pattern"] or None
         cfg.lora_target_modules = settings["target_modules"]
+        cfg.lora_target_parameters = settings["target_parameters"]
         cfg.lora_fan_in_fan_out = settings["fan_in_fan_out"]
 
     def install(self, cfg, model) -> None:
