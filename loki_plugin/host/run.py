@@ -82,6 +82,7 @@ class Run:
         run = cls(files.config, selection, model.get_input_embeddings().num_embeddings)
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
         run.facts |= {"rows_from": files.source, "rows_seconds": round(seconds, 3)}
+        run.facts["adapter_fits"] = type(model).__name__  # whose names of modules it has
         run.told = about_rows(selection, files.source)
         run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
