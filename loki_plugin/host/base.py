@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..args import LokiConfig
-
 LOG = logging.getLogger("loki_plugin")
 
 
@@ -36,36 +34,33 @@ def check_base(cfg, downloaded: bool = False) -> None:
         check_stored(cfg)
 
 
-def check_registered(cfg, config: LokiConfig) -> None:
-    """The same, and that the run can choose its rows, as soon as its YAML is read.
+def check_registered(cfg) -> None:
+    """The same as soon as the YAML is read.
 
     What cannot be read yet is Axolotl's to say.
 
     Raises:
-        ValueError: as `check_base`, or a model that would have to be analysed and cannot be.
+        ValueError: as `check_base`.
     """
     try:
-        look_at(cfg, config)
+        look_at(cfg)
     except Unreadable:
         return
     if Path(cfg["base_model"]).is_dir() and not quantisation_of(read_config(cfg)):
         check_stored(cfg)
 
 
-def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[Any, Any]:
+def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
     """The base of a run without memory for its weights, and its anatomy: rows of it can train.
 
     Args:
         run: the keys of an Axolotl YAML.
-        config: its `loki:` block; None = only what any run needs.
 
     Raises:
         Unreadable: its configuration is not at hand.
         ValueError: quantised by anything but bitsandbytes; a class that cannot be built; no
-            down-projections; a family whose rows no standard adapter can hold; a model that the
-            block wants analysed and that cannot be.
+            down-projections; a family whose rows no standard adapter can hold.
     """
-    from ..analysing.analysis import check_analysable
     from ..implanting.adapter import check_adaptable
     from ..model.anatomy import find_anatomy
     from ..model.building import build_empty
@@ -79,8 +74,6 @@ def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[A
         model = build_empty(shape, run.get("model_type"), bool(run.get("trust_remote_code")))
         anatomy = find_anatomy(model)
         check_adaptable(anatomy, model)
-        if config is not None and config.needs_scores and not run.get("lora_model_dir"):
-            check_analysable(anatomy)
     except ValueError as error:
         said = f"loki cannot train rows of base_model '{name}'"
         if foreign:
