@@ -181,12 +181,10 @@ def _outcome(
 
 
 def _obey(run: dict[str, Any], said: str) -> str:
-    """Take out the settings that are named, or choose rows that need no analysis; try again."""
+    """Take out the settings that are named, and try again."""
     changed = dict(run)
     for _ in range(3):
-        if "strategy: random" in said:
-            changed["loki"] = {"strategy": "random"}
-        elif "remove them:" in said:
+        if "remove them:" in said:
             keys = re.findall(r"(\w+)[\w.]*: ", said.split("remove them:")[1])
             changed = {k: v for k, v in changed.items() if k not in keys}
         else:
@@ -304,7 +302,6 @@ _REASONS = {
     "PEFT takes an adapter": "a mixture whose targets PEFT takes for routed experts",
     "is quantised with": "a base that is stored quantised, not by bitsandbytes",
     "cannot be analysed": "the model cannot be analysed",
-    "cannot analyse": "layers without down-projections cannot be analysed",
     "no down-projection": "no down-projection in any layer",
     "cannot be built": "its class cannot be built here (a package is missing)",
     "cannot be used with loki": "a setting that cannot be used with loki",

@@ -91,6 +91,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": HEAD},
     "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "mistral4": {"qk_nope_head_dim": HEAD // 2, "qk_head_dim": HEAD, "head_dim": HEAD},
     "dots1": {"sliding_window": 128, "n_routed_experts": EXPERTS, "n_shared_experts": 1}
     | {"num_experts_per_tok": 2},

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig
 
 from loki_plugin import attribute, implant
+from loki_plugin.implanting import naming
 from loki_plugin.implanting.adapter import check_adaptable
 from loki_plugin.implanting.checkpoint import Base, open_checkpoint
 from loki_plugin.implanting.merge import merge_adapter
@@ -37,7 +41,7 @@ class Life:
         kind: its class.
         rows: layers with rows, of all layers; empty where none was found.
         analysed: yes, or why not.
-        trains: yes, or why not.
+        trains: yes (and stock PEFT loads the adapter), or why not.
         merges: yes (and verified byte by byte), or why not.
     """
 
@@ -125,6 +129,12 @@ def _train_and_merge(
             after = tuned.eval()(input_ids=ids).logits
         tuned.save_pretrained(folder / "adapter")
         selection.save(folder / "adapter" / "loki_rows.json")
+        with _stock_peft(), torch.no_grad():
+            stock = PeftModel.from_pretrained(
+                kind.loader.from_pretrained(base, config=config, dtype=torch.float32),
+                folder / "adapter",
+            )
+            _compare(stock.eval()(input_ids=ids).logits, after, "what stock PEFT loads")
         life.trains = "yes"
     except _ANY as error:
         life.trains = _said(error)
@@ -139,12 +149,28 @@ def _train_and_merge(
         merged = kind.loader.from_pretrained(folder / "merged", dtype=torch.float32).eval()
         with torch.no_grad():
             found = merged(input_ids=ids).logits
-        difference = float((found - after).abs().max() / after.abs().max())
-        if not difference < _AGREE:
-            raise ValueError(f"the merged model's logits differ by {difference:.2g}")
+        _compare(found, after, "the merged model")
         life.merges = "yes"
     except _ANY as error:
         life.merges = _said(error)
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference < _AGREE:
+        raise ValueError(f"{what} answers otherwise: its logits differ by {difference:.2g}")
+
+
+@contextmanager
+def _stock_peft() -> Iterator[None]:
+    """PEFT as it is where this package is not."""
+    name = "convert_peft_config_for_transformers"
+    ours = getattr(naming.peft_conversion, name)
+    setattr(naming.peft_conversion, name, getattr(ours, "keeps_modules", ours))
+    try:
+        yield
+    finally:
+        setattr(naming.peft_conversion, name, ours)
 
 
 def _step(model: torch.nn.Module) -> None:

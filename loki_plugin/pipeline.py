@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ranks
-from .analysing.analysis import analyse, check_analysable, convergence
+from .analysing.analysis import analyse, convergence
 from .analysing.attribution.devices import first_device, give_back
 from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
@@ -87,7 +87,6 @@ def _choose(
         excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
         if not config.needs_scores:
             return _without_scores(model, anatomy, config, excluded)
-        check_analysable(anatomy)
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records
         )

@@ -35,7 +35,7 @@ class LokiPlugin(BasePlugin):
         lines = settings.prepare(cfg)
         if not self._only_reads:
             try:
-                base.check_registered(cfg, settings.parse(cfg))
+                base.check_registered(cfg)
             except ValueError:
                 settings.restore(cfg, self._before)
                 raise

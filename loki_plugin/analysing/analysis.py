@@ -24,11 +24,6 @@ from .attribution.sequence import attribute_sequences
 from .calibration.prompts import Prompt
 from .pace import duration
 
-# What is left where a model cannot be analysed.
-WITHOUT_SCORES = (
-    "Its rows train without an analysis: `strategy: random`, `quota: 100`, or a file of rows in"
-    " `rows`, in the `loki:` block"
-)
 LOG = logging.getLogger("loki_plugin")
 # Why the fast analysis cannot be used for a model, and models of which the log says so.
 _unknown: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -57,7 +52,6 @@ def analyse(
     """
     if path not in KERNELS:
         raise ValueError(f"attribution path {path!r} is unknown; expected {' or '.join(PATHS)}")
-    check_analysable(anatomy)
     with quiet(model) as own_attention, ExitStack() as stack:
         why = not_known(model, anatomy, prompts, own_attention)
         if why is None:
@@ -76,23 +70,13 @@ def analyse(
         return torch.cat(parts)
 
 
-def check_analysable(anatomy: Anatomy) -> None:
-    """What can be said before a prompt runs.
-
-    Raises:
-        ValueError: layers without a down-projection.
-    """
-    if not anatomy.whole:
-        raise ValueError(
-            f"only {anatomy.num_layers} of {len(anatomy.layers)} layers have a down-projection, and"
-            f" loki cannot analyse such a model. {WITHOUT_SCORES}"
-        )
-
-
 def not_known(
     model: nn.Module, anatomy: Anatomy, prompts: Sequence[Prompt], own_attention: OwnAttention
 ) -> str | None:
     """Why the fast analysis cannot be used for a model; None: it can. Asked once of each."""
+    if not anatomy.whole:
+        layers = f"{anatomy.num_layers} of {len(anatomy.layers)} layers"
+        return f"only {layers} have a down-projection"
     if model not in _unknown:
         try:
             shortest = min(prompts, key=lambda p: len(p.ids))

@@ -46,7 +46,7 @@ def estimate_command(config: Path, card: int):
         "revision": given.get("revision_of_model"),
         "trust_remote_code": bool(given.get("trust_remote_code")),
     }
-    model, anatomy = look_at(given, block)
+    model, anatomy = look_at({**given, "loki": cfg["loki"]})
     assumed = not_counted({**given, "loki": cfg["loki"]})
     counts = _counts(given, block, model, anatomy, assumed)
     down = set(chosen_down(anatomy, block.targets))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..args import LokiConfig
+from ..choices import DOWN
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -36,40 +36,38 @@ def check_base(cfg, downloaded: bool = False) -> None:
         check_stored(cfg)
 
 
-def check_registered(cfg, config: LokiConfig) -> None:
-    """The same, and that the run can choose its rows, as soon as its YAML is read.
+def check_registered(cfg) -> None:
+    """The same as soon as the YAML is read.
 
     What cannot be read yet is Axolotl's to say.
 
     Raises:
-        ValueError: as `check_base`, or a model that would have to be analysed and cannot be.
+        ValueError: as `check_base`.
     """
     try:
-        look_at(cfg, config)
+        look_at(cfg)
     except Unreadable:
         return
     if Path(cfg["base_model"]).is_dir() and not quantisation_of(read_config(cfg)):
         check_stored(cfg)
 
 
-def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[Any, Any]:
+def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
     """The base of a run without memory for its weights, and its anatomy: rows of it can train.
 
     Args:
-        run: the keys of an Axolotl YAML.
-        config: its `loki:` block; None = only what any run needs.
+        run: the keys of an Axolotl YAML; of its `loki:` block `targets` count.
 
     Raises:
         Unreadable: its configuration is not at hand.
         ValueError: quantised by anything but bitsandbytes; a class that cannot be built; no
             down-projections; a family whose rows no standard adapter can hold; `targets` that it
-            does not have; a model that the block wants analysed and that cannot be.
+            does not have.
     """
-    from ..analysing.analysis import check_analysable
     from ..implanting.adapter import check_adaptable
     from ..model.anatomy import find_anatomy
     from ..model.building import build_empty
-    from ..model.linears import chosen, chosen_down
+    from ..model.linears import chosen
 
     name, shape = run["base_model"], read_config(run)
     method = quantisation_of(shape)
@@ -79,15 +77,8 @@ def look_at(run: Mapping[str, Any], config: LokiConfig | None = None) -> tuple[A
     try:
         model = build_empty(shape, run.get("model_type"), bool(run.get("trust_remote_code")))
         anatomy = find_anatomy(model)
-        linears = chosen(model, anatomy, config.targets) if config else ()
-        check_adaptable(anatomy, model, linears)
-        if (
-            config is not None
-            and config.needs_scores
-            and chosen_down(anatomy, config.targets)
-            and not run.get("lora_model_dir")
-        ):
-            check_analysable(anatomy)
+        targets = (run.get("loki") or {}).get("targets") or DOWN
+        check_adaptable(anatomy, model, chosen(model, anatomy, targets))
     except ValueError as error:
         said = f"loki cannot train rows of base_model '{name}'"
         if foreign:

@@ -77,7 +77,7 @@ def run(given: Mapping[str, Any]) -> list[Finding]:
         return [Finding("settings", BROKEN, str(error), do)]
     found = [Finding("settings", OK, "can be used with LoKI")]
     try:
-        anatomy = look_at(cfg, settings.parse(cfg))[1]
+        anatomy = look_at(cfg)[1]
     except ValueError as error:
         return [*found, Finding("base_model", BROKEN, str(error), do)]
     layers = f"{anatomy.num_layers} of {len(anatomy.layers)} layers"

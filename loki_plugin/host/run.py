@@ -82,6 +82,7 @@ class Run:
         run = cls(files.config, selection, model.get_input_embeddings().num_embeddings)
         run.facts |= {"base_model": str(cfg.base_model), "config": config_file(cfg)}
         run.facts |= {"rows_from": source, "rows_seconds": round(seconds, 3)}
+        run.facts["adapter_fits"] = type(model).__name__  # whose names of modules it has
         run.told = about_rows(selection, source)
         run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
@@ -145,6 +146,7 @@ class Run:
         cfg.lora_rank_pattern = settings["rank_pattern"] or None
         cfg.lora_alpha_pattern = settings["alpha_pattern"] or None
         cfg.lora_target_modules = settings["target_modules"]
+        cfg.lora_target_parameters = settings["target_parameters"]
         cfg.lora_fan_in_fan_out = settings["fan_in_fan_out"]
 
     def install(self, cfg, model) -> None:

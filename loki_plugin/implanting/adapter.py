@@ -25,6 +25,7 @@ from ..model.linears import PREFIX, chosen, chosen_down, kind_of
 from ..protecting.directions import Directions
 from ..protecting.reading import ProtectedA, protect_inputs
 from ..rows import RowSelection
+from .naming import by_parameter, keep_modules, misnamed, name_by_parameter
 from .saved import save_rows_with
 from .selected import KEY, RowFactor, RowScatter, RowSelector, is_ours, let_train
 
@@ -71,12 +72,18 @@ def lora_settings(
         )
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: r for name, r in ranks.items() if r != common}
+    wrong = misnamed(model, list(ranks))
+    if wrong:
+        keep_modules()
+        pattern |= {p: pattern[n] for n in wrong if n in pattern for p in by_parameter([n])}
+    right = [name for name in ranks if name not in wrong]
     return {
         "r": common,
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": _shortest_targets(model, list(ranks)),
+        "target_modules": _shortest_targets(model, right),
+        "target_parameters": by_parameter(wrong) or None,
         "fan_in_fan_out": 1 in anatomy.row_dims,
         "lora_dropout": 0.0,
     }
@@ -102,21 +109,16 @@ def check_adaptable(anatomy: Anatomy, model: nn.Module, linears: Sequence[str] =
     """Check that PEFT puts adapters where their names say: down-projections, and further linears.
 
     Raises:
-        ValueError: a family of which PEFT takes every `down_proj` for its routed experts' weights,
-            so that no adapter of another module could be loaded without this package.
+        ValueError: a family of which PEFT takes these modules for its routed experts' weights, and
+            whose weights lie the other way round, so that naming them by parameter is no way out.
     """
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
     names = [*anatomy.names, *linears]
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=names)
-    convert_peft_config_for_transformers(config, model, None)
-    if set(config.target_modules) != set(names):
+    wrong = misnamed(model, names)
+    if wrong and 1 in anatomy.row_dims:
         raise ValueError(
-            f"model family '{model.config.model_type}': PEFT takes an adapter for"
-            f" {anatomy.names[-1]} for one of the routed experts"
-            f" ({', '.join(sorted(config.target_parameters or []))}), so no standard adapter can"
-            " hold rows of it. `attribute` and `select_rows` work; training them does not. Use a"
-            " dense model, Qwen2-MoE, Granite-MoE-shared, or Llama 4"
+            f"model family '{model.config.model_type}': PEFT takes an adapter for {wrong[-1]} for"
+            " one of the routed experts, so no standard adapter can hold rows of it. `attribute`"
+            " and `select_rows` work; training them does not. Use another model"
         )
 
 
@@ -248,6 +250,7 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
         )
     freeze(model)
     save_rows_with(model, selection)
+    name_by_parameter(model)
     # A bound method, not a closure: a deep copy of the model binds it to the copy.
     model.add_adapter = types.MethodType(_add_adapter, model)
 

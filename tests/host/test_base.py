@@ -77,10 +77,6 @@ REFUSED = {
     "mixtral": ({"num_local_experts": 2}, "routed experts only"),
     "mamba": ({}, "no down-projection"),
     "clip": ({}, "is of no class of transformers that writes text"),
-    "jamba": (
-        {"expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2},
-        "only 1 of 2 layers have a down-projection.*`strategy: random`",
-    ),
 }
 
 
@@ -131,19 +127,6 @@ def test_what_cannot_train_is_refused_when_the_configuration_is_registered(on_th
     plugin.register(cfg)
     LokiPlugin.register(plugin, DictDefault(run_on(f"{on_the_hub}/llama")))
     plugin.register(DictDefault(run_on("nobody/not-downloaded")))  # Axolotl's to say
-
-
-def test_rows_that_need_no_scores_train_where_nothing_can_be_analysed(on_the_hub):
-    from axolotl.utils.dict import DictDefault
-
-    from loki_plugin.args import LokiConfig
-    from loki_plugin.host.base import look_at
-
-    cfg = DictDefault(run_on(f"{on_the_hub}/jamba"))
-    for block in ({"strategy": "random"}, {"quota": 100}, {"rows": "rows.json"}):
-        look_at(cfg, LokiConfig(**block))
-    with pytest.raises(ValueError, match="cannot analyse such a model"):
-        look_at(cfg, LokiConfig())
 
 
 @pytest.mark.parametrize("command", ["estimate", "doctor"])

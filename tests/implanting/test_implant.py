@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 
 from loki_plugin import RowSelection, implant
 from loki_plugin.implanting import adapter
@@ -96,17 +97,61 @@ def test_parameter_counts(rank):
 CONVERTED = {"deepseek_v3", "glm4_moe", "hunyuan_moe", "afmoe"}
 
 
-@pytest.mark.parametrize("family", sorted(CONVERTED))
-def test_a_family_whose_targets_peft_converts_is_refused(family):
-    with pytest.raises(ValueError, match="down_proj for one of the routed experts .down_proj.,"):
-        implant(tiny(family), ROWS)
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CONVERTED))
-def test_every_other_family_can_be_wrapped(family):
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_can_be_wrapped(family):
     model = implant(tiny(family), ROWS)
     adapter.check(model)
     assert sum(1 for _ in adapter.constrained_modules(model)) == 3
+    named = model.peft_config["default"].target_parameters
+    assert bool(named) == (family in CONVERTED)
+
+
+@pytest.fixture
+def stock_peft(monkeypatch):
+    """PEFT as it is where this package is not."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    from loki_plugin.implanting import naming
+
+    return lambda: monkeypatch.setattr(
+        conversion, "convert_peft_config_for_transformers", naming._original()
+    )
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("family", sorted(CONVERTED))
+def test_where_peft_takes_names_for_experts_stock_peft_loads_and_merges(
+    tmp_path, stock_peft, family, rank
+):
+    rows = [[1, 2], [0, 40], [5, 6, 7]]
+    model = implant(tiny(family), rows, rank)
+    assert all(isinstance(m, lora.Linear) for m in model.modules() if hasattr(m, "lora_B"))
+    step(model, torch.optim.AdamW(trainable(model), lr=0.05))
+    model.save_pretrained(tmp_path)
+    ids, model = IDS, model.eval()
+    going_on = PeftModel.from_pretrained(tiny(family), tmp_path, is_trainable=True)
+    adapter.install(going_on, RowSelection(rows, 48), rank, fresh=False)
+    assert all(isinstance(m, lora.Linear) for m in going_on.modules() if hasattr(m, "lora_B"))
+    stock_peft()
+    stock = PeftModel.from_pretrained(tiny(family), tmp_path).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert not torch.allclose(tiny(family)(input_ids=ids).logits, expected, atol=1e-3)
+        torch.testing.assert_close(stock(input_ids=ids).logits, expected)
+        torch.testing.assert_close(going_on.eval()(input_ids=ids).logits, expected)
+        torch.testing.assert_close(stock.merge_and_unload()(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", sorted(CONVERTED))
+def test_all_linears_of_such_a_family_train_but_its_experts(tmp_path, stock_peft, family):
+    model = implant(tiny(family), ROWS, 2, targets="all", linear_rank=2)
+    step(model, torch.optim.AdamW(trainable(model), lr=0.05))
+    model.save_pretrained(tmp_path)
+    assert not any("experts.0" in n or ".gate.lora" in n for n, _ in model.named_parameters())
+    stock_peft()
+    stock = PeftModel.from_pretrained(tiny(family), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("rank", [None, 1])

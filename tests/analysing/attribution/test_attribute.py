@@ -273,3 +273,22 @@ def test_bad_arguments_are_named(arguments, message):
     defaults = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     with pytest.raises(ValueError, match=message):
         attribute(tiny("llama"), **(defaults | arguments))
+
+
+@pytest.mark.parametrize("family", ["jamba", "nemotron_h"])
+def test_layers_without_rows_are_passed_over_by_the_plain_loop(family):
+    """Scores of the layers that have rows, against the obvious loop."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from benchmarks.standins import shrink
+
+    torch.manual_seed(0)
+    config = shrink(AutoConfig.for_model(family))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    anatomy = find_anatomy(model)
+    assert not anatomy.whole
+    ids = torch.arange(5, 15).view(2, 5)
+    found = attribute(model, ids, n_steps=3)
+    truth = loop(model, anatomy.down, ids, *quadrature("left", 3))
+    assert found.shape == (2, anatomy.num_layers, 64)
+    torch.testing.assert_close(found, truth.float(), rtol=1e-4, atol=1e-9)
