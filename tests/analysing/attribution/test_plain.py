@@ -49,9 +49,10 @@ def test_an_unknown_mixer_is_told_once_with_its_cost(dtype, our_log):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_5", "falcon_h1", "jamba", "lfm2"])
 @pytest.mark.parametrize("path", ["token", "sequence"])
-def test_it_equals_the_stack_where_both_can(path):
-    model, rule = tiny("qwen2", dtype=torch.float64), quadrature("left", 4)
+def test_it_equals_the_stack_where_both_can(path, family):
+    model, rule = tiny(family, dtype=torch.float64), quadrature("left", 4)
     anatomy, some = find_anatomy(model), whole(prompts(lengths=(9, 9)))
     with Exact():
         fast = analyse(model, anatomy, some, rule, path)
