@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tiling import untiled
+from .whole import whole_sequences
 
 
 def quantised_modules(model: nn.Module) -> list[nn.Module]:
@@ -24,7 +24,7 @@ def quantised_modules(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without dropout, MLPs untiled; each module's own mode is put back.
+    """Evaluation mode, without dropout, sequences whole; each module's own mode is put back.
 
     Quantised modules stay as in training: they have no dropout, and in evaluation, on a CPU, 4-bit
     weights would repack themselves and lose their gradient, 8-bit ones round their input.
@@ -34,7 +34,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         for module in quantised_modules(model):
             module.training = True
-        with untiled(model):
+        with whole_sequences(model):
             yield
     finally:
         for module in model.modules():

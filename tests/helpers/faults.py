@@ -15,19 +15,29 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def values_off(size: float, layer: int = 1, only_half: bool = False) -> Iterator[None]:
-    """For the duration, what the stack attends to in one layer is off by noise of that share.
+    """For the duration, what the stack sees of the prompt in one layer is off by noise of that
+    share: the values that it attends to, and a recurrence's state.
 
     With `only_half`, where it is in half precision: a kernel that is wrong there alone.
     """
     right = engine.run_prefix
 
+    def off(tensor: torch.Tensor) -> torch.Tensor:
+        if only_half and tensor.dtype not in HALF:
+            return tensor
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+        return tensor + size * tensor.square().mean().sqrt() * noise
+
     def wrong(anatomy, state, ids):
         right(anatomy, state, ids)
-        values = state.values[layer]
-        if values.dtype in HALF or not only_half:
-            drawn = torch.Generator().manual_seed(0)
-            noise = torch.randn(values.shape, generator=drawn).to(values)
-            state.values[layer] = values + size * values.square().mean().sqrt() * noise
+        if layer in state.values:
+            state.values[layer] = off(state.values[layer])
+        for key, kept in state.kept.items():
+            if key[0] == layer:
+                # What a scan kept stands before the dtype of its answer.
+                state.kept[key] = (
+                    (off(kept[0]), *kept[1:]) if isinstance(kept, tuple) else off(kept)
+                )
 
     engine.run_prefix = wrong
     try:

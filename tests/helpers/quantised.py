@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from helpers.families import tiny
 
 # NF4 on a CPU needs widths that its block of 64 divides.
-WIDTHS = {"hidden_size": 64, "intermediate_size": 128}
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "mamba_d_head": 32, "mamba_d_ssm": 128}
 
 
 def in_4_bit(family: str, folder: Path, dtype=torch.bfloat16):

@@ -15,8 +15,10 @@ from ...model.anatomy import Anatomy
 from ..calibration.prompts import Prompt
 from .devices import first_device, out_of_memory
 from .engine import attribute_batch, shared_prefix
+from .measured import peak_bytes
 from .memory import Memory, largest_batch
 from .quadrature import Rule
+from .recurrence import has_recurrences
 
 # Scores [B, L, H] of one batch, on the model's device.
 Kernel = Callable[[nn.Module, Anatomy, Sequence[Prompt], Rule], torch.Tensor]
@@ -88,12 +90,23 @@ def attribute_many(
     device = first_device(model)
     memory = Memory.of(model, anatomy)
     free = {place: free_bytes(place) for place in {*memory.places, memory.head}}
+    one = 0
+    if batch_size == BATCH_SIZE and has_recurrences(anatomy):
+        # The formula does not know what their code holds.
+        longest = max(prompts, key=lambda p: len(p.ids))
+        try:
+            one = peak_bytes(lambda: kernel(model, anatomy, [longest], rule))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            one = sum(free.values())  # it is told below, if it happens again
 
     def largest(some: Sequence[Prompt]) -> int:
         if isinstance(batch_size, int):
             return batch_size
         longest = max(len(p.ids) for p in some)
-        return auto_batch(memory, free, longest, rule.steps, len(some))
+        fitting = auto_batch(memory, free, longest, rule.steps, len(some))
+        return max(1, min(fitting, int(SHARE * min(free.values())) // one)) if one else fitting
 
     todo = [
         (start + first, start + last)

@@ -52,15 +52,20 @@ def attribute_plainly(
     room = Room(model, anatomy)
     for length, same in groupby(prompts, lambda p: len(p.ids)):
         some = list(same)
-        most = batch_size if isinstance(batch_size, int) else room.copies(length)
-        at_once = max(1, most // rule.steps)
-        for start in range(0, len(some), at_once):
-            part = some[start : start + at_once]
+        while some:
+            if isinstance(batch_size, int):
+                at_once = batch_size
+            else:
+                at_once = max(1, room.copies(length) // rule.steps)
+            part, some = some[:at_once], some[at_once:]
             yield integrate_plainly(model, anatomy, part, rule, path, room).scores.cpu()
 
 
 class Room:
-    """How many copies of a prompt run at once, by what the first one kept for its backward."""
+    """How many copies of a prompt run at once, by what the first one kept for its backward.
+
+    That runs alone: a CPU whose memory is full ends the process.
+    """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy):
         self.device = first_device(model)
@@ -69,10 +74,10 @@ class Room:
         self.kept_by_token = 0.0
 
     def copies(self, length: int) -> int:
-        """At least one."""
-        most = max(1, _TOKENS // length)
+        """At least one; one at first."""
         if not self.kept_by_token:
-            return most
+            return 1
+        most = max(1, _TOKENS // length)
         return max(1, min(most, int(self.budget / (_BESIDE * self.kept_by_token * length))))
 
     def saw(self, kept: int, tokens: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...model.quantised import dequantising, quantised_modules, unpack
-from ...model.tiling import untiled
+from ...model.whole import whole_sequences
 from . import attention
 
 # Inside it, the model attends as it was loaded.
@@ -18,7 +18,7 @@ OwnAttention = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[OwnAttention]:
-    """Evaluation mode, no parameter gradients, our attention, MLPs untiled; all put back after.
+    """Evaluation mode, no parameter gradients, our attention, sequences whole; all put back after.
 
     Yields a context manager inside which the model attends as it was loaded.
     """
@@ -45,7 +45,7 @@ def quiet(model: nn.Module) -> Iterator[OwnAttention]:
         for parameter in trainable:
             parameter.requires_grad_(False)
         _set_attention([(config, implementation(model)) for config, _ in found])
-        with dequantising(model), untiled(model):
+        with dequantising(model), whole_sequences(model):
             yield own_attention
     finally:
         _set_attention(found)

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.families import tiny
-from helpers.prompts import whole
+from helpers.prompts import error, prompts, whole
 
 from loki_plugin.analysing.attribution import batches
 from loki_plugin.analysing.attribution.batches import attribute_many, auto_batch, plan, runs
+from loki_plugin.analysing.attribution.engine import attribute_batch
+from loki_plugin.analysing.attribution.measured import peak_bytes
 from loki_plugin.analysing.attribution.memory import Memory
-from loki_plugin.analysing.attribution.quadrature import Rule
+from loki_plugin.analysing.attribution.quadrature import Rule, quadrature
+from loki_plugin.analysing.attribution.quiet import quiet
 from loki_plugin.model.anatomy import find_anatomy
 
 
@@ -125,3 +128,35 @@ def test_routed_experts_count_with_as_many_as_a_token_meets():
     assert memory_of("qwen2_moe").inner == (shared + met * routed,) * 3
     assert memory_of("llama").inner == (80,) * 3
     assert memory_of("glm4_moe").inner == (80, 32 + met * routed, 32 + met * routed)
+
+
+def test_what_a_computation_holds_is_counted():
+    x = torch.ones(1000)
+    made = []
+
+    def run():
+        made.append(x + 1)  # 4,000 bytes stay
+        (x + 2).sum()  # 4,000 more, for a moment
+        return x.view(10, 100)  # nothing new
+
+    assert 8000 <= peak_bytes(run) < 8100
+
+
+def test_recurrent_models_run_as_many_prompts_as_one_was_measured_to_allow(monkeypatch):
+    model = tiny("falcon_h1")
+    anatomy, rule = find_anatomy(model), quadrature("left", 2)
+    some = whole(prompts(lengths=(9,) * 6))
+    seen = []
+
+    def kernel(model, anatomy, prompts, rule):
+        seen.append(len(prompts))
+        return attribute_batch(model, anatomy, prompts, rule)
+
+    with quiet(model):
+        one = peak_bytes(lambda: attribute_batch(model, anatomy, some[:1], rule))
+        monkeypatch.setattr(batches, "free_bytes", lambda device: int(2.5 * one / batches.SHARE))
+        scores = torch.cat(list(attribute_many(model, anatomy, some, rule, kernel=kernel)))
+        monkeypatch.undo()
+        assert seen == [1, 2, 2, 2]
+        at_once = attribute_batch(model, anatomy, some, rule)
+    assert error(scores, at_once) <= 1e-5

@@ -49,9 +49,10 @@ def test_an_unknown_mixer_is_told_once_with_its_cost(dtype, our_log):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_5", "falcon_h1", "jamba", "lfm2"])
 @pytest.mark.parametrize("path", ["token", "sequence"])
-def test_it_equals_the_stack_where_both_can(path):
-    model, rule = tiny("qwen2", dtype=torch.float64), quadrature("left", 4)
+def test_it_equals_the_stack_where_both_can(path, family):
+    model, rule = tiny(family, dtype=torch.float64), quadrature("left", 4)
     anatomy, some = find_anatomy(model), whole(prompts(lengths=(9, 9)))
     with Exact():
         fast = analyse(model, anatomy, some, rule, path)
@@ -85,7 +86,7 @@ def test_memory_that_runs_out_halves_the_copies(monkeypatch):
         expected = integrate_plainly(model, anatomy, some, rule, "token").scores
         monkeypatch.setattr(plain, "_gradients", full)
         found = integrate_plainly(model, anatomy, some, rule, "token").scores
-    assert seen[0] == 8 and max(seen[2:]) <= 4 and set(seen[3:]) <= {1, 2, 3}
+    assert seen[:3] == [1, 7, 3] and max(seen[3:]) <= 3
     assert error(found, expected) <= 1e-12
     monkeypatch.setattr(plain, "_gradients", lambda *_: full(None, None, None, range(9)))
     with (
@@ -104,8 +105,26 @@ def test_a_small_budget_runs_few_copies_at_once(monkeypatch):
     with quiet(model) as own_attention, own_attention():
         room = plain.Room(model, anatomy)
         integrate_plainly(model, anatomy, some, rule, "token", room)
-        assert set(seen) == {8}  # all copies of both prompts
+        assert seen == [1, 7, 8, 8]  # one at first, then all copies of both prompts
         room.budget = int(2 * plain._BESIDE * room.kept_by_token * 9)
         seen.clear()
         integrate_plainly(model, anatomy, some, rule, "token", room)
     assert max(seen) == 2
+
+
+def test_prompts_of_one_length_share_a_batch_once_the_first_was_measured(monkeypatch):
+    model, rule = tiny("llama"), quadrature("left", 4)
+    anatomy, some = find_anatomy(model), whole(prompts(lengths=(9,) * 5 + (7,)))
+    seen, inner = [], plain.integrate_plainly
+    monkeypatch.setattr(
+        plain,
+        "integrate_plainly",
+        lambda m, a, p, *more: seen.append(len(p)) or inner(m, a, p, *more),
+    )
+    with quiet(model) as own_attention, own_attention():
+        parts = list(plain.attribute_plainly(model, anatomy, some, rule, "token"))
+        assert seen == [1, 4, 1] and torch.cat(parts).shape == (6, 3, 48)
+        seen.clear()
+        given = list(plain.attribute_plainly(model, anatomy, some, rule, "token", batch_size=2))
+    assert seen == [2, 2, 1, 1]
+    assert error(torch.cat(given), torch.cat(parts)) <= 1e-5
