@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from benchmarks.real.scoring import Asked, Reference, answers, score
 from benchmarks.real.tasks import cloze, dialogue
-from loki_plugin.analysing.calibration.prompts import chat
+from loki_plugin.analysing.calibration.prompts import load_prompts
+from loki_plugin.analysing.calibration.rendering import chat
+from loki_plugin.analysing.calibration.sources import load_records
 
 from . import corpus, orders
 
@@ -50,19 +52,18 @@ def facts() -> list[dict]:
     return _lines("facts.jsonl")
 
 
-def choices(calibration: dict) -> list[dict]:
+def choices(tokenizer, calibration: dict) -> list[dict]:
     """One shipped calibration question of each subject, none of which a run with the settings
     `calibration` sees."""
-    from loki_plugin.analysing.calibration.prompts import _draw
-    from loki_plugin.analysing.calibration.sources import load_records
-    from loki_plugin.args import CalibrationArgs
-
-    settings = CalibrationArgs(**calibration)
-    records = load_records(settings.source)
-    seen = {r.question for r in _draw(records, settings.samples_per_subject, settings.seed)}
-    found = {r.subject: r for r in records if r.question not in seen}
+    records = load_records("builtin")
+    seen = {p.ids for p in load_prompts(tokenizer, **calibration, records=records).prompts}
+    unseen = {
+        r.subject: r
+        for r in records
+        if load_prompts(tokenizer, records=[r]).prompts[0].ids not in seen
+    }
     return [
-        {"question": r.question, "choices": r.choices, "answer": r.answer} for r in found.values()
+        {"question": r.question, "choices": r.choices, "answer": r.answer} for r in unseen.values()
     ]
 
 
@@ -110,7 +111,7 @@ class Probes:
         text = [Asked(tokenizer(p)["input_ids"], 1) for p in corpus.paragraphs()]
         kept = score(model, own + text, keep=True).hidden
         assert kept is not None
-        held_out, several = orders.held_out(), choices(calibration)
+        held_out, several = orders.held_out(), choices(tokenizer, calibration)
         return cls(
             tokenizer=tokenizer,
             asked=asked,
@@ -132,16 +133,16 @@ class Probes:
         """Ask `model` everything."""
         found: dict[str, Any] = {}
         with tqdm(total=5, desc=f"  asking {name}") as bar:
-            found["answers"] = self._say(model, self.asked)
+            found["answers"] = self._say(model, self.asked, TOKENS)
             marks = zip(found["answers"], questions(), strict=True)
             found["right"] = [right(said, q["answers"]) for said, q in marks]
-            found["shown"] = self._say(model, self.shown)
+            found["shown"] = self._say(model, self.shown, 2 * TOKENS)
             bar.update()
             scored = score(model, self.own + self.text, self.reference)
             assert scored.kl is not None
-            for key, part in (("answers", slice(len(self.own))), ("text", slice(len(self.own), None))):
+            own, text = slice(len(self.own)), slice(len(self.own), None)
+            for key, part in (("answers", own), ("text", text)):
                 found[f"kl_{key}"] = float(scored.kl[part].sum() / scored.count[part].sum())
-            text = slice(len(self.own), None)
             found["loss_text"] = float(-scored.log_p[text].sum() / scored.count[text].sum())
             bar.update()
             found["facts"] = score(model, self.facts).whole.tolist()
@@ -153,8 +154,8 @@ class Probes:
             bar.update()
         return found
 
-    def _say(self, model, prompts: list[list[int]]) -> list[str]:
-        said = answers(model, self.tokenizer, prompts, 2 * TOKENS if prompts is self.shown else TOKENS)
+    def _say(self, model, prompts: list[list[int]], tokens: int) -> list[str]:
+        said = answers(model, self.tokenizer, prompts, tokens)
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
     def _choose(self, model) -> list[bool]:

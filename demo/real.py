@@ -4,8 +4,8 @@ SmolLM2-135M-Instruct answers twenty questions; then it learns to turn customers
 orders (`orders.py`), once with LoRA and once with LoKI, both through the real `axolotl train`; then
 it is asked again. LoKI's result is merged and verified.
 
-Both learn the same orders in the same steps. The rate of each is the one of `RATES` that changes
-what the base says least, of those that learn the job (`rates.py`; figures in README.md).
+Both learn the same orders in the same steps. The rate of each is the one that changes what the
+base says least when the job is learned (`rates.py`, whose figures are in data/rates.csv).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .asking import Probes, load
 
 BASE = "smollm2-135m-instruct"
 BATCH, STEPS, LENGTH = 4, 60, 160
-RATES = {"lora": (1e-4, 3e-4, 1e-3), "loki": (3e-4, 1e-3, 3e-3)}
 CALIBRATION = {"samples_per_subject": 4}  # the other questions are asked as multiple choice
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
 LORA |= {"lora_target_linear": True, "learning_rate": 3e-4, **running.NO_KERNELS}
@@ -43,7 +42,7 @@ def main(work: Path, fresh: bool = False) -> None:
         shutil.rmtree(work / "cache", ignore_errors=True)
     print("about a quarter of an hour on two cores; `--toy` is a smaller one\n", flush=True)
     folder = base_folder()
-    _hush()
+    hush()
     clock.stage("asking the base what it knows")
     model, tokenizer = load(folder)
     probes = Probes.of(model, tokenizer, CALIBRATION)
@@ -94,7 +93,8 @@ def base_folder() -> Path:
         )
 
 
-def _hush() -> None:
+def hush() -> None:
+    """Without bars and notes of libraries between ours."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

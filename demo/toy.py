@@ -12,6 +12,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from . import running
 
@@ -19,8 +20,8 @@ EPOCHS, BATCH = 8, 20
 # benchmarks/forgetting has other rates and quotas; with these both learn about half of the task.
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 LORA |= {"learning_rate": 5e-4, **running.NO_KERNELS}
-LOKI = {"plugins": ["loki"], "adapter": "loki", "learning_rate": 2e-3}
-LOKI |= {"loki": {"quota": 30, "calibration": {"source": "knowledge.jsonl"}, "cache_dir": "cache"}}
+LOKI: dict[str, Any] = {"plugins": ["loki"], "adapter": "loki", "learning_rate": 2e-3}
+LOKI["loki"] = {"quota": 30, "calibration": {"source": "knowledge.jsonl"}, "cache_dir": "cache"}
 
 
 def main(work: Path, fresh: bool = False) -> None:
