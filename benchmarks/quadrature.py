@@ -1,7 +1,7 @@
 """Which rule and how many steps give the selection of 100 steps? On a trained model.
 
-    make demo                                    # trains the model
-    python -m benchmarks.quadrature .demo/base
+    python -m demo --toy                             # trains the model
+    python -m benchmarks.quadrature .demo-toy/base
 
 Overlap: the share of selected rows that 100 steps of the same rule select too (the truth column:
 that 100 Gauss-Legendre steps select, which are exact to rounding).

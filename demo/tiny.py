@@ -1,6 +1,6 @@
 """`python -m demo.tiny FOLDER`: a Llama of random weights, made in seconds, to try an installation.
 
-It knows nothing; `python -m demo` trains one that does.
+It knows nothing; `python -m demo --toy` trains one that does.
 """
 
 from __future__ import annotations

