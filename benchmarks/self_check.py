@@ -140,17 +140,18 @@ def main():
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
     options = parser.parse_args()
     logging.set_verbosity_error()
-    found = {row["family"]: [] for row in kept()} if options.families != list(FAMILIES) else {}
-    for row in kept():
-        found.get(row["family"], []).append(row)
-    found |= {family: measured(family) for family in options.families}
-    rows = [row for family in FAMILIES for row in found.get(family, [])]
     about = (
-        "The least fault in one layer's attention that the self-check refuses, as the largest error"
-        " of a score over the largest score of its prompt and layer. Random weights, 3 layers,"
-        f" hidden size {WIDTHS['hidden_size']}; NF4 computes in bfloat16."
+        "The least fault in what one layer sees of the prompt that the self-check refuses, as the"
+        " largest error of a score over the largest score of its prompt and layer. Random weights,"
+        f" 3 layers, hidden size {WIDTHS['hidden_size']}; NF4 computes in bfloat16."
     )
-    write("self_check", about, "python -m benchmarks.self_check", rows, as_csv=True)
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in kept():
+        found.setdefault(row["family"], []).append(row)
+    for family in options.families:
+        found[family] = measured(family)
+        rows = [row for name in FAMILIES for row in found.get(name, [])]
+        write("self_check", about, "python -m benchmarks.self_check", rows, as_csv=True)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 import torch
 from helpers.axolotl import load, short_run
-from loki_plugin.directions import FILE_NAME, Directions
 from safetensors.torch import load_file
 
+from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.rows import RowSelection
 
 ADAPTER = "adapter_model.safetensors"
