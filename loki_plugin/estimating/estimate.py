@@ -150,18 +150,18 @@ class Estimator:
     def training(self, run: Planned, card: int = 24) -> dict[str, Any]:
         """Memory of the training step by its parts, and the time of an optimizer step."""
         rank, sizes = self.config.rank, self.anatomy.input_sizes
-        each = trainable(sizes, self.counts, rank)
-        tensors = [n for n in each if n]
+        of_rows = trainable(sizes, self.counts, rank)
+        tensors = [n for n in of_rows if n]
         if rank is not None:
             pairs = zip(sizes, self.counts, strict=True)
             tensors = [rank * n for size, count in pairs if count for n in (size, count)]
         size = run.adapter_dtype.itemsize
         linears = self.linears()
         tensors += [self.linear_rank * n for sizes_of in linears.values() for n in sizes_of]
-        others = sum(map(sum, linears.values())) * self.linear_rank // len(each)
-        each = [n + others for n in each]
+        cast = size > run.stored.dtype.itemsize
+        each, ranks = self._by_layer(of_rows)
+        beside = self._kept_beside(cast, run.stored.dtype.itemsize)
         gradients = [size * n for n in each]
-        ranks = [(rank or count) if count else 0 for count in self.counts]
         shapes = Shapes.of(self.model, self.anatomy, run.stored)
         anchor = self.anchor_tokens()
         moments = shapes.activations(
@@ -169,7 +169,8 @@ class Estimator:
             ranks,
             gradients,
             run.checkpointing,
-            cast=run.adapter_dtype.itemsize > run.stored.dtype.itemsize,
+            beside=beside,
+            cast=cast,
             logits=run.logits,
             anchor=anchor,
         )
@@ -196,6 +197,33 @@ class Estimator:
                 self.protection_flops(run, card) * run.micro_batches,
             ),
         }
+
+    def _by_layer(self, of_rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Per decoder layer: parameters that train, `of_rows` those of each down-projection, and
+        the width of its A."""
+        places = self._places()
+        each, ranks = [0] * len(self.anatomy.layers), [0] * len(self.anatomy.layers)
+        for i, count, own in zip(self.anatomy.places, self.counts, of_rows, strict=True):
+            each[i] += own
+            ranks[i] = (self.config.rank or count) if count else 0
+        for name, sizes in self.linears().items():
+            each[places[id(self.model.get_submodule(name))]] += self.linear_rank * sum(sizes)
+        return each, ranks
+
+    def _kept_beside(self, cast: bool, size: int) -> list[int]:
+        """Per decoder layer, bytes that one token keeps for the LoRA of further linears: what they
+        read, once for all that read it, or for each where it is cast; and what A makes of it."""
+        found, places = [0] * len(self.anatomy.layers), self._places()
+        for each in reads(self.model, self.anatomy, self.config.targets):
+            names = [n for n, _ in each.linears if n not in self.anatomy.names]
+            if names:
+                kept = each.size * (len(names) if cast else 1) + self.linear_rank * len(names)
+                found[places[id(self.model.get_submodule(names[0]))]] += size * kept
+        return found
+
+    def _places(self) -> dict[int, int]:
+        """Of every module inside a decoder layer, by its id, the layer."""
+        return {id(m): i for i, layer in enumerate(self.anatomy.layers) for m in layer.modules()}
 
     def _times(
         self, run: Planned, flops: float, passes: int, wide: float = 0.0

@@ -84,6 +84,7 @@ class Shapes:
         ranks: Sequence[int],
         gradients: Sequence[int],
         checkpointing: bool,
+        beside: Sequence[int] = (),
         cast: bool = False,
         logits: bool = True,
         anchor: int = 0,
@@ -93,23 +94,26 @@ class Shapes:
         Args:
             ranks: per layer, the width of A.
             gradients: per layer, bytes of the adapter's gradients.
+            beside: per layer, bytes that one token keeps for the LoRA of further linears.
             cast: whether the adapter's dtype is wider than the activations'.
             logits: whether the loss makes them.
             anchor: tokens of anchor prompts, which run without checkpoints beside the loss.
         """
         size, state = self.itemsize, tokens * self.hidden
-        kept = [tokens * (k + r * size) for k, r in zip(self.kept, ranks, strict=True)]
+        more = beside or [0] * len(ranks)
+        each = zip(self.kept, ranks, more, strict=True)
+        kept = [tokens * (k + r * size + own) for k, r, own in each]
         inputs = [state * size] * len(kept) if checkpointing else kept
         final = state * (size + _NORM)
         layers = [sum(inputs[:i]) + kept[i] + sum(gradients[i + 1 :]) for i in range(len(kept))]
-        loss, each = sum(inputs) + final, self.vocabulary if logits else 0
+        loss, made = sum(inputs) + final, self.vocabulary if logits else 0
         pulled = anchor * (sum(self.kept) + self.vocabulary * _ANCHOR_LOGITS)
         wide = tokens * self.inner * size
         inside = tokens * self.inner * _CAST if cast else 0
         inside += max(_GRADIENTS * wide, wide + self.matrix) + state * size + max(gradients)
         return {
-            "loss": loss + tokens * each * _LOGITS,
-            "anchor": loss + tokens * each * _KEPT_LOGITS + pulled if anchor else 0,
+            "loss": loss + tokens * made * _LOGITS,
+            "anchor": loss + tokens * made * _KEPT_LOGITS + pulled if anchor else 0,
             "layer": max(max(layers) + inside, sum(inputs) + _NORM_BACK * _NORM * state),
             "step": sum(gradients),
         }

@@ -52,7 +52,7 @@ class Run:
         from ..evaluating.forgetting import load_questions
         from ..implanting.adapter import check_adaptable
         from ..model.anatomy import find_anatomy
-        from ..model.linears import chosen
+        from ..model.linears import chosen, has_routed_experts
         from ..model.loading import is_loaded
         from ..pipeline import choose_rows, is_analysed
 
@@ -84,6 +84,8 @@ class Run:
         run.facts |= {"rows_from": source, "rows_seconds": round(seconds, 3)}
         run.facts["adapter_fits"] = type(model).__name__  # whose names of modules it has
         run.told = about_rows(selection, source)
+        if selection.linears and has_routed_experts(anatomy):
+            run.told.append(("experts", "routed ones, and what routes to them, stay frozen"))
         run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration

@@ -50,6 +50,11 @@ def _is_read_by_kernels(layer: nn.Module, local: str) -> bool:
     return kind_of(local) == "out_proj" and hasattr(parent, "A_log") and hasattr(parent, "D")
 
 
+def has_routed_experts(anatomy: Anatomy) -> bool:
+    """Whether there are weights of routed experts, which no target names."""
+    return any(in_experts(n) for layer in anatomy.layers for n, _ in layer.named_modules())
+
+
 def row_dim(module: nn.Module) -> int:
     """The dimension of a linear's `weight` that counts outputs: 1 for transformers' `Conv1D`."""
     return int(type(getattr(module, "base_layer", module)).__name__ == "Conv1D")

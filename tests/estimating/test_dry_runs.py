@@ -66,6 +66,10 @@ TRAININGS = {
     "all-linears-kept": {
         "shape": GROUPED, "length": 512, "targets": "all", "checkpointing": False,
     },
+    "all-linears-float32-kept": {
+        "shape": GROUPED, "length": 512, "targets": "all", "checkpointing": False,
+        "dtype": "float32", "optimizer": "adamw_torch",
+    },
     "all-kept": {"shape": GROUPED, "length": 512, "checkpointing": False},
 }  # fmt: skip
 CARDS = {

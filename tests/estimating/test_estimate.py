@@ -228,6 +228,27 @@ def test_what_is_not_known_of_the_texts_is_said(big, tmp_path):
         assert len(said) == told and "with calibration prompts only" in said[0], said
 
 
+def test_a_model_with_rows_in_some_layers_is_estimated(big, tmp_path):
+    """Of four layers two have a dense MLP; the others' linears may train all the same."""
+    from transformers import JambaConfig
+
+    JambaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=99, pad_token_id=0, expert_layer_offset=1,
+        expert_layer_period=2, attn_layer_offset=1, attn_layer_period=2, num_experts=4,
+        use_mamba_kernels=False,
+    ).save_pretrained(tmp_path / "jamba")  # fmt: skip
+    run = big | {"base_model": str(tmp_path / "jamba"), "sequence_len": 64}
+    rows, every = (
+        asked(run | {"loki": {"quota": 100, "targets": t}}, tmp_path, "--json")
+        for t in ("down", "all")
+    )
+    assert rows["rows_per_layer"] == every["rows_per_layer"] == [32, 32]
+    assert rows["trainable_parameters"] == 2 * 32 * 48
+    assert every["trainable_parameters"] > rows["trainable_parameters"]
+    assert every["training"]["bytes"] > rows["training"]["bytes"]
+
+
 def test_a_rows_file_of_an_earlier_run_tells_how_many_train(big, tmp_path):
     """It carries a fingerprint, and an estimate has no weights to hold against it."""
     mark = {"config": "c", "identity": "i", "weights": "w", "quantisation": "none:bfloat16"}

@@ -311,6 +311,27 @@ def test_preferences_train_the_linears_too(run_config, train, base, tmp_path, wa
 
 
 @slow
+def test_of_a_mixture_all_but_the_routed_experts_trains(
+    run_config, train, moe_base, tmp_path, watched, our_log
+):
+    run_config["base_model"] = str(moe_base)
+    run_config["loki"] |= {"targets": "all", "quota": 50, "protect": "auto"}
+    train(run_config)
+    assert_equal(watched["before"], watched["after"])
+    out = Path(run_config["output_dir"])
+    selection = RowSelection.load(out / "loki_rows.json")
+    kinds = {name.partition("layers.")[2][2:] for name in selection.linears}
+    shared = {f"mlp.shared_expert.{kind}" for kind in ("gate_proj", "up_proj")}
+    assert kinds == shared | {f"self_attn.{kind}" for kind in ATTENTION}
+    assert "routed ones, and what routes to them, stay frozen" in our_log.text
+    assert report_of(out)["verified"] is True
+    merged = merge(run_config, tmp_path)
+    files = ["--rows", str(out / "loki_rows.json"), "--directions", str(out / FILE_NAME)]
+    verified = CliRunner().invoke(loki, ["verify", str(moe_base), str(merged), *files])
+    assert verified.exit_code == 0 and "12 of 12 targeted linears changed" in verified.output
+
+
+@slow
 def test_auto_goes_without_own_text_where_the_model_can_write_none(
     run_config, train, tmp_path, monkeypatch, our_log
 ):
