@@ -184,8 +184,9 @@ def _obey(run: dict[str, Any], said: str) -> str:
     """Take out the settings that are named, and try again."""
     changed = dict(run)
     for _ in range(3):
-        if "remove them:" in said:
-            keys = re.findall(r"(\w+)[\w.]*: ", said.split("remove them:")[1])
+        if "cannot be used with loki" in said:
+            listed = said.split("cannot be used with loki")[1].partition(":")[2]
+            keys = re.findall(r"(\w+)[\w.]*: ", listed)
             changed = {k: v for k, v in changed.items() if k not in keys}
         else:
             return said
@@ -303,6 +304,7 @@ _REASONS = {
     "is quantised with": "a base that is stored quantised, not by bitsandbytes",
     "cannot be analysed": "the model cannot be analysed",
     "no down-projection": "no down-projection in any layer",
+    "gets no gradient": "layers that text alone does not reach",
     "cannot be built": "its class cannot be built here (a package is missing)",
     "cannot be used with loki": "a setting that cannot be used with loki",
     "adapter:": "another kind of adapter",
