@@ -17,7 +17,7 @@ from . import orders, real, running
 from .asking import Probes, load
 
 TARGET = 0.9
-EVERY = 20  # steps from one point to the next
+EVERY = 10  # steps from one point to the next
 KEPT = Path(__file__).parent / "data" / "rates.csv"
 FIELDS = ("way", "rate", "step", "orders", "loss_orders", "kl_answers", "kl_text")
 DOWN = {"targets": "down", "quota": 90, "protect": "auto", "calibration": real.CALIBRATION}

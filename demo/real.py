@@ -25,7 +25,7 @@ from . import orders, running, showing
 from .asking import Probes, load
 
 BASE = "smollm2-135m-instruct"
-BATCH, STEPS, LENGTH = 4, 60, 160
+BATCH, STEPS, LENGTH = 4, 40, 160
 SCHEDULE = {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5}
 CALIBRATION = {"samples_per_subject": 4}  # the other questions are asked as multiple choice
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
