@@ -27,6 +27,7 @@ from . import corpus, orders
 
 DATA = resources.files("demo") / "data"
 TOKENS = 28  # of an answer
+PARTS = ("answers", "distance", "facts", "choices", "orders")
 SHOWN = 3  # held-out messages that are answered for all to see
 
 
@@ -129,36 +130,34 @@ class Probes:
             reference=Reference(kept, model.get_output_embeddings().weight.detach().clone()),
         )  # fmt: skip
 
-    def measure(self, model, name: str) -> dict[str, Any]:
-        """Ask `model` everything."""
+    def measure(self, model, name: str, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+        """Ask `model`, which is told of as `name`: everything, or some of `PARTS`."""
         found: dict[str, Any] = {}
-        with tqdm(total=5, desc=f"  asking {name}") as bar:
-            found["answers"] = self._say(model, self.asked, TOKENS)
-            marks = zip(found["answers"], questions(), strict=True)
-            found["right"] = [right(said, q["answers"]) for said, q in marks]
-            found["shown"] = self._say(model, self.shown, 2 * TOKENS)
-            bar.update()
-            scored = score(model, self.own + self.text, self.reference)
-            assert scored.kl is not None
-            own, text = slice(len(self.own)), slice(len(self.own), None)
-            for key, part in (("answers", own), ("text", text)):
-                found[f"kl_{key}"] = float(scored.kl[part].sum() / scored.count[part].sum())
-            found["loss_text"] = float(-scored.log_p[text].sum() / scored.count[text].sum())
-            bar.update()
-            found["facts"] = score(model, self.facts).whole.tolist()
-            bar.update()
-            found["choices"] = self._choose(model)
-            bar.update()
-            task = score(model, self.orders)
-            found |= {"orders": task.whole.tolist(), "loss_orders": task.loss}
-            bar.update()
+        for part in tqdm(parts, desc=f"  asking {name}", unit="part"):
+            found |= getattr(self, f"_{part}")(model)
         return found
 
-    def _say(self, model, prompts: list[list[int]], tokens: int) -> list[str]:
-        said = answers(model, self.tokenizer, prompts, tokens)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    def _answers(self, model) -> dict[str, Any]:
+        said = self._say(model, self.asked, TOKENS)
+        marks = [right(words, q["answers"]) for words, q in zip(said, questions(), strict=True)]
+        shown = self._say(model, self.shown, 2 * TOKENS)
+        return {"answers": said, "right": marks, "shown": shown}
 
-    def _choose(self, model) -> list[bool]:
+    def _distance(self, model) -> dict[str, Any]:
+        scored = score(model, self.own + self.text, self.reference)
+        assert scored.kl is not None
+        own, text = slice(len(self.own)), slice(len(self.own), None)
+
+        def mean(of: torch.Tensor, part: slice) -> float:
+            return float(of[part].sum() / scored.count[part].sum())
+
+        kl = {"kl_answers": mean(scored.kl, own), "kl_text": mean(scored.kl, text)}
+        return kl | {"loss_text": mean(-scored.log_p, text)}
+
+    def _facts(self, model) -> dict[str, Any]:
+        return {"facts": score(model, self.facts).whole.tolist()}
+
+    def _choices(self, model) -> dict[str, Any]:
         """Which questions are answered rightly: log p over the choice's bytes, highest."""
         every = [a for question in self.choices for a in question]
         log_p = iter(score(model, every, together=[len(q) for q in self.choices]).log_p.tolist())
@@ -166,7 +165,15 @@ class Probes:
         for lengths, answer in zip(self.lengths, self.answers, strict=True):
             per_byte = [next(log_p) / length for length in lengths]
             found.append(per_byte.index(max(per_byte)) == answer)
-        return found
+        return {"choices": found}
+
+    def _orders(self, model) -> dict[str, Any]:
+        task = score(model, self.orders)
+        return {"orders": task.whole.tolist(), "loss_orders": task.loss}
+
+    def _say(self, model, prompts: list[list[int]], tokens: int) -> list[str]:
+        said = answers(model, self.tokenizer, prompts, tokens)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
 
 def _without_end(asked: Asked) -> Asked:

@@ -1,10 +1,9 @@
 """`python -m demo.rates FOLDER`: which rate each way to train gets in the demo, and why.
 
-Every way trains at every rate through the real `axolotl train`, at a rate that stays, and is
-measured on its way. Compared is where a run first gets `TARGET` of the held-out orders exactly
-right: of each way the rate counts whose answers have moved least from the base's there (KL on the
-base's own answers to the twenty questions). Written to demo/data/rates.csv, run by run; what stands
-there is not run again.
+Every way trains at every rate as the demo does, and is measured on its way. Compared is where a run
+first gets `TARGET` of the held-out orders exactly right: of each way the rate counts whose answers
+have moved least from the base's there (KL on the base's own answers to the twenty questions).
+Written to demo/data/rates.csv, run by run; what stands there is not run again.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from . import orders, real, running
 from .asking import Probes, load
 
 TARGET = 0.9
-STEPS, EVERY = 60, 15
+EVERY = 10  # steps from one point to the next
 KEPT = Path(__file__).parent / "data" / "rates.csv"
-FIELDS = ("way", "rate", "step", "orders", "loss_orders", "kl_answers", "kl_text", "right")
+FIELDS = ("way", "rate", "step", "orders", "loss_orders", "kl_answers", "kl_text")
 DOWN = {"targets": "down", "quota": 90, "protect": "auto", "calibration": real.CALIBRATION}
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": (real.LORA, (3e-4, 1e-3, 1e-4)),
@@ -51,14 +50,13 @@ def main() -> None:
         for rate in rates[: options.best]:
             if any((r["way"], float(r["rate"])) == (way, rate) for r in read()):
                 continue
-            changed = {"learning_rate": rate, "lr_scheduler": "constant_with_warmup"}
-            changed |= {"base_model": str(folder), "save_strategy": "steps", "save_steps": EVERY}
-            running.train(
-                work, "rates", settings | changed, "orders.jsonl", real.BATCH, STEPS, real.LENGTH
-            )
-            for step in range(EVERY, STEPS + 1, EVERY):
+            saved = {"learning_rate": rate, "save_strategy": "steps", "save_steps": EVERY}
+            real.teach(work, "rates", folder, settings | saved)
+            for step in range(EVERY, real.STEPS + 1, EVERY):
                 tuned, _ = load(folder, work / "rates" / f"checkpoint-{step}")
-                _keep(way, rate, step, probes.measure(tuned, f"{way} {rate:g} at {step}"))
+                told = f"{way} {rate:g} at {step}"
+                measured = probes.measure(tuned, told, ("distance", "orders"))
+                _keep(way, rate, step, measured)
     print(*("  ".join(str(v) for v in row.values()) for row in read()), best(read()), sep="\n")
 
 
@@ -92,7 +90,6 @@ def best(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _keep(way: str, rate: float, step: int, measured: dict[str, Any]) -> None:
     new = not KEPT.exists()
     figures = {k: round(measured[k], 5) for k in ("loss_orders", "kl_answers", "kl_text")}
-    figures |= {"right": sum(measured["right"])}
     figures["orders"] = sum(measured["orders"]) / len(measured["orders"])
     with KEPT.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

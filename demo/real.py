@@ -25,7 +25,8 @@ from . import orders, running, showing
 from .asking import Probes, load
 
 BASE = "smollm2-135m-instruct"
-BATCH, STEPS, LENGTH = 4, 60, 160
+BATCH, STEPS, LENGTH = 4, 40, 160
+SCHEDULE = {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5}
 CALIBRATION = {"samples_per_subject": 4}  # the other questions are asked as multiple choice
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
 LORA |= {"lora_target_linear": True, "learning_rate": 3e-4, **running.NO_KERNELS}
@@ -52,10 +53,7 @@ def main(work: Path, fresh: bool = False) -> None:
     running.write_chats(work / "orders.jsonl", orders.taught())
     for name, settings in (("lora", LORA), ("loki", LOKI)):
         clock.stage(f"training with {MODELS[name]}")
-        running.train(
-            work, name, {"base_model": str(folder), **settings}, "orders.jsonl",
-            BATCH, STEPS, LENGTH,
-        )  # fmt: skip
+        teach(work, name, folder, settings)
     clock.stage("merging and verifying")
     running.run(work, "merge", ["axolotl", "loki", "merge", "loki.yaml"])
     rows = ["--rows", "loki/loki_rows.json"]
@@ -76,6 +74,12 @@ def main(work: Path, fresh: bool = False) -> None:
     }
     (work / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n")
     showing.show(report, work, MODELS)
+
+
+def teach(work: Path, name: str, folder: Path, settings: dict) -> None:
+    """One run of `axolotl train` on the orders in `work`."""
+    settings = {"base_model": str(folder), **settings, **SCHEDULE}
+    running.train(work, name, settings, "orders.jsonl", BATCH, STEPS, LENGTH)
 
 
 def base_folder() -> Path:

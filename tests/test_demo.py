@@ -283,6 +283,7 @@ def test_protection_is_auto_and_nothing_else():
     assert real.LOKI.keys() <= shared and real.LORA["lora_r"] == real.LOKI["loki"]["rank"]
 
 
+@pytest.mark.skipif(not rates.KEPT.exists(), reason="not measured yet: python -m demo.rates")
 def test_rates_are_those_that_forget_least_when_the_job_is_learned():
     """Of what was measured, for every way alike; and the demo's way is the better one."""
     rows = rates.read()
@@ -357,8 +358,8 @@ def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsy
     report = json.loads((work / "demo_report.json").read_text())
     assert report["results"].keys() == real.MODELS.keys() == {"base", "lora", "loki"}
     base_result, lora, loki = report["results"].values()
-    assert base_result["kl_answers"] == pytest.approx(0, abs=1e-6) < lora["kl_answers"]
-    assert 0 < loki["kl_text"] and loki["loss_orders"] != base_result["loss_orders"]
+    assert abs(base_result["kl_answers"]) < 1e-6 < lora["kl_answers"] and loki["kl_text"] > 0
+    assert loki["loss_orders"] != base_result["loss_orders"] != lora["loss_orders"]
     assert report["verify"].startswith("OK") and report["verify"] in shown.out
     assert list(report["stages"]) and report["gigabytes"] > 0.1
     for q in asking.questions():
