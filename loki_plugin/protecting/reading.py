@@ -55,11 +55,9 @@ class ProtectedA(nn.Linear):
         self.weight = weight
         self.register_parameter("bias", None)
         self.wide = torch.promote_types(weight.dtype, torch.float32)
-        directions = directions.detach()
-        if directions.dtype != torch.bfloat16:
-            directions = directions.to(self.wide)
-        # The layout is part of what a product rounds to: computed and loaded ones must agree.
-        self.directions = directions.contiguous()
+        half = directions.dtype == torch.bfloat16
+        dtype = directions.dtype if half else self.wide
+        self.directions = _shared(directions, dtype, directions.device)
         self.soft = is_soft(directions)
         self._folded: torch.Tensor | None = None  # A P as saved, while A has that version
         self._version = -1
@@ -71,7 +69,7 @@ class ProtectedA(nn.Linear):
     def placed(self, device: torch.device) -> torch.Tensor:
         """V on `device`, moved there once."""
         if self.directions.device != device:
-            self.directions = _moved(self.directions, device)
+            self.directions = _shared(self.directions, self.directions.dtype, device)
         return self.directions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,13 +165,16 @@ class _Outside(torch.autograd.Function):
         return outside(gradient, ctx.u), None
 
 
-def _moved(directions: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On another device; a second module that shares the tensor gets the same copy."""
-    known = _COPIES.get(directions)
-    if known is None or known.device != device:
-        known = directions.to(device)
-        _COPIES[directions] = known
-    return known
+def _shared(directions: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """V in a dtype and on a device; modules that were given one tensor get one, the same."""
+    # The layout is part of what a product rounds to: computed and loaded ones must agree.
+    same = (directions.dtype, directions.device) == (dtype, device)
+    if same and directions.is_contiguous() and not directions.requires_grad:
+        return directions
+    known = _COPIES.setdefault(directions, {})
+    if (dtype, device) not in known:
+        known[dtype, device] = directions.detach().to(device, dtype).contiguous()
+    return known[dtype, device]
 
 
 _COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -261,6 +261,21 @@ def test_a_protected_model_can_be_copied_and_moved():
     assert a.weight.dtype == torch.bfloat16 and a.directions.dtype == torch.float32
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_linears_that_read_one_input_share_its_directions_wherever_they_are(given):
+    """A card would hold V of queries, keys and values three times."""
+    known = input_directions(tiny("llama"), *CALIBRATION, directions=7, targets="all")
+    wider: dict = {}
+    known = {n: wider.setdefault(id(v), v.to(given)) for n, v in known.items()}
+    model = implant(tiny("llama"), ROWS, protect=known, targets="all")
+    protected = [m for _, m in reading.protected_modules(model)]
+    assert len(protected) == 21
+    for device in ("cpu", "meta"):  # which stands for a card here
+        placed = [m.placed(torch.device(device)) for m in protected]
+        assert len({id(v) for v in placed}) == 12 and {v.device.type for v in placed} == {device}
+        assert {v.dtype for v in placed} == {torch.float32}
+
+
 def test_layers_without_rows_or_without_directions_stay_plain():
     basis = directions()
     basis[0] = basis[0][:, :0]
