@@ -80,7 +80,7 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
         targets = (run.get("loki") or {}).get("targets") or DOWN
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
     except ValueError as error:
-        said = f"loki cannot train rows of base_model '{name}'"
+        said = f"rows of base_model '{name}' cannot be trained"
         if foreign:
             said += f", which is quantised with '{method}', stored as 16 bits neither"
         raise ValueError(f"{said}: {error}") from error
