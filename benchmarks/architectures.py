@@ -107,6 +107,7 @@ _REASONS = {
     "input_features": "it does not run on text alone",
     "cannot be analysed": "its own answers are not reproduced",
     "does not run on": "it does not run on text alone",
+    "does not appear to have a file": "it wants files beside its weights",
     "takes hidden states of shape": "several streams of hidden states",
 }
 
