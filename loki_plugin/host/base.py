@@ -80,10 +80,10 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
         targets = (run.get("loki") or {}).get("targets") or DOWN
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
     except ValueError as error:
-        quantised = ""
+        said = f"rows of base_model '{name}' cannot be trained"
         if foreign:
-            quantised = f", which is quantised with '{method}', stored as 16 bits neither"
-        raise ValueError(f"base_model '{name}' cannot be used{quantised}: {error}") from error
+            said += f", which is quantised with '{method}', stored as 16 bits neither"
+        raise ValueError(f"{said}: {error}") from error
     if foreign:
         raise ValueError(
             f"base_model '{name}' is quantised with '{method}': rows cannot be merged"

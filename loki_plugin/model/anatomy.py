@@ -84,7 +84,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     hidden = _hidden_size(model, family)
-    name, layers = _decoder_layers(model, family)
+    name, layers, owner = _decoder_layers(model, family)
     down, names, row_dims, inner_sizes, places = [], [], [], [], []
     for i, layer in enumerate(layers):
         found = _down_projection(layer, hidden, f"{name}.{i}", family)
@@ -98,7 +98,6 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         places.append(i)
     if not down:
         raise ValueError(_without_rows(layers, f"{name}.0", hidden, family))
-    owner = name.rpartition(".")[0]
     return Anatomy(
         decoder=model.get_submodule(owner) if owner else model,
         layers=list(layers),
@@ -177,8 +176,9 @@ def _hidden_size(model: nn.Module, family: str) -> int:
     return hidden
 
 
-def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList]:
-    """The layers nearest to the embeddings of the text, and of such the longest list."""
+def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList, str]:
+    """The layers nearest to the embeddings of the text, and of such the longest list; and the name
+    of the module that holds both (BERT's layers lie in a module of their own)."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -196,7 +196,8 @@ def _decoder_layers(model: nn.Module, family: str) -> tuple[str, nn.ModuleList]:
         if lists:
             nearest = min(name.count(".") for name, _ in lists)
             near = [item for item in lists if item[0].count(".") == nearest]
-            return max(near, key=lambda item: len(item[1]))
+            name, layers = max(near, key=lambda item: len(item[1]))
+            return name, layers, around or name.rpartition(".")[0]
         if not around:
             break
         around = around.rpartition(".")[0]
