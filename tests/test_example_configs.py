@@ -281,13 +281,17 @@ def assert_trained(config: dict) -> Path:
     report = json.loads((out / "loki_report.json").read_text())
     assert report["verified"] and not report["faults"]
     block = config["loki"]
-    selection = assert_confined(out, block.get("rank") or config.get("lora_r"))
+    rank = block.get("rank") or config.get("lora_r")
+    selection = assert_confined(out, rank, rank)
     hidden, quota = selection.hidden_size, block.get("quota", 10)
     assert selection.counts == [hidden * quota // 100] * selection.num_layers
     merge_adapter(config["base_model"], out, out / "merged", selection, progress=False)
     before, after = checkpoint(config["base_model"]), checkpoint(out / "merged")
     changed = {k: (old != after[k]).any(-1).nonzero() for k, old in before.items()}
     changed = {k: rows[:, 0] for k, rows in changed.items() if len(rows)}
+    linears = {f"{name}.weight" for name in selection.linears}
+    assert linears <= changed.keys() and bool(linears) == (block.get("targets") == "all")
+    changed = {k: rows for k, rows in changed.items() if k not in linears}
     assert len(changed) == selection.num_layers
     for layer, key in enumerate(sorted(changed)):
         assert key.endswith(f".layers.{layer}.mlp.down_proj.weight") and "vision" not in key

@@ -46,6 +46,8 @@ class Wanted:
         memory: bytes that all of them may take; None: no limit. Where a share needs more, every
             input gets the same part of its size.
         dtype: of the result; None: float32, or float64 of a float64 model.
+        settles: take fewer directions where there are too few tokens for a share, instead of
+            refusing.
     """
 
     energy: float | None = None
@@ -53,6 +55,7 @@ class Wanted:
     soft: bool = False
     memory: int | None = None
     dtype: torch.dtype | None = None
+    settles: bool = False
 
     def check(self, sizes: Sequence[int]) -> None:
         """Raises ValueError: a share or a number out of range for inputs of these sizes."""
@@ -91,7 +94,7 @@ class Found:
         held_out: share of the energy of every `HELD_OUT`-th prompt that the same number of
             directions, found without those prompts, holds: what U holds of text like the
             calibration that is not in it. None: too few prompts to tell.
-        capped: in how many sites memory, not the share, decided.
+        capped: in how many sites memory or the number of tokens, not the share, decided.
     """
 
     sites: list[list[str]]
@@ -256,6 +259,8 @@ def solve(
         apart = apart.first(max(1, count - 1))
     taken = apart.vectors.shape[1] if apart else 0
     rest = without(moment, apart.vectors) if apart else moment
+    if wanted.settles:
+        most = min(most or site.size - 1, tokens // TOKENS_PER_DIRECTION)
     room = None if most is None else max(1, most - taken)
     found = leading(rest, wanted.energy, None if count is None else max(1, count - taken), room)
     ordinary = len(found.values)

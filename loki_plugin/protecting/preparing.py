@@ -218,7 +218,15 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
         sizes = {id(m): linear_sizes(m) for m in targeted(model, config.targets).values()}
         most = sum(4 * s[0] * s[0] for s in sizes.values() if s)
         dtype = torch.bfloat16 if most > memory else None
-    return Wanted(settings.inputs, settings.directions, settings.soft, memory, dtype)
+    number = settings.directions
+    return Wanted(settings.inputs, number, settings.soft, memory, dtype, settles=settings.auto)
+
+
+def _limits(wanted: Wanted, tokens: int) -> str:
+    """What kept directions from being as many as were asked for."""
+    said = [f"{wanted.memory / 10**9:.2f} GB (`protect.memory`)"] if wanted.memory else []
+    said += [f"{tokens} tokens of text"] if wanted.settles else []
+    return f"there is {' and '.join(said)}"
 
 
 def room(settings: ProtectArgs, device: torch.device) -> int | None:
@@ -246,7 +254,7 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         "fingerprint": mark,
         "prompts": digest,
         "targets": config.targets,
-        "memory": [wanted.memory, str(wanted.dtype)],
+        "memory": [wanted.memory, str(wanted.dtype), wanted.settles],
         **settings,
     }
     folder = cache_folder(config.cache_dir)
@@ -259,12 +267,12 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
     found = find_directions(model, prompts, wanted, config.targets, coverage=True)
     if found.capped:
         LOG.warning(
-            "loki: the directions of %s %% of what %d of %d inputs read would take more than"
-            " %.2f GB (`protect.memory`); there are as many as fit, the leading ones",
-            f"{100 * settings['inputs']:g}",
+            "loki: for %d of %d inputs fewer directions are protected than %g %% of what they read"
+            " would take, the leading ones: %s",
             found.capped,
             len(found.basis),
-            (wanted.memory or 0) / 10**9,
+            100 * settings["inputs"],
+            _limits(wanted, found.tokens),
         )
     made = {
         **settings,

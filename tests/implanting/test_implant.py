@@ -94,7 +94,7 @@ def test_parameter_counts(rank):
 
 
 # PEFT takes every `down_proj` of these for the routed experts' weights.
-CONVERTED = {"deepseek_v3", "glm4_moe", "hunyuan_moe", "afmoe"}
+CONVERTED = {"deepseek_v3", "glm4_moe", "hunyuan_moe", "afmoe", "qwen3_next"}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

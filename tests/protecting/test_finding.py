@@ -309,3 +309,11 @@ def test_a_share_takes_no_more_memory_than_it_may():
     assert sum(b.nbytes for b in more.basis) <= size // 3
     assert more.basis[0].shape[1] > some.basis[0].shape[1] and more.basis[0].dtype == torch.bfloat16
     assert whole.capped == 0
+
+
+def test_where_text_is_short_a_share_is_refused_or_settles_for_what_it_tells():
+    ids = prompts(lengths=(20, 12, 24))
+    with pytest.raises(ValueError, match="cannot be told from 56 tokens"):
+        find_directions(tiny("llama"), ids, Wanted(0.99))
+    found = find_directions(tiny("llama"), ids, Wanted(0.99, settles=True))
+    assert [b.shape[1] for b in found.basis] == [14, 14, 14] and found.capped == 3
