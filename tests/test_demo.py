@@ -183,11 +183,13 @@ def test_bars_of_a_log_are_found():
 
 def test_a_command_shows_its_bars_and_says_why_it_failed(tmp_path, capsys):
     (tmp_path / "bars.txt").write_text(log_of_bars())
-    program = "import sys; sys.stderr.write(open('bars.txt').read()); sys.exit(len(sys.argv) - 1)"
+    program = "import sys, time; sys.stderr.write(open('bars.txt').read()); sys.stderr.flush();"
+    program += "time.sleep(1.5); sys.exit(len(sys.argv) - 1)"
     text = running.run(tmp_path, "fine", [sys.executable, "-c", program], 40)
     assert text == (tmp_path / "fine.log").read_text()
     shown = capsys.readouterr().err
     for about, done, total in running.phases(text, 40):
+        assert shown.count(f"  {about}:   0%") == 1  # no bar begins again
         assert re.search(rf"{about}: *\d+%.*{done}/{total} \[[\d:]+<", shown)
     with pytest.raises(SystemExit, match="-c .* 7 failed; the whole log is .*bad.log"):
         running.run(tmp_path, "bad", [sys.executable, "-c", program, "7"], 40)
