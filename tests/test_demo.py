@@ -293,6 +293,7 @@ def test_rates_are_those_that_forget_least_when_the_job_is_learned():
     assert {"lora", "loki", "loki_down"} <= found.keys()
     for way, settings in (("lora", real.LORA), ("loki", real.LOKI)):
         assert found[way]["rate"] == settings["learning_rate"]
+        assert found[way]["step"] == real.STEPS[way]
         assert len({r["rate"] for r in rows if r["way"] == way}) >= 2
     assert found["loki"]["kl_answers"] <= found["loki_down"]["kl_answers"]
 
@@ -353,7 +354,7 @@ def stand_in(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
-    monkeypatch.setattr(real, "STEPS", 3)
+    monkeypatch.setattr(real, "STEPS", {"lora": 2, "loki": 3})
     monkeypatch.setattr(sys, "argv", ["demo", "--work", str(work)])
     demo.main()
     shown = capsys.readouterr()
