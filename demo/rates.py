@@ -51,6 +51,7 @@ def main() -> None:
             if any((r["way"], float(r["rate"])) == (way, rate) for r in read()):
                 continue
             saved = {"learning_rate": rate, "save_strategy": "steps", "save_steps": EVERY}
+            saved |= {"save_total_limit": MOST // EVERY, "save_only_model": True}
             real.teach(work, "rates", folder, settings | saved, MOST)
             for step in range(EVERY, MOST + 1, EVERY):
                 tuned, _ = load(folder, work / "rates" / f"checkpoint-{step}")
