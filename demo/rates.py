@@ -1,9 +1,9 @@
 """`python -m demo.rates FOLDER`: which rate each way to train gets in the demo, and why.
 
-Every way trains at every rate as the demo does, and is measured on its way. Compared is where a run
-first gets `TARGET` of the held-out orders exactly right: of each way the rate counts whose answers
-have moved least from the base's there (KL on the base's own answers to the twenty questions).
-Written to demo/data/rates.csv, run by run; what stands there is not run again.
+Every way trains at every rate as the demo does, and is measured on its way until it gets `TARGET`
+of the held-out orders exactly right. Of each way the rate counts whose answers have moved least
+from the base's there (KL on the base's own answers to the twenty questions), and the demo trains so
+many steps at it. Written to demo/data/rates.csv, run by run; what stands there is not run again.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from . import orders, real, running
 from .asking import Probes, load
 
-TARGET = 0.9
-EVERY = 10  # steps from one point to the next
+TARGET = 0.7
+EVERY, MOST = 5, 40  # steps from one point to the next, and at most
 KEPT = Path(__file__).parent / "data" / "rates.csv"
 FIELDS = ("way", "rate", "step", "orders", "loss_orders", "kl_answers", "kl_text")
 DOWN = {"targets": "down", "quota": 90, "protect": "auto", "calibration": real.CALIBRATION}
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": (real.LORA, (3e-4, 1e-3, 1e-4)),
-    "loki": (real.LOKI, (1e-3, 3e-3, 3e-4)),
-    "loki_down": (real.LOKI | {"loki": {**DOWN, "cache_dir": "cache"}}, (1e-3, 3e-3, 3e-4)),
+    "loki": (real.LOKI, (1e-3, 5e-4, 2e-3)),
+    "loki_down": (real.LOKI | {"loki": {**DOWN, "cache_dir": "cache"}}, (1e-3, 2e-3, 5e-4)),
 }
 
 
@@ -51,12 +51,14 @@ def main() -> None:
             if any((r["way"], float(r["rate"])) == (way, rate) for r in read()):
                 continue
             saved = {"learning_rate": rate, "save_strategy": "steps", "save_steps": EVERY}
-            real.teach(work, "rates", folder, settings | saved)
-            for step in range(EVERY, real.STEPS + 1, EVERY):
+            saved |= {"save_total_limit": MOST // EVERY, "save_only_model": True}
+            real.teach(work, "rates", folder, settings | saved, MOST)
+            for step in range(EVERY, MOST + 1, EVERY):
                 tuned, _ = load(folder, work / "rates" / f"checkpoint-{step}")
                 told = f"{way} {rate:g} at {step}"
-                measured = probes.measure(tuned, told, ("distance", "orders"))
-                _keep(way, rate, step, measured)
+                _keep(way, rate, step, probes.measure(tuned, told, ("distance", "orders")))
+                if (way, rate) in reached(read()):
+                    break
     print(*("  ".join(str(v) for v in row.values()) for row in read()), best(read()), sep="\n")
 
 

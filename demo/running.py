@@ -103,21 +103,20 @@ def run(work: Path, name: str, command: list[str], steps: int | None = None) -> 
     """
     log, shown = work / f"{name}.log", " ".join(command)
     print(f"$ {shown}", flush=True)
-    bar: tqdm | None = None
+    bars: dict[str, tqdm] = {}
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=work, stdout=file, stderr=subprocess.STDOUT)
         while True:
             over = process.poll() is not None
             for about, done, total in phases(log.read_text(errors="replace"), steps):
-                if bar is None or bar.desc.strip() != f"{about}:":
-                    _close(bar)
-                    bar = tqdm(total=total, desc=f"  {about}", leave=True)
-                bar.total = total
-                bar.update(done - bar.n)
+                if about not in bars:
+                    _close(bars)
+                    bars[about] = tqdm(total=total, desc=f"  {about}")
+                bars[about].update(done - bars[about].n)
             if over:
                 break
             time.sleep(0.5)
-    _close(bar)
+    _close(bars)
     text = log.read_text(errors="replace")
     if process.returncode:
         sys.exit(f"{text[-3000:]}\n{shown} failed; the whole log is {log}")
@@ -136,6 +135,6 @@ def phases(log: str, steps: int | None = None) -> list[tuple[str, int, int]]:
     return [(about, *far) for about, far in found.items()]
 
 
-def _close(bar: tqdm | None) -> None:
-    if bar is not None:
+def _close(bars: dict[str, tqdm]) -> None:
+    for bar in bars.values():
         bar.close()

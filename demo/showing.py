@@ -60,6 +60,9 @@ def compared(report: dict, models: Mapping[str, str]) -> list[tuple[str, list[st
     lines.append(
         (f"held-out orders exactly right, of {count}", [str(sum(r["orders"])) for r in results])
     )
+    trained = [report["trained"].get(key) for key in models]
+    lines.append(("steps of training", [f"{t['steps']}" if t else "-" for t in trained]))
+    lines.append(("learning rate", [f"{t['rate']:g}" if t else "-" for t in trained]))
     return lines
 
 

@@ -183,11 +183,13 @@ def test_bars_of_a_log_are_found():
 
 def test_a_command_shows_its_bars_and_says_why_it_failed(tmp_path, capsys):
     (tmp_path / "bars.txt").write_text(log_of_bars())
-    program = "import sys; sys.stderr.write(open('bars.txt').read()); sys.exit(len(sys.argv) - 1)"
+    program = "import sys, time; sys.stderr.write(open('bars.txt').read()); sys.stderr.flush();"
+    program += "time.sleep(1.5); sys.exit(len(sys.argv) - 1)"
     text = running.run(tmp_path, "fine", [sys.executable, "-c", program], 40)
     assert text == (tmp_path / "fine.log").read_text()
     shown = capsys.readouterr().err
     for about, done, total in running.phases(text, 40):
+        assert shown.count(f"  {about}:   0%") == 1  # no bar begins again
         assert re.search(rf"{about}: *\d+%.*{done}/{total} \[[\d:]+<", shown)
     with pytest.raises(SystemExit, match="-c .* 7 failed; the whole log is .*bad.log"):
         running.run(tmp_path, "bad", [sys.executable, "-c", program, "7"], 40)
@@ -291,6 +293,7 @@ def test_rates_are_those_that_forget_least_when_the_job_is_learned():
     assert {"lora", "loki", "loki_down"} <= found.keys()
     for way, settings in (("lora", real.LORA), ("loki", real.LOKI)):
         assert found[way]["rate"] == settings["learning_rate"]
+        assert found[way]["step"] == real.STEPS[way]
         assert len({r["rate"] for r in rows if r["way"] == way}) >= 2
     assert found["loki"]["kl_answers"] <= found["loki_down"]["kl_answers"]
 
@@ -351,7 +354,7 @@ def stand_in(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
-    monkeypatch.setattr(real, "STEPS", 3)
+    monkeypatch.setattr(real, "STEPS", {"lora": 2, "loki": 3})
     monkeypatch.setattr(sys, "argv", ["demo", "--work", str(work)])
     demo.main()
     shown = capsys.readouterr()
