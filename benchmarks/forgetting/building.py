@@ -30,7 +30,10 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LINEARS = [*ATTENTION, *MLP]
 Sequences = list[tuple[list[int], int]]
-_WRITTEN = 40  # tokens of what the base writes by itself: what is asked here is short
+_TEXTS, _WRITTEN = (
+    512,
+    40,
+)  # that the base writes by itself, and their tokens: what is asked is short
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Context:
     def written(self) -> list[list[int]]:
         """What `protect.text: self` reads: dialogues and plain text that the base writes itself."""
         tokenizer = self.base.tokenizer
-        said = write_texts(self.base.model(), tokenizer, tokens=_WRITTEN, seed=self.seed)
+        said = write_texts(self.base.model(), tokenizer, _TEXTS, _WRITTEN, seed=self.seed)
         records = [record_of(row, f"text {i}") for i, row in enumerate(said)]
         return [list(ids) for ids in load_texts(tokenizer, records)]
 

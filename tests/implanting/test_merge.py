@@ -188,7 +188,7 @@ def test_an_adapter_of_other_rows_or_modules_is_refused(tmp_path):
     tensors = load_file(file)
     foreign = {k.replace("down_proj", "up_proj"): v.clone() for k, v in tensors.items()}
     save_file(tensors | foreign, file)
-    with pytest.raises(ValueError, match="3 modules that are no down-projection.*up_proj"):
+    with pytest.raises(ValueError, match="3 modules that the rows file does not name.*up_proj"):
         merged(tmp_path)
 
 
