@@ -43,6 +43,7 @@ def test_what_is_read_is_whitened_down_to_the_last_direction(asked):
     hard = input_directions(tiny("llama", dtype=torch.float64), *CALIBRATION, **asked)
     for layer, (v, u) in enumerate(zip(found, hard, strict=True)):
         x = torch.cat([i[0] for i in inputs[layer]])
+        x = x / x.norm(dim=-1, keepdim=True)
         values = torch.linalg.eigvalsh(x.T @ x).flip(0)
         count = u.shape[1]
         taken = (1 - (values[count - 1] / values[:count]).sqrt()).clamp(max=SOFTEST)
