@@ -4,9 +4,9 @@ SmolLM2-135M-Instruct answers twenty questions; then it learns to turn customers
 orders (`orders.py`), once with LoRA and once with LoKI, both through the real `axolotl train`; then
 it is asked again. LoKI's result is merged and verified.
 
-Both learn until they do the job equally well. Rate and steps of each are those that change what the
-base says least when the same share of held-out orders comes out right (`rates.py`, with its figures
-in data/rates.csv).
+Both learn until they do the job equally well. `rates.py` finds rate and steps of each: those that
+change what the base says least when the same share of held-out orders comes out right. Those that
+stand here are from one rate of each.
 """
 
 from __future__ import annotations

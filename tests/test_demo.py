@@ -339,6 +339,7 @@ def stand_in(tmp_path, monkeypatch):
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=len(tokenizer),
+        initializer_range=0.3,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
         bos_token_id=None,
@@ -354,7 +355,7 @@ def stand_in(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
-    monkeypatch.setattr(real, "STEPS", {"lora": 2, "loki": 3})
+    monkeypatch.setattr(real, "STEPS", {"lora": 8, "loki": 12})
     monkeypatch.setattr(sys, "argv", ["demo", "--work", str(work)])
     demo.main()
     shown = capsys.readouterr()
