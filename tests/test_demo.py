@@ -308,7 +308,7 @@ def test_the_first_point_with_the_score_counts_and_a_rate_that_misses_it_does_no
         row("a", 2, 15, 0.50, 0.0),
         row("a", 3, 15, 0.10, 0.0),
         row("a", 3, 30, 1.00, 0.4),
-        row("b", 1, 60, 0.89, 0.0),
+        row("b", 1, 60, rates.TARGET - 0.01, 0.0),
     ]
     assert rates.reached(rows) == {("a", 1): rows[1], ("a", 3): rows[4]}
     assert rates.best(rows) == {"a": rows[4]}
