@@ -49,11 +49,11 @@ def report(lab: Lab) -> None:
     rows = compare(lab)
     tokens = sum(map(len, lab.prompts))
     write(
-        "real_directions",
+        "input_directions",
         f"{lab.name}, {len(lab.prompts)} calibration prompts of {tokens} tokens: directions of"
         f" {100 * _SHARE:g} % of what the down-projections read. A token is a sink where its input"
         " is more than ten times as long as the median.",
-        command("real"),
+        command("real", DATA=str(lab.data.folder)),
         rows,
         as_csv=True,
     )
