@@ -39,7 +39,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_plugins")]
 # the command itself; the others stand beside it on the page.
 CANNOT: dict[str, Callable[[list[str]], bool]] = {
     "installs": lambda w: w[:2] == ["pip", "install"],
-    "make": lambda w: w[0] == "make",  # the demo, this suite, and tools on the whole repository
+    "make": lambda w: (
+        w[0] == "make" or w[:3] == ["python", "-m", "demo"]
+    ),  # the demo, this suite, and tools on the whole repository
     "a benchmark": lambda w: w[:2] == ["python", "-m"] and w[2].startswith("benchmarks."),
     "theirs": lambda w: w[1] in ("select-nodes", "create-model", "restore-model"),
     "needs a GPU and downloads": lambda w: any("example_configs/" in x and "gb-" in x for x in w),
