@@ -23,6 +23,7 @@ from torch import nn
 from transformers import Trainer
 
 from .. import ranks
+from ..model.loading import is_sharded
 from ..model.quantised import evaluating
 
 TOP = 64  # likeliest tokens of the base that are kept one by one
@@ -94,12 +95,14 @@ class Anchor:
         """KL(base ‖ tuned) in nats, mean over all tokens of the texts that were drawn.
 
         Over the base's `TOP` tokens and the rest as one. The base says each text alone, once: what
-        it says does not depend on which texts were drawn together, so that a run resumes.
+        it says does not depend on which texts were drawn together, so that a run resumes. Of a
+        sharded model every pass is shared by the ranks, whose draws differ: there each text is
+        asked about each time.
         """
+        asked = [i for i in drawn if is_sharded(model) or i not in self._said]
         with evaluating(model):
-            for i in drawn:
-                if i not in self._said:
-                    self._said[i] = said(model, self.prompts[i])
+            for i in asked:
+                self._said[i] = said(model, self.prompts[i])
             texts, kept = [self.prompts[i] for i in drawn], [self._said[i] for i in drawn]
             tuned = _logits(model, texts)
         tokens = torch.cat([k.tokens for k in kept]).to(tuned.device)
