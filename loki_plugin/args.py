@@ -144,8 +144,8 @@ class ProtectArgs(_Block):
     auto: bool = Field(
         False,
         description="what the word `auto` stands for: soft directions of 99 % of the inputs, or as"
-        " many as `memory` holds, found on calibration prompts and the model's own text; what is"
-        " set beside it counts",
+        " many as `memory` holds, found on calibration prompts and the model's own text, and an"
+        " anchor of 1 on the same; what is set beside it counts",
     )
     inputs: Number | None = Field(
         None,
@@ -174,7 +174,8 @@ class ProtectArgs(_Block):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="weight of KL(base || tuned) on calibration prompts in every step",
+        description="weight of KL(base || tuned) on calibration prompts and `text` in every step;"
+        " where an answer begins counts as much as all other tokens",
     )
     anchor_batch: Count = Field(
         4, ge=1, description="prompts per micro batch and rank for the anchor"

@@ -29,7 +29,8 @@ SELF = "self"  # text for protection that the model writes by itself
 TextKind = Literal["both", "dialogues", "text"]
 TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
 PROTECT_GB = 2.5  # gigabytes of a card that directions take at most, and a tenth of it at most
-AUTO = {"inputs": 0.99, "soft": True, "text": SELF}  # what `protect: auto` stands for
+# What `protect: auto` stands for.
+AUTO = {"inputs": 0.99, "soft": True, "anchor": 1.0, "text": SELF}
 TEXT_COUNT, TEXT_TOKENS, TEXT_BATCH = 160, 80, 64
 TARGET: TargetName = "predicted"
 FEW_SHOT = 0

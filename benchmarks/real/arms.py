@@ -41,6 +41,8 @@ class Arm:
         replay: (share of the sequences, `real` or `own`: which of the lab's lists).
         anchor: weight of KL(base || tuned) on texts of the lab in every step.
         anchored: which texts, see `Lab.texts`.
+        count: how many of them in a step.
+        starts: where answers begin counts as much as all other tokens, as in the product.
         eaft: Axolotl's loss `use_eaft` instead of cross-entropy.
         again: another order and another start of what is new: how much is noise?
     """
@@ -51,6 +53,8 @@ class Arm:
     replay: tuple[float, str] | None = None
     anchor: float = 0.0
     anchored: str = "both"
+    count: int = 4
+    starts: bool = True
     eaft: bool = False
     again: bool = False
 
@@ -174,6 +178,10 @@ ARMS: dict[str, Arm] = {
     "lora_replay5": Arm(lora(), LORA, replay=(0.05, "real")),
     "lora_selfreplay": Arm(lora(), LORA, replay=(0.05, "own")),
     "lora_selfreplay50": Arm(lora(), LORA, replay=(0.5, "own")),
+    # All tokens alike, as anchors were up to 0.7.0; half as many texts.
+    "lora_anchor_0.7": Arm(lora(), (5e-4, 1e-3), anchor=1.0, starts=False),
+    "lora_soft_anchor_0.7": Arm(soft_all(), ROWS, anchor=1.0, starts=False),
+    "lora_soft_anchor2": Arm(soft_all(), ROWS, anchor=1.0, count=2),
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
     "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),
     "loki_q10": Arm(loki(10), ROWS),
@@ -210,13 +218,15 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def extra_loss(model, arm: Arm, lab: Lab, count: int = 4, longest: int = 96):
+def extra_loss(model, arm: Arm, lab: Lab):
     """weight · KL(base || tuned) on `count` texts in every step; None without an anchor."""
     if not arm.anchor:
         return None
+    longest = 160 if arm.starts else 96  # those of 0.7.0 were measured so
     texts = [ids[:longest] for ids in lab.texts(arm.anchored)]
+    starts = [lab.starts(ids) for ids in texts] if arm.starts else None
     # It asks the base once per text and keeps the answer, as training does.
-    anchor = Anchor(texts, arm.anchor, count)
+    anchor = Anchor(texts, arm.anchor, arm.count, starts=starts)
 
     def extra(step: int) -> torch.Tensor:
         return anchor.weight * anchor.divergence(model, anchor.draw(step, lab.draw))

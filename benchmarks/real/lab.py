@@ -153,6 +153,26 @@ class Lab:
         return self.prompts + self.written if of == "both" else getattr(self, of)
 
     @cached_property
+    def _turn(self) -> list[int]:
+        """What the chat template puts before an answer."""
+        if not self.tokenizer.chat_template:
+            return []
+        asked = [{"role": "user", "content": "Apples"}]
+        whole, before = (
+            self.tokenizer.apply_chat_template(asked, add_generation_prompt=b, return_dict=False)
+            for b in (True, False)
+        )
+        return whole[len(before) :]
+
+    def starts(self, ids: list[int]) -> list[int]:
+        """Behind which tokens of a text an answer begins; of a base without turns, where a
+        calibration prompt ends."""
+        turn, size = self._turn, len(self._turn)
+        if not turn:
+            return [len(ids) - 1] if ids in self.prompts else []
+        return [i + size - 1 for i in range(len(ids) - size + 1) if ids[i : i + size] == turn]
+
+    @cached_property
     def scores(self) -> torch.Tensor:
         """[N, L, H] attributions of the calibration prompts."""
 

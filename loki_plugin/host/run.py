@@ -113,15 +113,15 @@ class Run:
             down = find_anatomy(model).names
             pairs = zip(down, self.selection.counts, strict=True)
             check_trained(found, [*self.selection.linears, *(n for n, k in pairs if k)], down)
-        prompts = []
+        texts = []
         if settings.anchor or (settings.reads and not found):
             inputs = files.inputs
             if settings.text == SELF:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
                 self.told.append(("texts", told_of(inputs.texts)))
-            prompts = protecting_prompts(tokenizer, self.config, inputs, unknown)
+            texts = protecting_prompts(tokenizer, self.config, inputs, unknown)
         if settings.reads and not found:
-            found = choose_directions(model, prompts, self.config)
+            found = choose_directions(model, [text.ids for text in texts], self.config)
         if found:
             with ranks.together():
                 self.directions = found.check(model, unchanged=True)
@@ -129,10 +129,11 @@ class Run:
             self.told.append(("protected", describe(found)))
         if settings.anchor:
             every = settings.anchor_every
-            self.anchor = Anchor(prompts, settings.anchor, settings.anchor_batch, every)
+            ids, starts = [text.ids for text in texts], [text.starts for text in texts]
+            self.anchor = Anchor(ids, settings.anchor, settings.anchor_batch, every, starts)
             each = f"{settings.anchor:g} x KL(base || tuned) on {settings.anchor_batch}"
             when = "every step" if every == 1 else f"every {every}th step"
-            self.told.append(("anchor", f"{when} adds {each} of {len(prompts)} texts"))
+            self.told.append(("anchor", f"{when} adds {each} of {len(texts)} texts"))
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""

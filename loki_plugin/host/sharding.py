@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..args import ProtectArgs
 from ..model.loading import is_loaded
 from .telling import Line
 
+LOG = logging.getLogger("loki_plugin")
 _INSTEAD = (
     "DDP (several GPUs and neither `fsdp` nor `deepspeed`), with `load_in_4bit: true` where the"
     " base does not fit on one GPU"
@@ -231,17 +233,25 @@ def meet() -> None:
 
 
 def check_anchor(cfg, protect: ProtectArgs) -> None:
-    """Check, where several processes train, that the anchor's second pass can be differentiated.
+    """See to it, where several processes train, that the anchor's second pass has a gradient.
 
     DDP counts the gradients of each parameter, and a reentrant checkpoint delivers them once for
-    each pass: PyTorch ends such a step with "marked as ready twice". `fsdp_faults` has FSDP2's.
+    each pass: PyTorch ends such a step with "marked as ready twice". Reentrant is the default; it
+    is changed, visibly, where the YAML does not ask for it. `fsdp_faults` has FSDP2's.
 
     Raises:
-        ValueError: reentrant gradient checkpoints, Axolotl's default, beside an anchor.
+        ValueError: gradient checkpoints that the YAML wants to be reentrant, beside an anchor.
     """
-    kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
-    reentrant = cfg.get("gradient_checkpointing") and kwargs.get("use_reentrant") is not False
-    if ranks.count() > 1 and protect.anchor and reentrant:
+    if ranks.count() == 1 or not protect.anchor or not cfg.get("gradient_checkpointing"):
+        return
+    kwargs = dict(cfg.get("gradient_checkpointing_kwargs") or {})
+    if kwargs.get("use_reentrant") is None:
+        cfg["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
+        LOG.info(
+            "loki: gradient_checkpointing_kwargs.use_reentrant is now False: the anchor is a second"
+            " pass, and several processes train"
+        )
+    elif kwargs["use_reentrant"]:
         raise ValueError(
             "loki.protect.anchor: with several processes gradient checkpointing must not be"
             " reentrant, for the anchor is a second pass; set"

@@ -127,5 +127,6 @@ def _read(tokenizer, files: Files) -> set[int]:
         settings = files.config.calibration.model_dump()
         prompts = load_prompts(tokenizer, **settings, records=files.inputs.records).prompts
         found.update(p.target for p in prompts if p.target is not None)
-        found.update(*protecting_prompts(tokenizer, files.config, files.inputs))
+        texts = protecting_prompts(tokenizer, files.config, files.inputs)
+        found.update(*(text.ids for text in texts))
     return found

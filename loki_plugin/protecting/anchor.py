@@ -1,6 +1,10 @@
 """The anchor: training also pays for what the model now says differently on general text.
 
-    loss + weight · KL(base ‖ tuned), mean over all real tokens of a few texts
+    loss + weight · KL(base ‖ tuned),   KL = ½ mean over all tokens + ½ mean over the starts
+
+of a few texts; without a start among them it is the mean over all tokens. A *start* is a token
+behind which an answer begins. There a model decides what kind of answer it gives, and it is one
+token of a hundred: a mean over all tokens hardly sees it.
 
 The base is the same model with its adapter switched off, so no second model is loaded; what it says
 of a text is computed once and kept: its `TOP` likeliest tokens, and all others as one. The KL over
@@ -15,6 +19,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from peft import PeftModel
@@ -46,14 +51,24 @@ class Anchor:
     """Adds the anchor to a trainer's loss.
 
     Attributes:
+        prompts: token ids of texts.
+        starts: of each text the places of the tokens behind which an answer begins.
         weight: λ in loss + λ·KL.
         batch: texts of one micro step on one rank.
         every: steps from one anchor to the next; each then counts that many times.
         last: the latest KL in nats per token, a tensor; None before the first step.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], weight: float, batch: int, every: int = 1):
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        weight: float,
+        batch: int,
+        every: int = 1,
+        starts: Sequence[Sequence[int]] | None = None,
+    ):
         self.prompts, self.weight, self.batch, self.every = list(prompts), weight, batch, every
+        self.starts = list(starts or [()] * len(self.prompts))
         self.last: torch.Tensor | None = None
         self._step, self._micro = -1, 0
         self._said: dict[int, Said] = {}
@@ -92,7 +107,7 @@ class Anchor:
         return chance.sample(range(len(self.prompts)), min(self.batch, len(self.prompts)))
 
     def divergence(self, model: PeftModel, drawn: Sequence[int]) -> torch.Tensor:
-        """KL(base ‖ tuned) in nats, mean over all tokens of the texts that were drawn.
+        """KL(base ‖ tuned) in nats of the texts that were drawn: see the top of this file.
 
         Over the base's `TOP` tokens and the rest as one. The base says each text alone, once: what
         it says does not depend on which texts were drawn together, so that a run resumes. Of a
@@ -107,7 +122,10 @@ class Anchor:
             tuned = _logits(model, texts)
         tokens = torch.cat([k.tokens for k in kept]).to(tuned.device)
         logs = torch.cat([k.logs for k in kept]).to(tuned.device, tuned.dtype)
-        return (logs.exp() * (logs - _lumped(tuned, tokens))).sum(-1).mean()
+        kl = (logs.exp() * (logs - _lumped(tuned, tokens))).sum(-1)
+        before = accumulate([0, *map(len, texts)])
+        starts = [n + at for n, i in zip(before, drawn, strict=False) for at in self.starts[i]]
+        return (kl.mean() + kl[starts].mean()) / 2 if starts else kl.mean()
 
 
 def _counted(trainer: Trainer, num_items_in_batch) -> int:

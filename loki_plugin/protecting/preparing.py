@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import ranks
 from ..analysing.attribution.devices import first_device
-from ..analysing.calibration.prompts import load_prompts, load_texts
+from ..analysing.calibration.prompts import Text, load_prompts, read_dialogues
 from ..analysing.calibration.sources import Record, load_records, record_of
 from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
 from ..args import LokiConfig, ProtectArgs
@@ -38,8 +38,8 @@ _WRITING = 1  # raised when the same model would write other texts
 
 def protecting_prompts(
     tokenizer, config: LokiConfig, inputs: Inputs, unknown: frozenset[int] = frozenset()
-) -> list[tuple[int, ...]]:
-    """Token ids of the calibration prompts and of `protect.text`, distinct ones once, in order.
+) -> list[Text]:
+    """The calibration prompts and `protect.text`, distinct ones once, in order.
 
     Args:
         unknown: ids of tokens that the model has not learned; prompts with them are left out, for
@@ -47,9 +47,9 @@ def protecting_prompts(
     """
     settings = config.calibration.model_dump()
     found = load_prompts(tokenizer, **settings, records=inputs.records).prompts
-    prompts = [p.ids for p in found] + load_texts(tokenizer, inputs.texts)
-    distinct = list(dict.fromkeys(prompts))
-    kept = [p for p in distinct if unknown.isdisjoint(p)]
+    texts = [Text(p.ids, (len(p.ids) - 1,)) for p in found]
+    distinct = list(dict.fromkeys(texts + read_dialogues(tokenizer, inputs.texts)))
+    kept = [text for text in distinct if unknown.isdisjoint(text.ids)]
     if len(kept) < len(distinct):
         LOG.info("loki: %d texts with new tokens left out", len(distinct) - len(kept))
     return kept
@@ -224,7 +224,7 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
 
 def _limits(wanted: Wanted, tokens: int) -> str:
     """What kept directions from being as many as were asked for."""
-    said = [f"{wanted.memory / 10**9:.2f} GB (`protect.memory`)"] if wanted.memory else []
+    said = [f"{wanted.memory / 10**9:.3g} GB (`protect.memory`)"] if wanted.memory else []
     said += [f"{tokens} tokens of text"] if wanted.settles else []
     return f"there is {' and '.join(said)}"
 

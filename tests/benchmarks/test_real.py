@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import real_data
 from helpers.families import tiny
 from helpers.tokenizers import make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.real import bases, matching, probes, report, scoring, sweep, tasks
 from benchmarks.real.arms import ARMS
-from benchmarks.real.data import DEFAULT, Data
+from benchmarks.real.data import Data
 from benchmarks.real.lab import Lab
 from benchmarks.real.scoring import Asked, Reference, answers, loss_of, score
 
@@ -389,54 +387,3 @@ def test_a_base_that_nobody_knows_and_a_changed_package_are_refused(tmp_path, mo
     with pytest.raises(RuntimeError, match="nothing was made of it"):
         bases.path("thing")
     assert not list(tmp_path.iterdir())
-
-
-def real(name):
-    try:
-        return bases.path(name)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
-EIFFEL = (
-    "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is"
-    " named after the engineer Gustave Eiffel, whose company designed and built the tower from 1887"
-    " to 1889."
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(bases.SOURCES))
-def test_the_bases_are_made_and_read_english(name):
-    folder = real(name)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(EIFFEL)["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == EIFFEL
-    assert len(ids) < 80  # a token a letter would be a tokenizer without merges
-    assert score(model, [Asked(ids, 1)]).loss < 2.5
-    if tokenizer.chat_template:
-        asked = tasks.dialogue(
-            tokenizer,
-            [("user", "What is the capital of France?")],
-            "The capital of France is Paris.",
-        )
-        assert score(model, [asked]).whole.item()  # its own words, and then it ends
-
-
-@pytest.mark.slow
-def test_on_a_real_base_protection_keeps_what_lora_loses(tmp_path):
-    """The benchmark in small: the pipeline, and one ordering that is far outside noise."""
-    real(NAME)
-    data = Data(Path(os.environ.get("LOKI_REAL_DATA") or DEFAULT))
-    if not data.folder.is_dir():
-        pytest.skip(f"the data folder '{data.folder}' is not there (benchmarks/real/README.md)")
-    lab, file = Lab(NAME, data, "ci"), tmp_path / "real_ci.csv"
-    keys = [sweep.Key(NAME, "snips", a, 0, 1e-3, "ci") for a in ("lora_all_r16", "lora_soft")]
-    sweep.run_all({NAME: lab}, keys, file, steps=15)
-    lora, soft = (
-        matching.at(c, "task_loss", 1.3) for c in matching.curves(matching.read(tmp_path)).values()
-    )
-    assert lora["arm"] == "lora_all_r16" and soft["arm"] == "lora_soft"
-    assert 3 * soft["kl_dialogues"] < lora["kl_dialogues"]
-    assert 3 * soft["kl_text"] < lora["kl_text"]

@@ -62,7 +62,9 @@ def test_a_row_for_it_does_not_make_a_token_known(run_config, padded_base, our_l
     assert "Their embeddings do not train" in our_log.text
     assert tokenizer.chat_template is None and not unknown
     assert "<|im_start|>" not in tokenizer.get_vocab()
-    said = [tokenizer.decode(p) for p in protecting_prompts(tokenizer, files.config, files.inputs)]
+    said = [
+        tokenizer.decode(p.ids) for p in protecting_prompts(tokenizer, files.config, files.inputs)
+    ]
     assert len(said) == 8 and not any("<|im" in text for text in said)
 
 
@@ -83,7 +85,7 @@ def test_a_prompt_without_new_tokens_is_told_by_the_runs_own_template(
     told = protecting_prompts(tokenizer, files.config, files.inputs, unknown)
     every = protecting_prompts(tokenizer, files.config, files.inputs)
     assert len(every) == len(told) + 1
-    assert not any(unknown & set(prompt) for prompt in told)
+    assert not any(unknown & set(text.ids) for text in told)
 
 
 def test_nothing_is_said_of_tokens_that_the_base_knows(run_config, padded_base, our_log):

@@ -50,7 +50,7 @@ CHECKPOINTS = {"gradient_checkpointing": True}  # reentrant, where nothing else 
 def test_an_anchor_behind_reentrant_checkpoints_is_refused_before_the_analysis(
     run_config, tmp_path
 ):
-    run_config |= CHECKPOINTS
+    run_config |= CHECKPOINTS | {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
     run_config["loki"] |= {"protect": {"anchor": 1.0}}
     (tmp_path / "rank.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(json.dumps(run_config))
@@ -73,8 +73,8 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
 ):
     """SGD, so that the update is linear in the gradient that the ranks average."""
     run_config["loki"] |= {"rank": rank, "protect": protect}
-    if "anchor" in protect:  # a second pass through the checkpoints
-        run_config |= CHECKPOINTS | {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if "anchor" in protect:  # a second pass through the checkpoints, which are made to bear it
+        run_config |= CHECKPOINTS
     run_config |= {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 4, "weight_decay": 0.1}
     (tmp_path / "rank.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(json.dumps(run_config))

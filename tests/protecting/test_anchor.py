@@ -177,3 +177,27 @@ def test_every_second_step_counts_twice(tmp_path):
     _, alone, _ = run(tmp_path)
     for a, b, c in zip(first, doubled, alone, strict=True):
         assert torch.allclose(b - c, 2 * (a - c), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_where_answers_begin_counts_as_much_as_all_tokens(rank, monkeypatch):
+    monkeypatch.setattr(anchoring, "TOP", 1000)  # the whole vocabulary
+    model, base = tuned(rank), tiny("llama")
+    starts, drawn = [(), (4,), (0, 11), ()], [2, 0, 1]
+    terms = []
+    for ids in (torch.tensor([PROMPTS[i]]) for i in drawn):
+        p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (base, model))
+        terms.append((p.exp() * (p - q)).sum(-1))
+    begun = torch.stack([terms[0][0], terms[0][11], terms[2][4]])
+    wanted = torch.cat(terms).mean() / 2 + begun.mean() / 2
+    found = Anchor(PROMPTS, 1.0, 3, starts=starts).divergence(model, drawn)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert abs(found.item() - torch.cat(terms).mean().item()) > 1e-3
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    plain = Anchor(PROMPTS, 1.0, 3, starts=starts).divergence(model, [0, 3])  # none begins there
+    whole = divergence(model, [PROMPTS[0], PROMPTS[3]]).item()
+    assert plain.item() == pytest.approx(whole, rel=1e-4)

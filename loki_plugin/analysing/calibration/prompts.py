@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,20 @@ def load_prompts(
     return Calibration(ordered, dropped, source)
 
 
-def load_texts(tokenizer, records: list[Record]) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class Text:
+    """Text that protection reads.
+
+    Attributes:
+        ids: its token ids.
+        starts: places of the tokens behind which an answer begins.
+    """
+
+    ids: tuple[int, ...]
+    starts: tuple[int, ...] = ()
+
+
+def read_dialogues(tokenizer, records: list[Record]) -> list[Text]:
     """All tokens of texts and of whole dialogues, in windows of at most `WINDOW` tokens.
 
     Records with a prompt or a question become what `load_prompts` makes of them.
@@ -131,14 +145,46 @@ def load_texts(tokenizer, records: list[Record]) -> list[tuple[int, ...]]:
     windows = []
     _tell_untold(tokenizer, records)
     for record in records:
+        starts: list[int] = []
         if record.text is not None:
             ids = tokenizer(record.text)["input_ids"]
         elif record.messages is not None:
             ids = dialogue(tokenizer, record.messages, record.where, record.tools, answer=False)
+            starts = _starts(tokenizer, record, ids)
         else:
             ids, _ = _encode(tokenizer, record, [], 0)
-        windows += [tuple(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
+            starts = [len(ids) - 1]
+        for i in range(0, len(ids), WINDOW):
+            inside = [at - i for at in starts if i <= at < i + WINDOW]
+            windows.append(Text(tuple(ids[i : i + WINDOW]), tuple(inside)))
     return windows
+
+
+def load_texts(tokenizer, records: list[Record]) -> list[tuple[int, ...]]:
+    """The token ids of `read_dialogues`."""
+    return [text.ids for text in read_dialogues(tokenizer, records)]
+
+
+def _starts(tokenizer, record: Record, ids: list[int]) -> list[int]:
+    """For each answer the last token that the whole dialogue shares with what asks for the answer.
+
+    None for an answer before which the template tells the turns in another way than in the whole,
+    or that it does not ask for.
+    """
+    messages, found = record.messages or [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i == 0:
+            continue
+        with suppress(ValueError):
+            before, asked = (
+                dialogue(tokenizer, messages[:i], record.where, record.tools, answer, whole=False)
+                for answer in (False, True)
+            )
+            pairs = enumerate(zip(asked, ids, strict=False))
+            shared = next((n for n, (a, b) in pairs if a != b), len(asked))
+            if ids[: len(before)] == before and len(before) <= shared < len(ids):
+                found.append(shared - 1)
+    return found
 
 
 def read_texts(path: str) -> list[Record]:

@@ -8,7 +8,7 @@ import logging
 import pytest
 from helpers.tokenizers import CHATML, make_tokenizer
 
-from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts
+from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts, read_dialogues
 from loki_plugin.analysing.calibration.sources import load_records
 
 WEATHER = {
@@ -324,3 +324,26 @@ def test_a_faulty_dialogue_is_named_by_file_and_line(tmp_path, record, message):
     source = write(tmp_path, {"messages": [ASKED, ANSWER]}, record)
     with pytest.raises(ValueError, match=rf"said.jsonl:2: {message}"):
         load_records(source)
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "llama3", "gemma"])
+def test_where_answers_begin(make, tmp_path, template):
+    """Behind what asks for the answer; also where a template asks for one without a thought."""
+    tokenizer = make(template)
+    words = ("say the number", "seven", "and another", "eight and nine")
+    roles = ("user", "assistant") * 2
+    said = [{"role": r, "content": c} for r, c in zip(roles, words, strict=True)]
+    records = load_records(write(tmp_path, {"messages": said}))
+    (text,) = read_dialogues(tokenizer, records)
+    assert list(text.ids) == tokenizer.apply_chat_template(said)["input_ids"]
+    assert len(text.starts) == 2
+    for at, answer in zip(text.starts, words[1::2], strict=True):
+        before, behind = tokenizer.decode(text.ids[: at + 1]), tokenizer.decode(text.ids[at + 1 :])
+        head, _, rest = behind.partition(answer)
+        assert rest and answer not in head and "user" not in head and len(head) < 24
+        assert words[words.index(answer) - 1] in before
+    (asked,) = read_dialogues(tokenizer, load_records(write(tmp_path, {"messages": said[:1]})))
+    assert asked.starts == ()
+    (prompt,) = read_dialogues(tokenizer, load_records(write(tmp_path, {"prompt": "say"})))
+    assert prompt.starts == (len(prompt.ids) - 1,)
+    assert read_dialogues(tokenizer, load_records(write(tmp_path, {"text": "say"})))[0].starts == ()

@@ -1,0 +1,67 @@
+"""The benchmark on real bases themselves; skipped where their packages cannot be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.real import bases, matching, sweep, tasks
+from benchmarks.real.data import DEFAULT, Data
+from benchmarks.real.lab import Lab
+from benchmarks.real.scoring import Asked, score
+
+NAME = "smollm2-135m-instruct"
+
+
+def real(name):
+    try:
+        return bases.path(name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+EIFFEL = (
+    "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is"
+    " named after the engineer Gustave Eiffel, whose company designed and built the tower from 1887"
+    " to 1889."
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(bases.SOURCES))
+def test_the_bases_are_made_and_read_english(name):
+    folder = real(name)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(EIFFEL)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == EIFFEL
+    assert len(ids) < 80  # a token a letter would be a tokenizer without merges
+    assert score(model, [Asked(ids, 1)]).loss < 2.5
+    if tokenizer.chat_template:
+        asked = tasks.dialogue(
+            tokenizer,
+            [("user", "What is the capital of France?")],
+            "The capital of France is Paris.",
+        )
+        assert score(model, [asked]).whole.item()  # its own words, and then it ends
+
+
+@pytest.mark.slow
+def test_on_a_real_base_protection_keeps_what_lora_loses(tmp_path):
+    """The benchmark in small: the pipeline, and one ordering that is far outside noise."""
+    real(NAME)
+    data = Data(Path(os.environ.get("LOKI_REAL_DATA") or DEFAULT))
+    if not data.folder.is_dir():
+        pytest.skip(f"the data folder '{data.folder}' is not there (benchmarks/real/README.md)")
+    lab, file = Lab(NAME, data, "ci"), tmp_path / "real_ci.csv"
+    keys = [sweep.Key(NAME, "snips", a, 0, 1e-3, "ci") for a in ("lora_all_r16", "lora_soft")]
+    sweep.run_all({NAME: lab}, keys, file, steps=15)
+    lora, soft = (
+        matching.at(c, "task_loss", 1.3) for c in matching.curves(matching.read(tmp_path)).values()
+    )
+    assert lora["arm"] == "lora_all_r16" and soft["arm"] == "lora_soft"
+    assert 3 * soft["kl_dialogues"] < lora["kl_dialogues"]
+    assert 3 * soft["kl_text"] < lora["kl_text"]
