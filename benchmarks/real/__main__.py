@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--rates", default="", help="by commas; default: the arm's own")
     parser.add_argument("--best", action="store_true", help="the first of the arm's rates only")
     parser.add_argument("--steps", type=int, default=sweep.POINTS[-1], help="of a run at most")
+    parser.add_argument("--points", default="", help="steps to measure at, by commas")
     parser.add_argument("--to-end", action="store_true", help="go on behind the matched score")
     parser.add_argument("--amount", choices=AMOUNTS, default="brief", help="how much is measured")
     parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
@@ -71,6 +72,7 @@ def main() -> None:
         options.steps,
         options.to_end,
         options.precision,
+        tuple(int(p) for p in options.points.split(",") if p) or sweep.POINTS,
     )
 
 

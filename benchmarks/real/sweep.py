@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +72,7 @@ def run_all(
     steps: int = POINTS[-1],
     to_end: bool = False,
     precision: str = "bf16",
+    points: Sequence[int] = POINTS,
 ) -> list[Key]:
     """Run what is missing; returns what was not run because it is later than `until`."""
     keys = list(keys)
@@ -81,7 +82,7 @@ def run_all(
             return keys[i:]
         if key in done(file):
             continue
-        rows = run(labs[key.base], key, steps, to_end, precision)
+        rows = run(labs[key.base], key, steps, to_end, precision, points)
         _append(file, rows)
     return []
 
@@ -106,9 +107,14 @@ def _append(file: Path, rows: list[dict]) -> None:
 
 
 def run(
-    lab: Lab, key: Key, steps: int = POINTS[-1], to_end: bool = False, precision: str = "bf16"
+    lab: Lab,
+    key: Key,
+    steps: int = POINTS[-1],
+    to_end: bool = False,
+    precision: str = "bf16",
+    points: Sequence[int] = POINTS,
 ) -> list[dict]:
-    """Train one arm, measured at `POINTS` up to `steps`; a line per point.
+    """Train one arm, measured at `points` up to `steps`; a line per point.
 
     A run ends one point after it has reached the loss, and the score, at which arms are compared,
     unless `to_end`. The old knowledge is measured in float32 whatever the training's precision.
@@ -125,7 +131,7 @@ def run(
         "precision": precision,
         "device": lab.device.type,
     }
-    points = [p for p in POINTS if p <= steps]
+    points = [0, *(p for p in points if 0 < p <= steps)]
     rows: list[dict] = []
     seconds, losses = 0.0, [math.nan]
     reached: set[str] = set() if kind.score is not None else {"score"}
