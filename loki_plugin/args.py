@@ -178,7 +178,7 @@ class ProtectArgs(_Block):
         " where an answer begins counts as much as all other tokens",
     )
     anchor_batch: Count = Field(
-        4, ge=1, description="prompts per micro batch and rank for the anchor"
+        2, ge=1, description="prompts per micro batch and rank for the anchor"
     )
     anchor_every: Count = Field(
         1, ge=1, description="steps from one anchor to the next, which then counts that many times"

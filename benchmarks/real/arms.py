@@ -53,7 +53,7 @@ class Arm:
     replay: tuple[float, str] | None = None
     anchor: float = 0.0
     anchored: str = "both"
-    count: int = 4
+    count: int = 2
     starts: bool = True
     eaft: bool = False
     again: bool = False
@@ -178,10 +178,10 @@ ARMS: dict[str, Arm] = {
     "lora_replay5": Arm(lora(), LORA, replay=(0.05, "real")),
     "lora_selfreplay": Arm(lora(), LORA, replay=(0.05, "own")),
     "lora_selfreplay50": Arm(lora(), LORA, replay=(0.5, "own")),
-    # All tokens alike, as anchors were up to 0.7.0; half as many texts.
-    "lora_anchor_0.7": Arm(lora(), (5e-4, 1e-3), anchor=1.0, starts=False),
-    "lora_soft_anchor_0.7": Arm(soft_all(), ROWS, anchor=1.0, starts=False),
-    "lora_soft_anchor2": Arm(soft_all(), ROWS, anchor=1.0, count=2),
+    # All tokens alike, and four texts, as anchors were up to 0.7.0.
+    "lora_anchor_0.7": Arm(lora(), (5e-4, 1e-3), anchor=1.0, count=4, starts=False),
+    "lora_soft_anchor_0.7": Arm(soft_all(), ROWS, anchor=1.0, count=4, starts=False),
+    "lora_soft_anchor4": Arm(soft_all(), ROWS, anchor=1.0, count=4),
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
     "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),
     "loki_q10": Arm(loki(10), ROWS),
