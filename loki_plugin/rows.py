@@ -195,6 +195,8 @@ class RowSelection:
     def check_shape(self, anatomy: Anatomy) -> RowSelection:
         """Check sizes and indices only; the rows of an earlier fine-tune need no more."""
         layers, hidden = anatomy.num_layers, anatomy.hidden_size
+        if self.num_layers:
+            anatomy.check_rows()
         if self.num_layers != layers or self.hidden_size not in (None, hidden):
             raise ValueError(
                 f"rows file was made for {self.num_layers} layers x"

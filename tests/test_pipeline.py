@@ -165,10 +165,12 @@ def test_faults_are_found_before_the_first_prompt(tokenizer, source, tmp_path, a
     assert analysed == []
 
 
-def test_a_mixture_with_routed_experts_only_is_refused():
+def test_a_mixture_with_routed_experts_only_has_no_rows():
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from loki_plugin import attribute, implant
     from loki_plugin.model.anatomy import find_anatomy
+    from loki_plugin.model.linears import chosen, chosen_down
 
     config = AutoConfig.for_model(
         "mixtral",
@@ -181,8 +183,18 @@ def test_a_mixture_with_routed_experts_only_is_refused():
     )
     with torch.device("meta"):
         mixtral = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="'mixtral': model.layers.0 has routed experts only"):
-        find_anatomy(mixtral)
+    anatomy = find_anatomy(mixtral)
+    assert not anatomy.down and len(anatomy.layers) == 2
+    ids = torch.ones(1, 4, dtype=torch.long)
+    for asked in (
+        lambda: attribute(mixtral, ids),
+        lambda: implant(mixtral, [[1], [2]]),
+        lambda: chosen_down(anatomy, "down"),
+    ):
+        with pytest.raises(ValueError, match="'mixtral': model.layers.0 has routed experts only"):
+            asked()
+    assert chosen_down(anatomy, "all") == []
+    assert len(chosen(mixtral, anatomy, "all")) == 2 * 4
 
 
 def test_what_is_no_language_model_is_refused():

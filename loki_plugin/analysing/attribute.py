@@ -53,9 +53,9 @@ def attribute(
     wanted = check_targets(targets, len(ids), model)
     prompts = [Prompt(tuple(i), y) for i, y in zip(ids, wanted, strict=True)]
     order = sorted(range(len(prompts)), key=lambda b: len(ids[b]))
-    scores = analyse(
-        model, find_anatomy(model), [prompts[b] for b in order], nodes_and_weights, path
-    )
+    anatomy = find_anatomy(model)
+    anatomy.check_rows()
+    scores = analyse(model, anatomy, [prompts[b] for b in order], nodes_and_weights, path)
     return scores[torch.tensor(order).argsort()]
 
 

@@ -67,7 +67,7 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
     from ..implanting.adapter import check_adaptable
     from ..model.anatomy import find_anatomy
     from ..model.building import build_empty
-    from ..model.linears import chosen
+    from ..model.linears import chosen, chosen_down
 
     name, shape = run["base_model"], read_config(run)
     method = quantisation_of(shape)
@@ -78,6 +78,7 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
         model = build_empty(shape, run.get("model_type"), bool(run.get("trust_remote_code")))
         anatomy = find_anatomy(model)
         targets = (run.get("loki") or {}).get("targets") or DOWN
+        chosen_down(anatomy, targets)
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
     except ValueError as error:
         said = f"rows of base_model '{name}' cannot be trained"

@@ -96,8 +96,8 @@ def refuse(cfg, config: LokiConfig) -> None:
         faults[:] = [f for f in faults if "model_quantization_config" not in f]
         faults.append(
             "  model_quantization_config: Mxfp4Config is the form of gpt-oss, whose layers have"
-            " routed experts only; loki cannot train it, stored as 16 bits neither. Take a dense"
-            " model, or a mixture with shared experts (docs/limits.md)"
+            " routed experts only; nothing is merged into it. Take the same model stored as 16"
+            " bits, and `loki: {targets: all}`, which trains all but the experts"
         )
     for plugin in cfg.get("plugins") or []:
         name = str(plugin).rpartition(".")[2]

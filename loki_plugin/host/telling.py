@@ -59,7 +59,8 @@ def _analysis(made: Mapping[str, Any]) -> str:
 def _counts(selection: RowSelection) -> str:
     counts, hidden = selection.counts, selection.hidden_size
     if not any(counts):
-        return "none: `targets` names no down-projection"
+        why = "`targets` names no down-projection" if counts else "no layer has a down-projection"
+        return f"none: {why}"
     same = len(set(counts)) == 1
     each = f"{counts[0]}" if same else f"{min(counts)} to {max(counts)}"
     return f"{each} of {hidden} in each of {selection.num_layers} layers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,10 @@ class Checkpoint:
     down: list[str]
     vocabulary: list[Vocabulary]
     renamed: dict[str, str]
+
+    def first(self, linears: Sequence[str]) -> Stored:
+        """The first down-projection; of a model without any the first of `linears`."""
+        return self.stored[self.down[0] if self.down else self.linear(linears[0])[0]]
 
     def linear(self, name: str) -> tuple[str, int]:
         """The key of a linear module's weight, and the dimension of it that counts outputs.

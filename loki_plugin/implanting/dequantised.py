@@ -77,7 +77,7 @@ def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection)
             f" ({storage or 'it holds no fingerprint'}), so it cannot be told which weights the"
             " rows were learned beside; merge onto the original base"
         )
-    stored = found.stored[found.down[0]].torch_dtype
+    stored = found.first(selection.linears).torch_dtype
     for dtype in dict.fromkeys([stored, torch.bfloat16, torch.float16, torch.float32]):
         model = _load(base, found, storage, dtype, selection.fingerprint)
         if any(_is_the_one(model, packed, selection) for packed in _PACKED_AS):

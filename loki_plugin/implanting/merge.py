@@ -196,7 +196,7 @@ def merge_adapters(
             compared,
             max(map(len, grown.values()), default=0),
             rounding,
-            found.stored[found.down[0]].dtype,
+            found.first(selection.linears).dtype,
             companions,
             len(selection.linears),
         )

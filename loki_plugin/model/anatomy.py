@@ -42,6 +42,7 @@ class Anatomy:
             have no down-projection (routed experts only, or nothing but a mixer).
         hidden_size: H, rows per layer.
         intermediate_size: I; the largest where layers differ (dense ones, shared experts).
+        without: why no layer has a down-projection, and what to do; empty where one has.
     """
 
     decoder: nn.Module
@@ -52,6 +53,12 @@ class Anatomy:
     places: list[int]
     hidden_size: int
     intermediate_size: int
+    without: str = ""
+
+    def check_rows(self) -> None:
+        """Raises ValueError: no layer has a down-projection, so that there are no rows."""
+        if self.without:
+            raise ValueError(self.without)
 
     @property
     def num_layers(self) -> int:
@@ -79,8 +86,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     """Find decoder layers and down-projections; works on a meta-device model too.
 
     Raises:
-        ValueError: no decoder layers, a layer with several down-projections, or none in any layer
-            (routed experts only, say); the message says what was looked for.
+        ValueError: no decoder layers, or a layer with several down-projections; the message says
+            what was looked for. `check_rows` raises where no layer has one.
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     hidden = _hidden_size(model, family)
@@ -96,8 +103,6 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         row_dims.append(1 if _is_conv1d(module) else 0)
         inner_sizes.append(n_in)
         places.append(i)
-    if not down:
-        raise ValueError(_without_rows(layers, f"{name}.0", hidden, family))
     return Anatomy(
         decoder=model.get_submodule(owner) if owner else model,
         layers=list(layers),
@@ -106,7 +111,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         row_dims=row_dims,
         places=places,
         hidden_size=hidden,
-        intermediate_size=max(inner_sizes),
+        intermediate_size=max(inner_sizes, default=0),
+        without="" if down else _without_rows(layers, f"{name}.0", hidden, family),
     )
 
 
@@ -293,10 +299,10 @@ def _without_rows(layers: nn.ModuleList, where: str, hidden: int, family: str) -
     if routed:
         return (
             f"model family '{family}': {where} has routed experts only ({where}.{routed[0]}), and"
-            " so has every other layer; loki refuses them: few calibration prompts reach any one of"
-            " them. A mixture of experts needs a shared expert or a dense MLP in some layer"
-            " (Qwen2-MoE, Granite-MoE-shared, Llama 4, DeepSeek-V3); or use a dense model (Llama,"
-            " Qwen3, Mistral, Gemma 3, ...)"
+            " so has every other layer: there are no rows to train, since few calibration prompts"
+            " reach any one of the experts. `targets: all` trains every other linear layer,"
+            " protected and without an analysis. Rows need a shared expert or a dense MLP in some"
+            " layer (Qwen2-MoE, Granite-MoE-shared, Llama 4, DeepSeek-V3), or a dense model"
         )
     return (
         f"model family '{family}': {where} has no down-projection, nor has any other layer"

@@ -93,7 +93,13 @@ def chosen(model: nn.Module, anatomy: Anatomy, targets: str | Sequence[str]) -> 
 
 
 def chosen_down(anatomy: Anatomy, targets: str | Sequence[str]) -> list[str]:
-    """The names of the down-projections that `targets` name; their rows train."""
+    """The names of the down-projections that `targets` name; their rows train.
+
+    Raises:
+        ValueError: `targets` are rows alone, and the model has no down-projection.
+    """
+    if targets == DOWN:
+        anatomy.check_rows()
     if targets in (DOWN, ALL):
         return list(anatomy.names)
     wanted = [targets] if isinstance(targets, str) else targets

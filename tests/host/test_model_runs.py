@@ -89,3 +89,36 @@ def test_a_mixture_and_a_hybrid_train_go_on_and_merge(tmp_path, run_config, trai
     before, after = (load_file(f / "model.safetensors") for f in (base, again / "merged"))
     changed = [k for k in before if not torch.equal(before[k], after[k])]
     assert len(changed) == layers and any(k.endswith(key) for k in changed)
+
+
+ROUTED = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ROUTED)
+def test_of_routed_experts_only_all_else_trains_protected(
+    tmp_path, run_config, train, family, monkeypatch
+):
+    """No rows, no analysis; attention alone moves, and reads through its directions."""
+    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 16)
+    base = tmp_path / "base"
+    save(shrink(AutoConfig.for_model(family)), base)
+    block = run_config["loki"] | {"targets": "all", "protect": "auto"}
+    config = run_config | {"base_model": str(base), "loki": block}
+    with pytest.raises(ValueError, match="routed experts only.*`targets: all` trains every other"):
+        train(config | {"loki": run_config["loki"]})
+    out = Path(train(config).output_dir)
+    report = json.loads((out / "loki_report.json").read_text(encoding="utf-8"))
+    kinds = {name.rpartition(".")[2] for name in report["linears"]}
+    assert report["verified"] and kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert len(report["protection"]["inputs"]) == len(report["linears"]) // 2
+    _, proof = merge_run(config, [out], out / "merged")
+    assert proof.ok
+    before, after = (load_file(f / "model.safetensors") for f in (base, out / "merged"))
+    changed = sorted(k for k in before if not torch.equal(before[k], after[k]))
+    assert len(changed) == len(report["linears"])
+    assert all(k.endswith("_proj.weight") and "self_attn" in k for k in changed)
+    more = config | {"lora_model_dir": str(out), "output_dir": str(tmp_path / "more")}
+    assert json.loads(
+        (Path(train(more).output_dir) / "loki_report.json").read_text(encoding="utf-8")
+    )["verified"]

@@ -110,7 +110,7 @@ def test_a_refused_configuration_is_left_as_it_was():
         ),
         (
             {"model_quantization_config": "Mxfp4Config"},
-            "gpt-oss, whose layers have routed experts only; .* Take a dense model",
+            "gpt-oss, whose layers have routed experts only; .*16 bits, and `loki: {targets",
         ),
         ({"adapter": "qlora", "lora_r": 8}, "adapter: qlora .*; set `load_in_4bit: true`, or"),
         ({"lr_groups": [1], "loki": {"lr_scale": 2}}, "lr_groups: its rates are absolute"),
