@@ -44,6 +44,10 @@ class Line:
     merges: str
     why: str
 
+    @property
+    def has_rows(self) -> bool:
+        return bool(self.rows) and not self.rows.startswith("0 ")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -55,8 +59,9 @@ def main() -> None:
     for line in found:
         print(*asdict(line).values(), sep="\t")
     print(summary(found))
-    if options.results:
-        write(found)
+    if options.results:  # of some types alone: the others stay as they are
+        others = {line.type: line for line in read()} if options.types else {}
+        write([*(others | {line.type: line for line in found}).values()])
 
 
 def types() -> list[str]:
@@ -120,14 +125,17 @@ def short_reason(why: str) -> str:
 def summary(found: Sequence[Line]) -> str:
     """The figures. Classes without rows of any kind do not count in the share."""
     built = [line for line in found if line.trains != "-" or line.rows]
-    rows = [line for line in built if line.rows]
+    rows = [line for line in built if line.has_rows]
     trains = sum(line.trains == line.merges == YES for line in rows)
+    routed = [line for line in built if line.rows and not line.has_rows]
+    others = sum(line.trains == line.merges == YES for line in routed)
     analysed = sum(line.analysed == YES for line in rows)
     share = 100 * trains / max(len(rows), 1)
     return (
         f"{len(found)} model types; {len(built)} can be made small here; {len(rows)} of these have"
         f" down-projections. Of those {trains} ({share:.0f} %) train, are loaded by stock PEFT,"
-        f" merge and verify; {analysed} are analysed."
+        f" merge and verify; {analysed} are analysed. {len(routed)} more have routed experts only:"
+        f" of {others} of them all else trains, merges and verifies (`targets: all`)."
     )
 
 
@@ -173,7 +181,8 @@ loaded by stock PEFT, merged and verified.
 
 {summary}
 
-*Layers with rows*: layers that have a down-projection, of all. *Analysed*: scores are exact, by the
+*Layers with rows*: layers that have a down-projection, of all; where there is none, all linears
+but the experts were trained. *Analysed*: scores are exact, by the
 model's own answers; where it says no, rows train without an analysis (`strategy: random`,
 `quota: 100`, or a file of rows). *Trains*: every layer's rows get a gradient, and stock PEFT loads
 what was saved. *Merges*: byte by byte, and the merged model answers as the adapter did. A dash: not

@@ -181,13 +181,15 @@ def _outcome(
 
 
 def _obey(run: dict[str, Any], said: str) -> str:
-    """Take out the settings that are named, and try again."""
+    """Take out the settings that are named, or take the targets that there are; try again."""
     changed = dict(run)
     for _ in range(3):
         if "cannot be used with loki" in said:
             listed = said.split("cannot be used with loki")[1].partition(":")[2]
             keys = re.findall(r"(\w+)[\w.]*: ", listed)
             changed = {k: v for k, v in changed.items() if k not in keys}
+        elif "`targets: all` trains" in said:
+            changed["loki"] = {"targets": "all"}
         else:
             return said
         said = _validate(changed | {"plugins": [*_plugins(run), "loki"]})

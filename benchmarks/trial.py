@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from loki_plugin import attribute, implant
+from loki_plugin.choices import ALL, DOWN
 from loki_plugin.implanting import naming
 from loki_plugin.implanting.adapter import check_adaptable
 from loki_plugin.implanting.checkpoint import Base, open_checkpoint
@@ -27,6 +28,7 @@ from loki_plugin.implanting.verify import verify
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.building import Kind, kinds
 from loki_plugin.model.fingerprint import fingerprint
+from loki_plugin.model.linears import chosen, has_routed_experts
 from loki_plugin.rows import RowSelection
 
 _ANY = (Exception,)  # a stand-in may fail in any way; what it said is the result
@@ -106,7 +108,11 @@ def _train_and_merge(
         model = kind.loader.from_pretrained(base, config=config, dtype=torch.float32).eval()
         anatomy = find_anatomy(model)
         life.rows = f"{anatomy.num_layers} of {len(anatomy.layers)}"
-        check_adaptable(anatomy, model)
+        targets = DOWN if anatomy.down else ALL  # without rows all else trains
+        linears = chosen(model, anatomy, targets)
+        if not has_routed_experts(anatomy):
+            anatomy.check_rows()
+        check_adaptable(anatomy, model, linears)
         open_checkpoint(where)
     except _ANY as error:
         life.trains = _said(error)
@@ -120,11 +126,12 @@ def _train_and_merge(
             life.analysed = _said(error)
     try:
         rows = [torch.arange(1, 7) + i for i in range(anatomy.num_layers)]
-        selection = RowSelection(rows, anatomy.hidden_size, fingerprint(model))
-        tuned = implant(model, selection)
-        loss = tuned(input_ids=ids, labels=ids).loss
-        loss.backward()
-        _step(tuned)
+        mark = fingerprint(model)
+        selection = RowSelection(rows, anatomy.hidden_size, mark, linears=linears)
+        tuned = implant(model, selection, targets=targets)
+        for first in (True, False) if linears else (False,):
+            tuned(input_ids=ids, labels=ids).loss.backward()
+            _step(tuned, first)
         with torch.no_grad():
             after = tuned.eval()(input_ids=ids).logits
         tuned.save_pretrained(folder / "adapter")
@@ -173,15 +180,16 @@ def _stock_peft() -> Iterator[None]:
         setattr(naming.peft_conversion, name, ours)
 
 
-def _step(model: torch.nn.Module) -> None:
-    """One step of size; every layer must have a gradient."""
+def _step(model: torch.nn.Module, first: bool) -> None:
+    """One step of size; every layer must have a gradient, but A in the first step beside B = 0."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (first and "lora_A" in name):
             continue
         if parameter.grad is None or not float(parameter.grad.abs().max()) > 0:
             raise ValueError(f"{name} gets no gradient")
         with torch.no_grad():
             parameter -= 0.05 * parameter.grad / parameter.grad.abs().max()
+            parameter.grad = None
 
 
 def _said(error: BaseException) -> str:

@@ -52,7 +52,7 @@ def estimate_command(config: Path, card: int):
     down = set(chosen_down(anatomy, block.targets))
     counts = [c if n in down else 0 for n, c in zip(anatomy.names, counts, strict=True)]
     lengths = _lengths(given, block, where, assumed)
-    analysed = block.needs_scores and not given.get("lora_model_dir")
+    analysed = block.needs_scores and bool(down) and not given.get("lora_model_dir")
     estimator = Estimator(model, anatomy, block, counts, lengths, analysed)
     facts = estimator.facts(planned(given), card) | {"assumed": assumed}
     fits = facts["card"]["analysis"] and facts["card"]["training"]

@@ -20,10 +20,13 @@ def text(base: str, facts: Mapping[str, Any]) -> str:
     card, analysis, training = facts["card"], facts["analysis"], facts["training"]
     disk, counts = facts["disk"], facts["rows_per_layer"]
     trained, whole = facts["trainable_parameters"], facts["base_parameters"]
-    each = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    each = "none"
+    if any(counts):
+        each = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        each += f" in each of {len(counts)} layers"
     lines = [
         ("base", f"{base}, {whole:,} parameters"),
-        ("rows", f"{each} in each of {len(counts)} layers"),
+        ("rows", each),
         ("trainable", f"{trained:,} parameters, {100 * trained / whole:.3f} %"),
         *_of_analysis(analysis),
         *_of_training(training),

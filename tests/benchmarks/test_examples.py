@@ -39,6 +39,7 @@ YAMLS = {
     | {"base_model": "nobody/Llama-3.2-1B", "unfrozen_parameters": ["model.layers.2[4-9]+.*"]},
     "mistral3/lora.yml": LORA | {"base_model": "nobody/Ministral-3-3B"},
     "mixtral/lora.yml": LORA | {"base_model": "nobody/Mixtral-8x7B"},
+    "mixtral/rows.yml": FULL | {"base_model": "nobody/Mixtral-8x7B"},
     "jamba/lora.yml": LORA | {"base_model": "nobody/Jamba-v0.1"},
     "quantised/lora.yml": LORA | {"base_model": "nobody/Llama-2-7B-GPTQ"},
     "own/lora.yml": LORA | {"base_model": "nobody/has-this-one", "trust_remote_code": True},
@@ -69,7 +70,7 @@ def test_every_yaml_with_a_base_has_an_outcome(found):
     assert set(found) == set(YAMLS) - {"deepspeed.yaml"}
     assert found["own/lora.yml"].axolotl.startswith("not tried")
     assert "no longer supported" in found["old/lora.yml"].axolotl
-    assert sum(o.taken for o in found.values()) == 7
+    assert sum(o.taken for o in found.values()) == 8
 
 
 @pytest.mark.parametrize(
@@ -88,8 +89,10 @@ def test_refusals_are_told_apart_by_who_refuses_and_why(found):
     assert "quantised with 'gptq'" in gptq.loki and not gptq.accepted and not gptq.whole
     jamba = found["jamba/lora.yml"]
     assert jamba.whole and jamba.analysed == "yes"  # by the plain loop
-    assert "routed experts only" in found["mixtral/lora.yml"].loki
-    assert not found["mixtral/lora.yml"].in_the_end
+    mixtral = found["mixtral/lora.yml"]  # `lora_target_linear`: all but the experts
+    assert mixtral.whole and "routed experts only" in mixtral.analysed
+    asked = found["mixtral/rows.yml"]
+    assert "routed experts only" in asked.loki and asked.possible and asked.in_the_end
 
 
 def test_the_command_counts_them(folder, tmp_path, monkeypatch, capsys):
@@ -97,12 +100,12 @@ def test_the_command_counts_them(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["examples", str(folder), "--csv", str(out)])
     examples.main()
     said = capsys.readouterr().out
-    assert "9 YAMLs, of which Axolotl takes 7 here" in said
-    assert "5 (71 %; analysed 5) have a base that trains" in said
-    assert "5 (71 %; analysed 5) are accepted as they stand" in said
+    assert "10 YAMLs, of which Axolotl takes 8 here" in said
+    assert "7 (88 %; analysed 5) have a base that trains" in said
+    assert "6 (75 %; analysed 5) are accepted as they stand" in said
     assert "a mixture with routed experts only" in said
     with out.open() as file:
-        assert len(list(csv.DictReader(file))) == 9
+        assert len(list(csv.DictReader(file))) == 10
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from loki_plugin.model.quantised import unpack
 from loki_plugin.rows import RowSelection
 
-DOWN = re.compile(r"\.(\d+)\.mlp\.(?:down_proj|c_proj|fc2)$")
+DOWN = re.compile(r"\.(\d+)\.(?:mlp\.(?:down_proj|c_proj|fc2)|feed_forward\.w2)$")
 
 
 def base_tensors(model) -> dict[str, torch.Tensor]:

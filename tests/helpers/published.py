@@ -74,6 +74,27 @@ PHI = {
     "tie_word_embeddings": True,
     "pad_token_id": 199999,
 }
+LFM2 = {
+    "hidden_size": 2048,
+    "intermediate_size": 12288,  # adjusted to 8,192
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 65536,
+    "max_position_embeddings": 128000,
+    "layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
+}
+OLMOE = {
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "vocab_size": 50304,
+    "max_position_embeddings": 4096,
+}
 
 # name on the hub -> (model_type, settings)
 PUBLISHED = {
@@ -98,6 +119,8 @@ PUBLISHED = {
     ),
     "google/gemma-3-4b-it": ("gemma3", GEMMA),
     "microsoft/Phi-4-mini-instruct": ("phi3", PHI),
+    "LiquidAI/LFM2-1.2B": ("lfm2", LFM2),
+    "allenai/OLMoE-1B-7B-0924-Instruct": ("olmoe", OLMOE),
 }
 
 
