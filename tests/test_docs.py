@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks.real import front
 from loki_plugin.args import LokiConfig
-from loki_plugin.choices import SELF
+from loki_plugin.choices import ALL, SELF
 from loki_plugin.cli import loki
 from loki_plugin.host import settings
 
@@ -40,9 +40,11 @@ def test_the_block_in_the_readme_is_a_protected_run_in_six_lines():
     assert len(block.splitlines()) == 6
     short = yaml.safe_load(block)
     settings.prepare(short)
-    assert short["adapter"] == "qlora"
-    protect = LokiConfig(**short["loki"]).protect
-    assert protect.auto and protect.soft and protect.inputs and protect.text == SELF
+    assert short["adapter"] == "qlora" and short["lora_r"] == 16
+    block = LokiConfig(**short["loki"])
+    protect = block.protect
+    assert block.targets == ALL and block.quota == 100 and not block.needs_scores
+    assert protect.auto and protect.anchor and protect.soft and protect.inputs and protect.text == SELF
 
 
 def section(title: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.real import bases, front, report, seen, sweep
+from benchmarks.real import bases, front, pace, report, seen, sweep
 from benchmarks.real.arms import ARMS
 from benchmarks.real.data import DEFAULT, Data
 from benchmarks.real.lab import Lab
@@ -17,7 +17,7 @@ from benchmarks.writer import RESULTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
-    parser.add_argument("what", choices=["bases", "run", "report", "directions"])
+    parser.add_argument("what", choices=["bases", "run", "report", "directions", "pace"])
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
     parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
@@ -55,6 +55,10 @@ def main() -> None:
     if options.what == "directions":
         for lab in labs.values():
             seen.report(lab)
+        return
+    if options.what == "pace":
+        for lab in labs.values():
+            pace.report(lab, options.precision)
         return
     keys = [
         sweep.Key(base, task, arm, int(seed), rate, options.amount)

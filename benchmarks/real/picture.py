@@ -13,13 +13,12 @@ SHOWN = {
     "full": ("full fine-tuning", "tab:gray"),
     "osf": ("OSF", "tab:brown"),
     "lora_replay5": ("LoRA + 5 % real data", "tab:olive"),
-    "lora_anchor": ("LoRA + anchor on its own text", "tab:purple"),
+    "lora_anchor": ("LoRA + our anchor alone", "tab:purple"),
     "random_q30": ("random rows, 30 %", "tab:cyan"),
     "loki_q30": ("LoKI, 30 %", "tab:blue"),
-    "loki_soft_q90": ("LoKI, 90 %, protected", "tab:green"),
-    "lora_soft": ("all linears, protected", "tab:orange"),
-    "lora_soft_anchor": ("all linears, protected + anchor", "tab:red"),
-    "auto": ("protect: auto", "tab:red"),
+    "loki_soft_anchor_q90": ("90 % of the rows, `protect: auto`", "tab:green"),
+    "lora_soft": ("all linears, soft inputs alone", "tab:orange"),
+    "lora_soft_anchor": ("all linears, `protect: auto`", "tab:red"),
 }
 _LEARNED = {
     "task_loss": "held-out loss of the new task (learned: to the right)",
