@@ -6,7 +6,7 @@ it is asked again. LoKI's result is merged and verified.
 
 Both learn until they do the job equally well. `rates.py` finds rate and steps of each: those that
 change what the base says least when the same share of held-out orders comes out right. Those that
-stand here are from one rate of each.
+stand here are from one rate of each, the best guess (`data/rates.csv`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .asking import Probes, load
 
 BASE = "smollm2-135m-instruct"
 BATCH, LENGTH = 4, 160
-STEPS = {"lora": 30, "loki": 20}  # until each has learned the job as well
+STEPS = {"lora": 30, "loki": 25}  # until each has learned the job as well
 SCHEDULE = {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5}
 CALIBRATION = {"samples_per_subject": 4}  # the other questions are asked as multiple choice
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
