@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from helpers import wheels
-from helpers.tokenizers import make_tokenizer
 from helpers.without_axolotl import asks_for_it
 from packaging.requirements import Requirement
 
