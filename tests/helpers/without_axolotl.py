@@ -1,4 +1,4 @@
-"""Environments that hold the package without Axolotl: what a test may do there, and how one is made."""
+"""What a test may do in an environment that holds the package without Axolotl."""
 
 from __future__ import annotations
 
