@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "loki_plugin needs Python 3.11 or 3.12; set PYTHON="'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e '.[dev,docs,real]'
+	$(BIN)/python -m pip install -e '.[axolotl,dev,docs,real]'
 	touch $@
 
 clean:

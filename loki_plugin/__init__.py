@@ -17,6 +17,10 @@ __all__ = list(_NAMES)
 
 
 def __getattr__(name: str):
+    if name == "LokiPlugin":
+        from .host import need_axolotl
+
+        need_axolotl("LokiPlugin")
     if name in _NAMES:
         return getattr(import_module(_NAMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

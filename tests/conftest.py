@@ -13,8 +13,19 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVIC
 
 import pytest
 import torch
-from helpers import axolotl
+from helpers import axolotl, without_axolotl
 from helpers.tokenizers import make_tokenizer
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where Axolotl is not installed, a test that needs it is skipped."""
+    report = yield
+    error = call.excinfo and call.excinfo.value
+    if isinstance(error, ImportError) and without_axolotl.asks_for_it(error):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, "Skipped: needs Axolotl")
+    return report
 
 
 @pytest.fixture

@@ -236,19 +236,30 @@ def test_the_search_for_messages_can_fail(sources):
 # --- versions ---
 
 
-def test_the_ranges_of_versions_begin_where_something_was_run():
-    """The ends of the ranges are the installed versions; the beginnings are in the table."""
+def test_the_ranges_of_versions_begin_and_end_where_something_was_run():
+    """The oldest with Axolotl, the newest without; the installed versions lie between."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = project["optional-dependencies"]["axolotl"]
+    ranges = {r.name: r.specifier for r in map(Requirement, [*project["dependencies"], *extra])}
     first = {
-        r.name: next(s for s in r.specifier if s.operator == ">=").version
-        for r in map(Requirement, project["dependencies"])
+        name: next(s for s in specifier if s.operator == ">=").version
+        for name, specifier in ranges.items()
     }
     with (ROOT / "benchmarks" / "results" / "compatibility.csv").open(encoding="utf-8") as file:
-        (oldest,) = [r for r in csv.DictReader(file) if r["axolotl"] == first["axolotl"]]
+        rows = list(csv.DictReader(file))
+    (oldest,) = [r for r in rows if r["axolotl"] == first["axolotl"]]
     assert "passed" in oldest["result"]
     ran = dict(each.split(" ") for each in oldest["with_it"].split(", "))
     for name in ("transformers", "peft", "bitsandbytes"):
         assert first[name] == ran[name]
     assert Version(oldest["torch"]) in SpecifierSet(f"=={first['torch']}.*")
-    for requirement in map(Requirement, project["dependencies"]):
-        assert requirement.specifier.contains(version(requirement.name).split("+")[0])
+    for name, specifier in ranges.items():
+        assert specifier.contains(version(name).split("+")[0])
+    alone = [r for r in rows if r["axolotl"] == "none"]
+    newest = max(alone, key=lambda r: Version(r["torch"]))
+    ran = dict(each.split(" ") for each in newest["with_it"].split(", "))
+    ran["torch"] = newest["torch"].split("+")[0]
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        major, minor = Version(ran[name]).release[:2]
+        assert ranges[name].contains(ran[name])
+        assert not ranges[name].contains(f"{major}.{minor + 1}.0")

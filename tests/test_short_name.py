@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import wheels
 
-ROOT = Path(__file__).parents[1]
 LOAD = (
     "from axolotl.integrations import base; p = base.load_plugin('loki');"
     "print(type(p).__module__, __import__('loki_plugin').__file__)"
@@ -38,19 +38,10 @@ def test_the_installed_package_resolves_the_short_name():
 
 @pytest.mark.slow
 def test_a_wheel_install_resolves_the_short_name(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
-    )
-    executable = tmp_path / "venv" / "bin" / "python"
-    site = Path(python(executable, "import site; print(site.getsitepackages()[0])").stdout.strip())
+    wheel = wheels.build(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         assert "loki_plugin/analysing/calibration/data/builtin.jsonl" in archive.namelist()
-        archive.extractall(site)
-    # The dependencies come from this environment; its own .pth files are not run there.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    executable = wheels.environment(tmp_path / "venv", wheel, sysconfig.get_path("purelib"))
     done = python(executable, LOAD)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-2] == "loki_plugin.plugin"

@@ -31,6 +31,9 @@ def analyse_command(config: Path, output: Path | None):
     scores, and the directions that `protect` asks for, go into the cache, where `axolotl train
     CONFIG` finds them; the rows also into a file, for machines that do not share the cache.
     """
+    from ..host import need_axolotl
+
+    need_axolotl("`loki analyse`")
     from axolotl.train import setup_model_and_tokenizer
 
     from ..host.telling import block

@@ -29,6 +29,9 @@ def estimate_command(config: Path, card: int):
     Reads the configuration of the model, not its weights: from a folder, the hub's cache or the
     hub. Memory is for one GPU that holds the whole model; times are predictions.
     """
+    from ..host import need_axolotl
+
+    need_axolotl("`loki estimate`")
     from axolotl.utils.dict import DictDefault
 
     from ..estimating.estimate import Estimator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ def check_tasks(tasks: Sequence[str], include: str | None = None, unsafe: bool =
     Raises:
         ValueError: a task that lm-eval does not know, or one that runs the model's code although
             `unsafe` is off. lm-eval itself would say so only after it has loaded the model.
+        ImportError: lm-eval is not installed.
     """
+    if find_spec("lm_eval") is None:
+        raise ImportError(
+            f"--tasks {','.join(tasks)} needs lm-eval, which is not installed here:"
+            " pip install 'lm_eval[hf]'"
+        )
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include)

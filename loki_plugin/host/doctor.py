@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import EXTRA, has_axolotl, need_axolotl
+
 OK, NOTE, BROKEN = "ok", "note", "broken"
 # Shown also where all is well with them; the other requirements only where not.
 _SHOWN = ("torch", "axolotl", "transformers", "peft", "bitsandbytes")
@@ -21,6 +23,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 # An NF4 value is off by less than this share of a normal tensor's norm.
 _NF4_ERROR = 0.2
 _LITTLE_DISK = 5e9
+_WITHOUT = "is not installed; the stages, and all commands but `analyse` and `estimate`, need none"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,12 @@ def examine(folder: str | None = None, given: Mapping[str, Any] | None = None) -
 
 
 def run(given: Mapping[str, Any]) -> list[Finding]:
-    """What a run would be refused for: by its settings, and by its base's configuration."""
+    """What a run would be refused for: by its settings, and by its base's configuration.
+
+    Raises:
+        ImportError: Axolotl is not installed; the settings are its own.
+    """
+    need_axolotl("`loki doctor` with a CONFIG")
     from axolotl.utils.dict import DictDefault
 
     from . import settings
@@ -98,7 +106,9 @@ def text(found: list[Finding]) -> str:
     broken = [f.what for f in found if f.state == BROKEN]
     if broken:
         return "\n".join([*lines, f"LoKI cannot work as it should: {', '.join(broken)}"])
-    return "\n".join([*lines, "everything that LoKI needs is there"])
+    missing = any(f.what == "axolotl" and f.state == NOTE for f in found)
+    but = ", but for Axolotl, which only the plugin needs" if missing else ""
+    return "\n".join([*lines, f"everything that LoKI needs is there{but}"])
 
 
 def versions() -> list[Finding]:
@@ -119,7 +129,10 @@ def versions() -> list[Finding]:
     found = [Finding("python", OK if fits else BROKEN, f"{python} ({allowed})", do)]
     found.append(Finding("loki_plugin", OK, about["Version"]))
     for each in needed:
-        if each.marker is None:
+        ours = each.name == "axolotl"  # an extra: only the plugin needs it
+        if ours and not has_axolotl():
+            found.append(Finding("axolotl", NOTE, _WITHOUT, f"for the plugin: {EXTRA}"))
+        elif ours or each.marker is None:
             finding = _version(each.name, each.specifier)
             if finding.state != OK or each.name in _SHOWN:
                 found.append(finding)
@@ -139,7 +152,12 @@ def _version(name: str, specifier) -> Finding:
 
 
 def plugin() -> list[Finding]:
-    """Does Axolotl load us, under the long name and under the short one?"""
+    """Does Axolotl load us, under the long name and under the short one?
+
+    Nothing where there is no Axolotl; `versions` says so.
+    """
+    if not has_axolotl():
+        return []
     try:
         from axolotl.integrations.base import load_plugin
 
@@ -229,6 +247,8 @@ def offline(environment: Mapping[str, str]) -> Finding:
 def telemetry(environment: Mapping[str, str]) -> Finding:
     """LoKI sends nothing; Axolotl has a switch."""
     said = "LoKI sends nothing"
+    if not has_axolotl():
+        return Finding("telemetry", OK, said)
     if any(
         environment.get(f, "").lower() in ("1", "true")
         for f in ("AXOLOTL_DO_NOT_TRACK", "DO_NOT_TRACK")

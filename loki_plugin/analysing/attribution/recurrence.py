@@ -105,7 +105,8 @@ def _delta_rule(
 ) -> tuple[torch.Tensor, None]:
     """The gated delta rule: query, key [B, n, h, k], value [B, n, h, v], g, beta [B, n, h].
 
-    S' = e^g S + β k (v - e^g Sᵀk)ᵀ, and the answer S'ᵀq, [B, n, h, v].
+    S' = e^g S + β k (v - e^g Sᵀk)ᵀ, and the answer S'ᵀq, [B, n, h, v]. Query and key may have fewer
+    heads, each for several consecutive ones of the values (transformers 5.24 repeats them late).
     """
     state = active()
     if state.mode is Mode.REPLAY:
@@ -116,6 +117,8 @@ def _delta_rule(
         if use_qk_l2norm_in_kernel:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) for x in (q, k))
         q = q * q.shape[-1] ** -0.5
+        if q.shape[2] != v.shape[2]:
+            q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
         decay, rate = log_decay.exp()[..., None], rate[..., None]  # [B, n, h, 1]
         change = rate * (v - decay * _read(k, kept))
         return decay * _read(q, kept) + (q * k).sum(-1, keepdim=True) * change

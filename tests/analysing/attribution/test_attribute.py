@@ -35,7 +35,8 @@ def test_equals_the_loop_in_float64(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recurrences_are_analysed_fast_in_every_precision(family, dtype, our_log):
     attribute(tiny(family, dtype=dtype), *pad(prompts(), "left"))
-    assert not our_log.records  # the plain loop would say so
+    told = [r.getMessage() for r in our_log.records if r.name.startswith("loki_plugin")]
+    assert not told  # the plain loop would say so
 
 
 @pytest.mark.parametrize("family", FAMILIES)
