@@ -217,14 +217,7 @@ def load_model(
     Raises:
         ValueError: a device or a dtype that there is not, before anything is loaded.
     """
-    device = device or _usual_device()
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype '{dtype}' is unknown; give auto, float32, bfloat16 or float16")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device '{device}' cannot be used: {reason}") from error
+    device = check_place(device, dtype)
     chosen = Path(adapter or model) / FILE_NAME
     made_for = RowSelection.load(chosen).fingerprint if chosen.is_file() else None
     loaded = load(model, made_for, dtype=dtype, **loading)
@@ -236,6 +229,23 @@ def load_model(
             loaded.resize_token_embeddings(rows, mean_resizing=False)
         loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded.to(device)
+
+
+def check_place(device: str | None, dtype: str) -> str:
+    """The device (None: the GPU, if any) to load a model on.
+
+    Raises:
+        ValueError: a device or a dtype that there is not.
+    """
+    device = device or _usual_device()
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype '{dtype}' is unknown; give auto, float32, bfloat16 or float16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device '{device}' cannot be used: {reason}") from error
+    return device
 
 
 def saved_embedding_rows(adapter: Path) -> int:
