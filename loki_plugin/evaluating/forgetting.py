@@ -222,13 +222,18 @@ def load_model(
     made_for = RowSelection.load(chosen).fingerprint if chosen.is_file() else None
     loaded = load(model, made_for, dtype=dtype, **loading)
     if adapter is not None:
-        from peft import PeftModel
-
-        rows = saved_embedding_rows(Path(adapter))
-        if rows > loaded.get_input_embeddings().num_embeddings:  # tokens that the run added
-            loaded.resize_token_embeddings(rows, mean_resizing=False)
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+        loaded = with_adapter(loaded, Path(adapter))
     return loaded.to(device)
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """A base with a saved adapter of it, which may bring embeddings of new tokens."""
+    from peft import PeftModel
+
+    rows = saved_embedding_rows(adapter)
+    if rows > model.get_input_embeddings().num_embeddings:  # tokens that the run added
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(model, str(adapter))
 
 
 def check_place(device: str | None, dtype: str) -> str:
