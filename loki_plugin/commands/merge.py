@@ -47,6 +47,7 @@ def merge(config, output, adapters, sum_overlaps, onto):
     which of the two bases follows from that.
     """
     from ..implanting.proven import NotProven, merge_run
+    from ..picturing.card import write_merged_card
 
     run = read_run(config)
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
@@ -56,6 +57,7 @@ def merge(config, output, adapters, sum_overlaps, onto):
         )
     except NotProven as error:
         raise click.ClickException(str(error)) from error
+    write_merged_card(run["base_model"], adapters or [folder], merged, proof)
     if merged.advice and merged.advice.ratios:
         advice = _with_losses(merged.advice, run, adapters or (folder,))
         merged = replace(merged, advice=advice)
