@@ -41,6 +41,7 @@ class Made(TypedDict, total=False):
     source: str  # of rows that were not selected here
     parts: list[Made]  # of rows that are the union of several files
     merge: dict[str, Any]  # of the rows file beside a merged model
+    export: dict[str, Any]  # of the rows file beside an adapter of a smaller rank
 
 
 @dataclass(frozen=True)

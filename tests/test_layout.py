@@ -28,6 +28,7 @@ FLOORS = [
         "loki_plugin.estimating",
         "loki_plugin.evaluating.forgetting",
         "loki_plugin.evaluating.curve",
+        "loki_plugin.evaluating.adapters",
         "loki_plugin.reporting",
         "loki_plugin.picturing",
     },

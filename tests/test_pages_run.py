@@ -65,6 +65,10 @@ WORDS = {
     "outputs/loki/loki_directions.safetensors": "out/loki_directions.safetensors",
     "scores.h5": "kva_mmlu.h5",
     "first/loki_rows.json": "outputs/loki_rows.json",
+    "ADAPTER": "outputs",
+    "OUT": "outputs-r4",
+    "R": "4",
+    "64": "4",  # a rank: of 12 rows here
     "9e4a4b2b1e4a6fe95856": "KEY",  # of the newest analysis
     # Theirs are downloaded; finding the batch size takes longer than the task.
     "hellaswag,winogrande": "colours --include tasks --batch-size 4",
@@ -75,6 +79,7 @@ WHOLE = {
     "axolotl merge-lora": "axolotl merge-lora config.yaml",
     "loki analyse": "loki analyse config.yaml",
     "loki estimate": "loki estimate config.yaml",
+    "loki export": "loki export outputs outputs-r64 --rank 64",
     "loki forgetting": "loki forgetting config.yaml",
     "loki merge": "loki merge config.yaml",
     "loki report": "loki report outputs",
@@ -275,6 +280,7 @@ SAID = {
     "analyse": "12 of 128 in each of 2 layers",
     "doctor": "everything that LoKI needs is there",
     "estimate": "card  analysis and training fit",
+    "export": "of ‖ΔW‖² is lost",
     "forgetting": "prompts: KL to the base",
     "merge": "OK: nothing outside the selected rows has changed",
     "report": "loki_report.html",

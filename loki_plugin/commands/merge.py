@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -42,9 +42,12 @@ def merge(config, output, adapters, sum_overlaps, onto):
     Several adapters of one base are merged at once if no row is changed by two of them.
 
     `--onto dequantised` also writes the base that a quantised run trained on, beside the merged
-    model as NAME-base; frozen weights are those of that one, and not of the original.
+    model as NAME-base; frozen weights are those of that one, and not of the original. Of a
+    quantised run the answer ends with how large the rounding of its base is beside the update, and
+    which of the two bases follows from that.
     """
     from ..implanting.proven import NotProven, merge_run
+    from ..picturing.card import write_merged_card
 
     run = read_run(config)
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
@@ -54,6 +57,10 @@ def merge(config, output, adapters, sum_overlaps, onto):
         )
     except NotProven as error:
         raise click.ClickException(str(error)) from error
+    write_merged_card(run["base_model"], adapters or [folder], merged, proof)
+    if merged.advice and merged.advice.ratios:
+        advice = _with_losses(merged.advice, run, adapters or (folder,))
+        merged = replace(merged, advice=advice)
     facts = {
         **asdict(merged),
         "output": str(merged.output),
@@ -61,3 +68,17 @@ def merge(config, output, adapters, sum_overlaps, onto):
         "proof": asdict(proof) | {"ok": proof.ok},
     }
     return Answer(f"{merged.text()}\n{proof.text()}", facts)
+
+
+def _with_losses(advice, run, adapters):
+    """What is measured on prompts, or why it is not; a merge that is made does not fail by it."""
+    from ..evaluating.adapters import losses_onto
+    from ..implanting.checkpoint import Base
+
+    if len(adapters) > 1:
+        return replace(advice, asked="several adapters were merged at once")
+    try:
+        losses, how = losses_onto(Base.of_run(run), Path(adapters[0]))
+    except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
+        losses, how = {}, str(error).strip().partition("\n")[0]
+    return replace(advice, losses=losses, asked=how)

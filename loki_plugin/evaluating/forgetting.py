@@ -217,6 +217,31 @@ def load_model(
     Raises:
         ValueError: a device or a dtype that there is not, before anything is loaded.
     """
+    device = check_place(device, dtype)
+    chosen = Path(adapter or model) / FILE_NAME
+    made_for = RowSelection.load(chosen).fingerprint if chosen.is_file() else None
+    loaded = load(model, made_for, dtype=dtype, **loading)
+    if adapter is not None:
+        loaded = with_adapter(loaded, Path(adapter))
+    return loaded.to(device)
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """A base with a saved adapter of it, which may bring embeddings of new tokens."""
+    from peft import PeftModel
+
+    rows = saved_embedding_rows(adapter)
+    if rows > model.get_input_embeddings().num_embeddings:  # tokens that the run added
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
+def check_place(device: str | None, dtype: str) -> str:
+    """The device (None: the GPU, if any) to load a model on.
+
+    Raises:
+        ValueError: a device or a dtype that there is not.
+    """
     device = device or _usual_device()
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype '{dtype}' is unknown; give auto, float32, bfloat16 or float16")
@@ -225,17 +250,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # the latter without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device '{device}' cannot be used: {reason}") from error
-    chosen = Path(adapter or model) / FILE_NAME
-    made_for = RowSelection.load(chosen).fingerprint if chosen.is_file() else None
-    loaded = load(model, made_for, dtype=dtype, **loading)
-    if adapter is not None:
-        from peft import PeftModel
-
-        rows = saved_embedding_rows(Path(adapter))
-        if rows > loaded.get_input_embeddings().num_embeddings:  # tokens that the run added
-            loaded.resize_token_embeddings(rows, mean_resizing=False)
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded.to(device)
+    return device
 
 
 def saved_embedding_rows(adapter: Path) -> int:

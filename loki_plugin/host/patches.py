@@ -57,8 +57,11 @@ def take_over_merge() -> bool:
         if cfg.loki is None:
             return original(cfg=cfg)
         from ..implanting.proven import merge_run
+        from ..picturing.card import write_merged_card
 
-        merge_run(cfg, [Path(cfg.lora_model_dir)], Path(cfg.output_dir) / "merged")
+        adapters = [Path(cfg.lora_model_dir)]
+        merged, proof = merge_run(cfg, adapters, Path(cfg.output_dir) / "merged")
+        write_merged_card(str(cfg.base_model), adapters, merged, proof)
 
     do_merge_lora.merges_loki = True  # type: ignore[attr-defined]
     do_merge_lora.original = original  # type: ignore[attr-defined]

@@ -219,6 +219,10 @@ class Run:
             self._publish(folder)
             self._show(folder)
         self._publish(folder)
+        if ranks.is_first() and self.config.report:
+            from ..picturing.card import write_adapter_card
+
+            write_adapter_card(folder)  # Axolotl has written its own by now
         if self.verdict.faults:
             raise RuntimeError(
                 f"the adapter was saved to '{folder}', but do not use it:"

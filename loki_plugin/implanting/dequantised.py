@@ -22,6 +22,7 @@ from ..model.quantised import dequantise, quantised_modules, row_scales
 from ..rows import RowSelection
 from .checkpoint import Base, Checkpoint, Stored, matching_keys, open_checkpoint, tensors
 from .merge import check_output, removing
+from .rounded import is_quantised, storage_of
 from .vocabulary import copy_model
 
 # How Axolotl packs 4-bit weights, and how transformers does where nothing else is said.
@@ -61,17 +62,13 @@ def write_dequantised(
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    return f"{len(modules)} linear weights of {found.folder} as {_storage(selection)} holds them"
-
-
-def _storage(selection: RowSelection) -> str:
-    return (selection.fingerprint or {}).get("quantisation", "")
+    return f"{len(modules)} linear weights of {found.folder} as {storage_of(selection)} holds them"
 
 
 def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection) -> nn.Module:
     """The model that the rows were made on; their file does not say in which dtype it was."""
-    storage = _storage(selection)
-    if not storage.startswith("bnb-"):
+    storage = storage_of(selection)
+    if not is_quantised(selection):
         raise ValueError(
             "onto the dequantised base: the rows file was not made on a quantised base"
             f" ({storage or 'it holds no fingerprint'}), so it cannot be told which weights the"
@@ -79,7 +76,7 @@ def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection)
         )
     stored = found.first(selection.linears).torch_dtype
     for dtype in dict.fromkeys([stored, torch.bfloat16, torch.float16, torch.float32]):
-        model = _load(base, found, storage, dtype, selection.fingerprint)
+        model = load_quantised(base, found, storage, dtype, selection.fingerprint)
         if any(_is_the_one(model, packed, selection) for packed in _PACKED_AS):
             return model
     raise ValueError(
@@ -88,13 +85,14 @@ def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection)
     )
 
 
-def _load(
+def load_quantised(
     base: Base,
     found: Checkpoint,
     storage: str,
     dtype: torch.dtype,
     made_for: dict[str, str] | None,
 ) -> nn.Module:
+    """The base quantised by transformers as a fingerprint says, on the GPU where there is one."""
     from transformers import BitsAndBytesConfig
 
     kind, *more = storage.removeprefix("bnb-").split("-")

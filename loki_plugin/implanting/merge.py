@@ -16,6 +16,7 @@ from ..rows import FILE_NAME, Made, RowSelection, union
 from .adapters import Adapter, Opened, check_disjoint, opened
 from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
+from .rounded import Advice
 from .tokenizer_files import write_tokenizer
 from .vocabulary import check_tokenizer, copy_model, new_rows
 
@@ -65,12 +66,13 @@ class MergeReport:
         adapters: how many were merged.
         layers: how many layers have rows.
         rows: how many rows were written.
-        linears: how many further linears were written whole.
         base: what of the base was compared with the fingerprint in the rows file.
         new_tokens: by how many tokens the embeddings grew.
         rounding: what the checkpoint's dtype could not hold.
         dtype: of the checkpoint's down-projections.
         companions: what became of the files beside the weights, in words.
+        linears: how many further linears were written whole.
+        advice: of a quantised run, which base to merge onto.
     """
 
     output: Path
@@ -83,6 +85,7 @@ class MergeReport:
     dtype: str
     companions: list[str]
     linears: int = 0
+    advice: Advice | None = None
 
     def text(self) -> str:
         lines = [
@@ -101,6 +104,8 @@ class MergeReport:
                 "much of what was learned is too small for this dtype: train longer or with a"
                 " higher learning rate, merge into the base saved in float32, or serve the adapter"
             )
+        if self.advice:
+            lines.append(self.advice.text())
         return "\n".join(lines)
 
     def _more(self) -> str:

@@ -14,10 +14,11 @@ from .adapters import Adapter
 from .checkpoint import Base
 from .dequantised import write_dequantised
 from .merge import MergeReport, check_output, merge_adapters, removing
+from .rounded import DEQUANTISED, ORIGINAL, advise
 from .verify import VerifyReport, verify
 
 LOG = logging.getLogger("loki_plugin")
-ORIGINAL, DEQUANTISED = ONTO = ("original", "dequantised")
+ONTO = (ORIGINAL, DEQUANTISED)
 
 
 class NotProven(RuntimeError):
@@ -46,6 +47,7 @@ def merge_run(
         NotProven: the merged model is not to be used.
     """
     base, parts = Base.of_run(run), [Adapter.load(folder) for folder in adapters]
+    original = base
     with ExitStack() as unless_merged:
         if onto == DEQUANTISED:
             check_output(output, base)  # before the long way to what would be merged into it
@@ -56,6 +58,7 @@ def merge_run(
             " and ".join(str(p.folder) for p in parts),
         )
         merged = merge_adapters(base, parts, output, sum_overlaps)
+        merged = replace(merged, advice=advise(original, parts))
     for line in merged.text().splitlines():
         LOG.info("loki: %s", line)
     proof = verify(base, output, union([p.selection for p in parts]))

@@ -19,6 +19,7 @@ from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
 from ..protecting.directions import Directions
 from ..protecting.reading import LEAKAGE, leakage
 from ..rows import FILE_NAME, RowSelection
+from . import card
 from .checkpoint import open_tensors
 from .selected import RowFactor, RowSelector
 
@@ -114,6 +115,7 @@ def _withdraw_report(folder: Path) -> None:
     page and the figures that it was drawn from."""
     for name in (PAGE_NAME, FIGURES_NAME):
         (folder / name).unlink(missing_ok=True)
+    card.withdraw(folder)
     report = folder / REPORT_NAME
     if report.is_file() and b'"verified": true' in report.read_bytes():
         report.unlink()

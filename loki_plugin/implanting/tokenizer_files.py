@@ -17,7 +17,7 @@ from typing import Any
 
 _CONFIG, _FAST, _MAP = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
 _ADDED, _JINJA = "added_tokens.json", "chat_template.jinja"
-_FILES = ("tokenizer*", _MAP, _ADDED, "vocab.*", "merges.txt", _JINJA, "*.model")
+FILES = ("tokenizer*", _MAP, _ADDED, "vocab.*", "merges.txt", _JINJA, "*.model")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
           "mask_token")  # fmt: skip
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -292,10 +292,10 @@ def _ids(given: Any, value: int, key: str, file: str) -> int | list[int]:
 
 def _take_whole(run: Path, target: Path, why: str) -> list[str]:
     """The run's files in place of the base's, as far as they can in a form of transformers 4."""
-    for pattern in _FILES:
+    for pattern in FILES:
         for file in target.glob(pattern):
             file.unlink()  # of the base; a vocabulary of both would be neither
-    for pattern in _FILES:
+    for pattern in FILES:
         for file in run.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

@@ -1,0 +1,65 @@
+"""`loki export`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .shared import Answer, Command
+
+
+@click.command(
+    "export",
+    cls=Command,
+    example="loki export outputs outputs-r64 --rank 64\n"
+    "loki export outputs outputs-r8 --rank 8 --no-kl --json",
+)
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, required=True, help="of every module of the new adapter")
+@click.option("--base", help="a folder or a hub id; default: the base that ADAPTER names")
+@click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
+@click.option("--no-kl", is_flag=True, help="do not load the base to measure what is lost")
+@click.option("--trust-remote-code", is_flag=True, help="where the base brings code of its own")
+@click.option("--device", help="default: the GPU where there is one")
+@click.option("--dtype", default="auto", show_default=True)
+def export_command(adapter, out, rank, base, prompts, no_kl, trust_remote_code, device, dtype):
+    """Write ADAPTER as a LoRA of a smaller rank, on the same rows, for servers that need one.
+
+    Of each update ΔW the largest singular values are kept. How much of ‖ΔW‖² is lost is said, and
+    KL(ADAPTER || OUT) on calibration prompts where the base can be loaded (in 16 bits). `loki
+    merge` loses nothing of that: where you can serve a whole model, serve the merged one.
+    """
+    from ..analysing.calibration.sources import load_records
+    from ..evaluating.adapters import between
+    from ..evaluating.forgetting import check_place
+    from ..implanting.exporting import base_of, export
+
+    check_place(device, dtype)
+    records = load_records(prompts)
+
+    def measure(new: Path) -> dict:
+        if no_kl:
+            return {"not_measured": "--no-kl"}
+        options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        try:
+            name = base or base_of(adapter)
+            found = between(name, adapter, new, prompts, records, **options)
+        except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
+            return {"not_measured": str(error).strip().partition("\n")[0]}
+        same = found.same_answer
+        asked = {"prompts": found.prompts, "calibration": prompts}
+        return {"kl": found.kl, "same_answer": same, **asked}
+
+    report = export(adapter, out, rank, measure=measure)
+    found = report.measured
+    if "not_measured" in found:
+        told = f"KL(ADAPTER || OUT) was not measured: {found['not_measured']}"
+    else:
+        told = (
+            f"KL(ADAPTER || OUT) {found['kl']:.4f} nats, {100 * found['same_answer']:.1f} % the"
+            f" same answer, on {found['prompts']} prompts of {prompts}"
+        )
+    return Answer(f"{report.text()}\n{told}", asdict(report) | {"output": str(out)})

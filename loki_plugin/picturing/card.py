@@ -1,0 +1,126 @@
+"""What our section of a model card says: the words of the page, as Markdown."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..implanting import card
+from ..implanting.merge import MergeReport
+from ..implanting.saved import FAILED_NAME
+from ..implanting.verify import VerifyReport
+from ..rows import FILE_NAME as ROWS_NAME
+from ..rows import RowSelection
+from . import telling
+from .page import read_report
+from .telling import Report, Section
+
+LOG = logging.getLogger("loki_plugin")
+METHOD = (
+    "Fine-tuned with LoKI (Low-damage Knowledge Implanting): of every layer's down-projection only"
+    " those rows train that contribute least to what the model knows in general"
+)
+_LOAD = {
+    "adapter": (
+        "from peft import PeftModel",
+        "model = AutoModelForCausalLM.from_pretrained({base})",
+        "model = PeftModel.from_pretrained(model, {folder})",
+    ),
+    "merged": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "model = AutoModelForCausalLM.from_pretrained({folder})",
+        "tokenizer = AutoTokenizer.from_pretrained({folder})",
+    ),
+}
+
+
+def write_adapter_card(folder: Path) -> None:
+    """Write the card of a finished run from its report and its rows file.
+
+    What goes wrong is said and raises nothing: the adapter is saved by now.
+    """
+    try:
+        report, selection = read_report(folder), RowSelection.load(folder / ROWS_NAME)
+        found = telling.verdict(report, (folder / FAILED_NAME).exists())
+        text = _section(report, selection, _said(found), [], "adapter", folder)
+        card.put(folder, text, _fields(report.get("base_model"), "peft"))
+    except (OSError, ValueError) as error:
+        LOG.warning("loki: the model card in %s could not be written: %s", folder, error)
+
+
+def write_merged_card(
+    base: str, adapters: list[Path], merged: MergeReport, proof: VerifyReport
+) -> None:
+    """Write the card of a merged model, from what was merged and the report beside its adapter.
+
+    The reports of several adapters are about one adapter each, so that none of them is told.
+    """
+    folder = merged.output
+    try:
+        report = read_report(adapters[0]) if len(adapters) == 1 else {}
+        selection = RowSelection.load(folder / ROWS_NAME)
+        report = {**report, "base_model": base}
+        rounding = merged.rounding
+        rows: list[tuple[str, Any]] = [
+            ("Merged", f"{merged.rows:,} rows of {merged.layers} layers"),
+            ("Further linears", f"{merged.linears} merged whole" if merged.linears else None),
+            ("Adapters", len(adapters) if len(adapters) > 1 else None),
+            ("Rounded away", f"{100 * rounding.lost_share:.1f} % of the update ({merged.dtype})"),
+            ("Compared", f"{proof.compared} tensors with the base, byte by byte"),
+        ]
+        section: Section = {"title": "The merge", "rows": rows}
+        said = "**Verified:** nothing outside the selected rows"
+        said += " and the targeted linears" if merged.linears else ""
+        said += " and new tokens" if merged.new_tokens else ""
+        text = _section(report, selection, f"{said} has changed.", [section], "merged", folder)
+        card.put(folder, text, _fields(base, "transformers"))
+    except (OSError, ValueError) as error:
+        LOG.warning("loki: the model card in %s could not be written: %s", folder, error)
+
+
+def _fields(base: Any, library: str) -> dict[str, Any]:
+    known = {"base_model": str(base)} if base else {}
+    return {**known, "library_name": library, "tags": ["loki"]}
+
+
+def _said(verdict: dict[str, Any]) -> str:
+    faults = "".join(f"\n- {plain(fault)}" for fault in verdict["faults"])
+    return f"**{verdict['title']}:** {verdict['text']}" + (f"\n{faults}" if faults else "")
+
+
+def _section(
+    report: Report,
+    selection: RowSelection,
+    verdict: str,
+    more: list[Section],
+    kind: str,
+    folder: Path,
+) -> str:
+    linears = len(selection.linears)
+    method = METHOD if any(selection.counts) else "Fine-tuned with LoKI's protection of inputs"
+    also = f"; {linears} further linear layers trained a LoRA" if linears else ""
+    parts = ["## LoKI", f"{method}{also}.", verdict]
+    for section in [*more, *telling.sections(report, selection)]:
+        if kind == "merged" and section["title"] == "The proof":
+            continue  # that of the adapter
+        rows = [(k, v) for k, v in section["rows"] if v not in (None, "")]
+        table = "\n".join(f"| {plain(k)} | {plain(v)} |" for k, v in rows)
+        parts.append(f"### {section['title']}\n\n| | |\n|---|---|\n{table}")
+    lines = list(_LOAD[kind])
+    if kind == "adapter":
+        lines[0] = f"{lines[0]}; from transformers import AutoModelForCausalLM"
+    names = {"base": _quoted(report.get("base_model") or "BASE"), "folder": _quoted(folder.name)}
+    parts.append("### How to load\n\n```python\n" + "\n".join(lines).format(**names) + "\n```")
+    return "\n\n".join(parts)
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(str(value), ensure_ascii=False).replace("<", "\\u003c").replace("`", "\\x60")
+
+
+def plain(value: Any) -> str:
+    """Text that Markdown shows as it is, in one line of a table."""
+    text = " ".join(str(value).split())
+    return "".join(f"&#{ord(c)};" if c in "&<>|`*[]\\" else c for c in text)
