@@ -41,6 +41,7 @@ class Proof:
             self.trained = True
             self.verdict.what["saved"] = "not yet"
             self.verdict.left_out.add("saved")
+            self._look_back()
             self._look_at(model)
             try:
                 self._publish(folder)
@@ -63,7 +64,18 @@ class Proof:
         if ranks.is_first():
             title = "verified" if self.verdict.verified else "saved; not all of it was compared"
             config = str(cfg.axolotl_config_path or "CONFIG")
-            LOG.info(block(title, about_end(self.verdict.what, self.forgotten, folder, config)))
+            watch = self.run.watch
+            stopped = watch.told() if watch and watch.stopped else ""
+            told = about_end(self.verdict.what, self.forgotten, folder, config, stopped)
+            LOG.info(block(title, told))
+
+    def _look_back(self) -> None:
+        """What the evaluations found forgotten, while there still is a trainer."""
+        run = self.run
+        trainer = run.trainer() if run.trainer else None
+        if run.watch and trainer:
+            found = run.watch.report(trainer.state.log_history)
+            run.facts["forgetting_while_training"] = found
 
     def _look_at(self, model) -> None:
         """The trained model in memory, on every rank; faults of any rank are everybody's."""

@@ -13,6 +13,7 @@ from .. import ranks
 from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
 from ..choices import LINEAR_RANK, SELF
+from ..evaluating.watching import Watch
 from ..protecting.anchor import Anchor
 from ..protecting.directions import Directions
 from ..rows import RowSelection
@@ -22,6 +23,7 @@ from .patches import take_over_sharded_saving
 from .sharding import check_anchor, check_loaded, is_fsdp2, meet
 from .telling import Line, about_rows, about_training, block
 from .tokens import calibration_tokenizer
+from .watched import choose_by, watch
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -35,6 +37,7 @@ class Run:
     tokens: int  # of the base's embeddings, before the YAML's are added
     directions: Directions | None = None
     anchor: Anchor | None = None
+    watch: Watch | None = None  # of what is forgotten, at every evaluation
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
     measured: list[Prompt] = field(default_factory=list)  # asked before and after
@@ -81,6 +84,7 @@ class Run:
         run.told = about_rows(selection, source)
         if selection.linears and has_routed_experts(anatomy):
             run.told.append(("experts", "routed ones, and what routes to them, stay frozen"))
+        run.watch = watch(cfg, model, tokenizer, files.config, files.inputs, unknown)
         run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
@@ -115,6 +119,8 @@ class Run:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
                 self.told.append(("texts", told_of(inputs.texts)))
             texts = protecting_prompts(tokenizer, self.config, inputs, unknown)
+            if self.watch:
+                texts = self.watch.without(texts)
         if settings.reads and not found:
             found = choose_directions(model, [text.ids for text in texts], self.config)
         if found:
@@ -181,6 +187,9 @@ class Run:
             trainer.add_callback(DirectionsBesideCheckpoints(self.directions))
         if self.anchor:
             self.anchor.attach(trainer)
+        if self.watch:
+            self.watch.attach(trainer)
+            choose_by(cfg, trainer)
         anchor = self.anchor
         record(trainer, sum(self.selection.counts), lambda: anchor.last if anchor else None)
         self.trainer = weakref.ref(trainer)
