@@ -28,6 +28,7 @@ FLOORS = [
         "loki_plugin.estimating",
         "loki_plugin.evaluating.forgetting",
         "loki_plugin.evaluating.curve",
+        "loki_plugin.evaluating.gate",
         "loki_plugin.evaluating.held_back",
         "loki_plugin.evaluating.watching",
         "loki_plugin.reporting",

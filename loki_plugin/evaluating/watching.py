@@ -9,6 +9,7 @@ so that a trainer's own ways (trackers, best checkpoint, early stopping) have th
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from .. import ranks
 from ..analysing.attribution.devices import give_back, out_of_memory
 from ..analysing.calibration.prompts import Text
 from ..choices import WATCH_KEPT, WATCH_KL
+from ..model.loading import is_sharded
 from ..model.quantised import evaluating
 from ..protecting.anchor import adapter_off
 from .held_back import affordable, evaluations, row_length, within
@@ -43,19 +46,22 @@ class Distance:
     kept: float | None
 
 
-def measure(model: nn.Module, prompts: Sequence[Text], own: Sequence[Text] = ()) -> Distance:
+def measure(
+    model: nn.Module, prompts: Sequence[Text], own: Sequence[Text] = (), at_once: int = _TOKENS
+) -> Distance:
     """The active adapter of `model` against the base, which is the same model with it off.
 
     KL(base ‖ tuned) = Σ_v p_base(v) · log(p_base(v) / p_tuned(v)), its mean over all tokens of all
-    texts, in float32 or wider. A text longer than `_TOKENS` runs alone.
+    texts, in float32 or wider.
 
     Args:
         prompts: whose last token asks for something; they count for `kept`.
         own: other texts.
+        at_once: tokens of texts that run at once; a longer text runs alone.
     """
     texts, total, kept = [*prompts, *own], 0.0, 0
     with evaluating(model), torch.no_grad():
-        for batch in _batches(texts, _TOKENS):
+        for batch in _batches(texts, at_once):
             with adapter_off(model):
                 base = _logits(model, [texts[i] for i in batch])
             tuned = _logits(model, [texts[i] for i in batch])
@@ -165,13 +171,14 @@ class Watch(TrainerCallback):
         return {WATCH_KL: every[0].kl, **kept}
 
     def _measured(self, model: nn.Module) -> Distance | None:
-        """None where memory runs out."""
-        try:
-            return measure(model, self.prompts, self.own)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        give_back()
+        """None where memory runs out, with each text alone too."""
+        for tokens in (_TOKENS, 1):
+            try:
+                return measure(model, self.prompts, self.own, tokens)
+            except RuntimeError as error:
+                if not out_of_memory(error) or is_sharded(model):  # whose ranks go together
+                    raise
+            give_back()
         return None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -202,19 +209,20 @@ class Watch(TrainerCallback):
         if self.stop is None or self.stopped or kl is None or kl <= self.stop:
             return
         control.should_training_stop, control.should_save = True, False
-        kept = ranks.broadcast(last_under(self.stop, state.log_history, Path(args.output_dir)))
-        # The trainer itself loads its best checkpoint, and never drops it. Each one that an
-        # evaluation has seen is under the threshold, so where it has a best one, that is it.
-        if kept and not (args.load_best_model_at_end and state.best_model_checkpoint):
-            state.best_model_checkpoint, args.load_best_model_at_end = str(kept), True
-        saved = Path(state.best_model_checkpoint) if kept else None
         args.save_strategy = SaveStrategy.NO  # what is over the threshold is no checkpoint
+        under = ranks.broadcast(under_limit(self.stop, state.log_history, Path(args.output_dir)))
+        saved = max(under, key=_step, default=None)
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        if best and _step(Path(best)) in map(_step, under):
+            saved = Path(best)
+        elif saved:  # the trainer itself loads its best checkpoint, and never drops it
+            state.best_model_checkpoint, args.load_best_model_at_end = str(saved), True
         self.stopped = {
             "step": state.global_step,
             "kl": kl,
             "threshold": self.stop,
             "saved": saved and saved.name,
-            "saved_kl": saved and _logged(state.log_history, _step(saved)),
+            "saved_kl": saved and _logged(state.log_history).get(_step(saved)),
         }
         if ranks.is_first():
             LOG.warning("loki: %s", self.told())
@@ -266,16 +274,24 @@ def path(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def last_under(limit: float, history: Sequence[dict[str, Any]], folder: Path) -> Path | None:
-    """The last checkpoint in `folder` of a step at which an evaluation found at most `limit`."""
-    under = [e["step"] for e in path(history) if e["kl"] is not None and e["kl"] <= limit]
-    kept = (folder / f"checkpoint-{step}" for step in sorted(under, reverse=True))
-    return next((f for f in kept if f.is_dir()), None)
+def under_limit(limit: float, history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """The checkpoints in `folder` of steps at which an evaluation found at most `limit`.
+
+    Each keeps what the trainer had logged, which tells those of this run from others' that lie
+    there still.
+    """
+    found = []
+    for step, kl in _logged(history).items():
+        state = folder / f"checkpoint-{step}" / TRAINER_STATE_NAME
+        if kl is not None and kl <= limit and state.is_file():
+            theirs = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            found += [state.parent] * (_logged(theirs).get(step) == kl)
+    return found
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _logged(history: Sequence[dict[str, Any]], step: int) -> float | None:
-    return next((e["kl"] for e in path(history) if e["step"] == step), None)
+def _logged(history: Sequence[dict[str, Any]]) -> dict[int, float | None]:
+    return {e["step"]: e["kl"] for e in path(history)}

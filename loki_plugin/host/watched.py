@@ -32,8 +32,8 @@ def check_watched(cfg, config: LokiConfig) -> bool:
     given = f"metric_for_best_model: {cfg.metric_for_best_model}" if metric else ""
     if given and cfg.rl:
         raise ValueError(
-            f"{given} does not reach the trainers of `rl: {getattr(cfg.rl, 'value', cfg.rl)}`, to which Axolotl passes no"
-            " such key; take it out, or set `loki.stop_forgetting`"
+            f"{given} does not reach the trainers of `rl: {getattr(cfg.rl, 'value', cfg.rl)}`, to"
+            " which Axolotl passes no such key; take it out, or set `loki.stop_forgetting`"
         )
     if config.stop_forgetting is not None:
         given = f"loki.stop_forgetting: {config.stop_forgetting:g}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -19,7 +22,7 @@ from loki_plugin.evaluating.held_back import (
     row_length,
     within,
 )
-from loki_plugin.evaluating.watching import Watch, last_under, measure
+from loki_plugin.evaluating.watching import Watch, measure, under_limit
 from loki_plugin.inputs import Inputs
 from loki_plugin.protecting.preparing import protecting_prompts
 
@@ -40,7 +43,6 @@ def tuned():
 
 @pytest.mark.parametrize("tokens", [1, 40, 1024], ids=["alone", "some", "together"])
 def test_the_figures_are_those_of_one_text_after_another(tuned, monkeypatch, tokens):
-    monkeypatch.setattr(watching, "_TOKENS", tokens)
     monkeypatch.setattr(watching, "_ROWS", 7)
     prompts, own = texts(9, 3, 17, 5), texts(12, 1)
     total, same = 0.0, []
@@ -53,7 +55,7 @@ def test_the_figures_are_those_of_one_text_after_another(tuned, monkeypatch, tok
             total += float((base.exp() * (base - after)).sum())
             same.append(bool(base[-1].argmax() == after[-1].argmax()))
     tuned.train()
-    found = measure(tuned, prompts, own)
+    found = measure(tuned, prompts, own, tokens)
     assert tuned.training and 0 < sum(same[:4]) < 4
     assert found.kl == pytest.approx(total / 47, rel=1e-5) and found.kl > 0.01
     assert found.kept == sum(same[:4]) / 4
@@ -117,12 +119,34 @@ def test_one_prompt_of_eight_is_held_back(tmp_path, monkeypatch, count, kept):
     assert len(prompts) == kept and set(prompts) <= set(found) and own == []
 
 
-def test_the_last_checkpoint_under_the_threshold_is_one_that_was_measured(tmp_path):
-    for step in (2, 3, 4, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+def test_checkpoints_under_the_threshold_are_measured_ones_of_this_run(tmp_path):
     values = {0: 0.0, 2: 0.01, 4: 0.03, 5: 0.02, 6: 0.08, 8: float("nan")}
     history = [{"eval_loki_kl": kl, "step": step} for step, kl in values.items()]
     history.append({"loss": 1.0, "step": 3})
-    assert last_under(0.05, history, tmp_path) == tmp_path / "checkpoint-4"
-    assert last_under(0.02, history, tmp_path) == tmp_path / "checkpoint-2"
-    assert last_under(0.001, history, tmp_path) is None
+    for step in (2, 3, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text(json.dumps({"log_history": [e for e in history if e["step"] <= step]}))
+
+    def under(limit):
+        return [int(f.name.partition("-")[2]) for f in under_limit(limit, history, tmp_path)]
+
+    assert under(0.05) == [2, 4] and under(0.02) == [2] and under(0.001) == []
+    other = [{"eval_loki_kl": 0.029, "step": 4}]  # an earlier run has left it
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(
+        json.dumps({"log_history": other})
+    )
+    assert under(0.05) == [2]
+
+
+def test_memory_that_runs_out_is_no_end_where_nothing_goes_by_the_figures(tuned, monkeypatch):
+    def no_room(model, prompts, own, at_once):
+        asked.append(at_once)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(watching, "measure", no_room)
+    trainer, asked = SimpleNamespace(model=tuned), []
+    assert Watch(texts(3), [])._figures(trainer) == {}
+    assert asked == [watching._TOKENS, 1]
+    with pytest.raises(RuntimeError, match="no memory to measure what was forgotten"):
+        Watch(texts(3), [], needed=True)._figures(trainer)
