@@ -157,29 +157,35 @@ class Watch(TrainerCallback):
         every = ranks.gather(self._measured(trainer.model))
         self._seconds += time.perf_counter() - started
         self._evaluations += 1
-        if None in every:
+        why = next((found for found in every if isinstance(found, str)), None)
+        if why is not None:
             self._off = True
             if self.needed:
                 raise RuntimeError(
-                    "there is no memory to measure what was forgotten, and this run stops or"
-                    " chooses its checkpoint by it; lower `micro_batch_size`, or take"
-                    " `loki.stop_forgetting` and `metric_for_best_model` out"
+                    f"what is forgotten cannot be measured ({why}), and this run stops or chooses"
+                    " its checkpoint by it; take `loki.stop_forgetting` and"
+                    " `metric_for_best_model` out, or, for memory, lower `micro_batch_size`"
                 )
-            LOG.warning("loki: no memory to measure what is forgotten; the run goes on without it")
+            LOG.warning("loki: what is forgotten is not measured while it trains: %s", why)
             return {}
-        kept = {} if every[0].kept is None else {WATCH_KEPT: every[0].kept}
-        return {WATCH_KL: every[0].kl, **kept}
+        found = every[0]
+        kept = {} if found.kept is None else {WATCH_KEPT: found.kept}
+        return {WATCH_KL: found.kl, **kept}
 
-    def _measured(self, model: nn.Module) -> Distance | None:
-        """None where memory runs out, with each text alone too."""
+    def _measured(self, model: nn.Module) -> Distance | str:
+        """The figures, or why there are none: they must not cost a training that needs none."""
+        why = ""
         for tokens in (_TOKENS, 1):
             try:
                 return measure(model, self.prompts, self.own, tokens)
-            except RuntimeError as error:
-                if not out_of_memory(error) or is_sharded(model):  # whose ranks go together
+            except (RuntimeError, TypeError) as error:
+                if is_sharded(model):  # whose ranks go together
                     raise
+                why, again = str(error), out_of_memory(error)
+            if not again:
+                break
             give_back()
-        return None
+        return why
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep as many texts as the run can pay for: as many again where it is resumed."""

@@ -139,14 +139,19 @@ def test_checkpoints_under_the_threshold_are_measured_ones_of_this_run(tmp_path)
     assert under(0.05) == [2]
 
 
-def test_memory_that_runs_out_is_no_end_where_nothing_goes_by_the_figures(tuned, monkeypatch):
-    def no_room(model, prompts, own, at_once):
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), [1024, 1]), (TypeError("no logits"), [1024])],
+)
+def test_a_failure_is_no_end_where_nothing_goes_by_the_figures(tuned, monkeypatch, error, tries):
+    def fails(model, prompts, own, at_once):
         asked.append(at_once)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    monkeypatch.setattr(watching, "measure", no_room)
+    monkeypatch.setattr(watching, "measure", fails)
     trainer, asked = SimpleNamespace(model=tuned), []
-    assert Watch(texts(3), [])._figures(trainer) == {}
-    assert asked == [watching._TOKENS, 1]
-    with pytest.raises(RuntimeError, match="no memory to measure what was forgotten"):
+    watch = Watch(texts(3), [])
+    assert watch._figures(trainer) == {} and watch._off
+    assert asked == tries
+    with pytest.raises(RuntimeError, match=f"cannot be measured \\({error}\\), and this run stops"):
         Watch(texts(3), [], needed=True)._figures(trainer)
