@@ -294,10 +294,17 @@ class LokiConfig(_Block):
     lr_scale: Number = Field(
         1.0, gt=0, allow_inf_nan=False, description="factor on the learning rate of the rows"
     )
+    stop_forgetting: Number | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="nats per token, e.g. 0.05: where an evaluation finds `eval_loki_kl` above it,"
+        " the training stops and the last checkpoint under it is what is saved; null = never",
+    )
     report: bool = Field(
         True,
         description="write loki_report.json, loki_report.html and loki_figures.json, and"
-        " measure how much was forgotten",
+        " measure how much was forgotten, at every evaluation and at the end",
     )
     form: Literal["dense", "low-rank"] | None = Field(
         None,

@@ -38,6 +38,8 @@ DOWN, ALL = "down", "all"  # targets: rows of the down-projections only; every o
 LINEAR_RANK = 16  # of the LoRA on linears besides the down-projections
 SEED = 0
 BATCH_SIZE = "auto"
+# What an evaluation measures of forgetting; `metric_for_best_model` may leave `eval_` out.
+WATCH_KL, WATCH_KEPT = "eval_loki_kl", "eval_loki_kept"
 
 
 def plain_number(value: Decimal | str) -> int | float:

@@ -26,8 +26,11 @@ class Inputs:
     texts: list[Record] = field(default_factory=list)
 
     @classmethod
-    def read(cls, config: LokiConfig, analysed: bool = True) -> Inputs:
+    def read(cls, config: LokiConfig, analysed: bool = True, watched: bool = False) -> Inputs:
         """Read what a run of `config` needs; `analysed` is False where its rows are given.
+
+        Args:
+            watched: whether the run goes by what its evaluations find forgotten.
 
         The shipped questions are always there, for the report says how much a run forgot.
 
@@ -38,6 +41,7 @@ class Inputs:
         needed = (
             (analysed and config.needs_scores)
             or config.protect.on
+            or watched
             or (config.report and source.source == SOURCE)
         )
         return cls(

@@ -8,6 +8,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginMan
 
 from .host import base, patches, settings
 from .host.files import Files
+from .host.proof import Proof
 from .host.run import Run, leave_alone
 from .host.telling import block
 
@@ -23,6 +24,7 @@ class LokiPlugin(BasePlugin):
         self._embeddings: list[str] | None = None
         self.files: Any = None  # Files, from `load_datasets` until they are used
         self.run: Any = None  # a Run, from `post_model_build` on
+        self.proof: Any = None  # its Proof
 
     def register(self, cfg):
         """Before validation: check the `loki:` block and rewrite the carrier keys."""
@@ -88,7 +90,7 @@ class LokiPlugin(BasePlugin):
         """Faults in files show here at the latest (callers of `axolotl.train.train`)."""
         if not self._acts_on(cfg):
             return
-        self.run = None
+        self.run = self.proof = None
         if self._trains() and self.files is None:
             self.files = Files.read(cfg)
 
@@ -104,6 +106,7 @@ class LokiPlugin(BasePlugin):
             leave_alone(cfg, model)
             return
         self.run, self.files = Run.start(cfg, model, self.files), None
+        self.proof = Proof(self.run)
         self.run.apply_to(cfg, model)
 
     def get_training_args(self, cfg):
@@ -134,4 +137,4 @@ class LokiPlugin(BasePlugin):
     def post_train(self, cfg, model):
         """Fires twice in 0.19: before Axolotl saves the adapter, and after it."""
         if self._acts_on(cfg):
-            self.run.finish(cfg, model)
+            self.proof.finish(cfg, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -9,11 +10,27 @@ import click
 from .shared import Answer, Command, make_room, read_run, write_json
 
 
+def _number(low: float, high: float, expected: str):
+    """A check of a threshold: finite, from `low` to `high`."""
+
+    def check(ctx, param, value):
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            raise click.BadParameter(f"got {value:g}, expected {expected}")
+        return value
+
+    return check
+
+
+_ANY = "a number of at least 0"
+
+
 @click.command(
     "forgetting",
     cls=Command,
+    fails="a threshold is broken, a sentence for each",
     example="loki forgetting run.yaml\n"
-    "loki forgetting --base B --tuned T --tasks hellaswag,winogrande --output forgotten.json",
+    "loki forgetting --base B --tuned T --tasks hellaswag,winogrande --output forgotten.json\n"
+    "loki forgetting run.yaml --max-kl 0.05 --min-kept 95 --max-drop 1",
 )
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("--base", help="the model before; default: CONFIG's base_model")
@@ -29,16 +46,41 @@ from .shared import Answer, Command, make_room, read_run, write_json
     is_flag=True,
     help="tasks may run code that the model writes (HumanEval); set HF_ALLOW_CODE_EVAL=1 too",
 )
+@click.option(
+    "--max-kl",
+    type=float,
+    callback=_number(0, math.inf, _ANY),
+    help="threshold: nats that the KL to the base on the prompts may be",
+)
+@click.option(
+    "--min-kept",
+    type=float,
+    callback=_number(1, 100, "percent from 1 to 100, such as 95"),
+    help="threshold: percent of the prompts that must be answered as the base does",
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    callback=_number(0, math.inf, _ANY),
+    help="threshold: percent that any task, and the share of prompts answered right, may lose of"
+    " what it was",
+)
 @click.option("--device", help="default: the GPU where there is one")
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False), help="write the figures as JSON")
 @click.option("--plot", "picture", type=click.Path(dir_okay=False), help="draw them")
-def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **options):
+def forgetting_command(
+    config, base, tuned, tasks, prompts, output, picture, max_kl, min_kept, max_drop, **options
+):
     """How much did a fine-tuned model forget? KL and answers on prompts, lm-eval tasks, flips.
 
-    CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned.
+    CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned. With thresholds it
+    is a gate: exit code 1 where one is broken.
     """
     from ..evaluating import forgetting
+    from ..evaluating.gate import Gate
+
+    gate = Gate(max_kl, min_kept, max_drop)
 
     make_room(output, picture)
     if config is not None:
@@ -55,11 +97,27 @@ def forgetting_command(config, base, tuned, tasks, prompts, output, picture, **o
 
         check_format(picture)
     names = [t for t in tasks.split(",") if t]
+    if max_drop is not None and not names:
+        _check_answers(prompts)
     report = forgetting.measure(base, tuned, names, prompts, **options)
     lines = [f"{base} -> {tuned}", report.text()]
+    judged = gate.to_json(report)
+    if judged:
+        lines += judged["broken"] or ["every threshold is kept"]
     if output:
-        lines.append(f"figures in {write_json(output, report.to_json())}")
+        lines.append(f"figures in {write_json(output, report.to_json() | judged)}")
     if picture:
         lines.append(f"figure in {forgetting.plot(report, picture)}")
-    facts = {"base": str(base), "tuned": str(tuned), **report.to_json()}
-    return Answer("\n".join(lines), facts)
+    facts = {"base": str(base), "tuned": str(tuned), **report.to_json(), **judged}
+    return Answer("\n".join(lines), facts, ok=judged.get("passed", True))
+
+
+def _check_answers(prompts: str) -> None:
+    from ..analysing.calibration.sources import load_records
+    from ..evaluating.forgetting import answered
+
+    if not answered(load_records(prompts)):
+        raise ValueError(
+            f"--max-drop goes by right answers, and '{prompts}' has none for some of its prompts;"
+            " name tasks with --tasks, or take other --prompts"
+        )

@@ -169,9 +169,13 @@ def load_questions(
 ) -> list[Prompt]:
     """The prompts of a calibration source, with their gold tokens where every record has one."""
     records = records or load_records(settings.source, **settings.reading)
-    answered = all(r.answer is not None or r.target is not None for r in records)
-    asked = settings.model_dump() | {"target": "gold" if answered else "predicted"}
+    asked = settings.model_dump() | {"target": "gold" if answered(records) else "predicted"}
     return load_prompts(tokenizer, **asked, records=records).prompts
+
+
+def answered(records: Sequence[Record]) -> bool:
+    """Whether every record says what is right."""
+    return all(r.answer is not None or r.target is not None for r in records)
 
 
 def of_an_adapter(model: nn.Module, prompts: Sequence[Prompt]) -> Forgetting:

@@ -15,6 +15,7 @@ from ..rows import FILE_NAME, RowSelection, common_rows
 from .base import check_base
 from .settings import parse
 from .sharding import check_starts_afresh
+from .watched import check_watched
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Files:
 
         Raises:
             ValueError: a file that cannot be read or contradicts another one, or the targets; a
-                quantised base; a cache folder that cannot be written.
+                quantised base; a cache folder that cannot be written; a run that goes by its
+                evaluations and makes none.
         """
         config = parse(cfg)
         check_starts_afresh(cfg)
         check_base(cfg)
+        watched = check_watched(cfg, config)
         source, rows = "analysis" if config.needs_scores else "no analysis", None
         if cfg.lora_model_dir:
             source = f"adapter {cfg.lora_model_dir}"
@@ -62,7 +65,7 @@ class Files:
         analysed = rows is None and config.needs_scores
         if analysed:
             check_cache(config.cache_dir)
-        inputs = Inputs.read(config, analysed=analysed)
+        inputs = Inputs.read(config, analysed=analysed, watched=watched)
         if rows is not None:
             for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
                 _check_disjoint(rows, cfg.lora_model_dir, excluded, path)

@@ -132,6 +132,17 @@ def refuse(cfg, config: LokiConfig) -> None:
             "  loki.targets: linears besides the down-projections were not proved with FSDP2;"
             " remove it"
         )
+    if config.stop_forgetting is not None:
+        if is_fsdp2(cfg):
+            faults.append(
+                "  loki.stop_forgetting: loading a checkpoint back was not proved under FSDP2;"
+                " remove it"
+            )
+        elif cfg.get("deepspeed") and cfg.get("save_only_model"):
+            faults.append(
+                "  save_only_model: under DeepSpeed such checkpoints cannot be loaded back, as"
+                " `loki.stop_forgetting` does; remove one of them"
+            )
     faults += _deepspeed_faults(cfg.get("deepspeed"), config)
     if faults:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The life of one training run: its rows, its adapter, its trainer, its report."""
+"""What a run decides before its training: rows, what is protected, adapter, trainer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .. import ranks
 from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
 from ..choices import LINEAR_RANK, SELF
+from ..evaluating.watching import Watch
 from ..protecting.anchor import Anchor
 from ..protecting.directions import Directions
-from ..reporting import Verdict, mark, write_report
-from ..rows import FILE_NAME, RowSelection
+from ..rows import RowSelection
 from .base import check_base
 from .files import Files, config_file
 from .patches import take_over_sharded_saving
 from .sharding import check_anchor, check_loaded, is_fsdp2, meet
-from .telling import Line, about_end, about_rows, about_training, block
+from .telling import Line, about_rows, about_training, block
 from .tokens import calibration_tokenizer
+from .watched import choose_by, watch
 
 LOG = logging.getLogger("loki_plugin")
-QUANTISED = "embeddings, norms and biases (quantised weights may be repacked)"
 
 
 @dataclass
@@ -37,14 +37,12 @@ class Run:
     tokens: int  # of the base's embeddings, before the YAML's are added
     directions: Directions | None = None
     anchor: Anchor | None = None
+    watch: Watch | None = None  # of what is forgotten, at every evaluation
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
     measured: list[Prompt] = field(default_factory=list)  # asked before and after
-    verdict: Verdict = field(default_factory=Verdict)
     told: list[Line] = field(default_factory=list)  # where the rows are from, what is protected
-    forgotten: str = ""  # in words, for the last block
     trainer: Any = None  # a weak reference: what is trained must not outlive the training
-    trained: bool = False  # whether the hook after the training has fired
 
     @classmethod
     def start(cls, cfg, model, files: Files) -> Run:
@@ -86,6 +84,7 @@ class Run:
         run.told = about_rows(selection, source)
         if selection.linears and has_routed_experts(anatomy):
             run.told.append(("experts", "routed ones, and what routes to them, stay frozen"))
+        run.watch = watch(cfg, model, tokenizer, files.config, files.inputs, unknown)
         run._protect(cfg, model, tokenizer, files, unknown)
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
@@ -120,6 +119,8 @@ class Run:
                 inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
                 self.told.append(("texts", told_of(inputs.texts)))
             texts = protecting_prompts(tokenizer, self.config, inputs, unknown)
+            if self.watch:
+                texts = self.watch.without(texts)
         if settings.reads and not found:
             found = choose_directions(model, [text.ids for text in texts], self.config)
         if found:
@@ -186,169 +187,12 @@ class Run:
             trainer.add_callback(DirectionsBesideCheckpoints(self.directions))
         if self.anchor:
             self.anchor.attach(trainer)
+        if self.watch:
+            self.watch.attach(trainer)
+            choose_by(cfg, trainer)
         anchor = self.anchor
         record(trainer, sum(self.selection.counts), lambda: anchor.last if anchor else None)
         self.trainer = weakref.ref(trainer)
-
-    def finish(self, cfg, model) -> None:
-        """Axolotl's last hook, which fires before it saves and once more after it has saved.
-
-        Before: look at the model, and raise nothing, for the adapter is not yet on disk. After:
-        read the adapter back. Each time the verdict goes into `loki_report.json` and, where there
-        is a fault, into `LOKI_FAILED.txt` beside the adapter.
-
-        Raises:
-            RuntimeError: after the save, all faults that were found.
-        """
-        folder = Path(cfg.output_dir)
-        if not self.trained:
-            self.trained = True
-            self.verdict.what["saved"] = "not yet"
-            self.verdict.left_out.add("saved")
-            self._look_at(model)
-            try:
-                self._publish(folder)
-            except OSError as error:  # raised later: what was trained must be saved first
-                LOG.exception("loki: the report cannot be written")
-                self.verdict.faults.append(f"the report cannot be written ({error})")
-            return
-        if ranks.is_first():
-            self._read_back(folder, model)
-            self._publish(folder)
-            self._measure_forgetting(model)
-            self._publish(folder)
-            self._show(folder)
-        self._publish(folder)
-        if ranks.is_first() and self.config.report:
-            from ..picturing.card import write_adapter_card
-
-            write_adapter_card(folder)  # Axolotl has written its own by now
-        if self.verdict.faults:
-            raise RuntimeError(
-                f"the adapter was saved to '{folder}', but do not use it:"
-                f" {'; '.join(self.verdict.faults)}"
-            )
-        if ranks.is_first():
-            title = "verified" if self.verdict.verified else "saved; not all of it was compared"
-            config = str(cfg.axolotl_config_path or "CONFIG")
-            LOG.info(block(title, about_end(self.verdict.what, self.forgotten, folder, config)))
-
-    def _look_at(self, model) -> None:
-        """The trained model in memory, on every rank; faults of any rank are everybody's."""
-        try:
-            mine = self._faults_in_memory(model)
-        except Exception as error:  # raised later: what was trained must be saved first
-            LOG.exception("loki: checking the trained model failed")
-            mine = [f"the check itself failed ({error!r})"]
-        for rank, found in enumerate(ranks.gather(mine)):
-            for fault in found:
-                if fault not in self.verdict.faults:
-                    self.verdict.faults.append(fault if not rank else f"rank {rank}: {fault}")
-
-    def _faults_in_memory(self, model) -> list[str]:
-        from ..implanting.adapter import check
-        from ..model.fingerprint import fingerprint
-        from ..model.loading import can_be_gathered
-
-        what, faults = self.verdict.what, []
-        try:
-            check(model, finite=True)
-            others = len(self.selection.linears)
-            trains = "every lora_B is confined to its rows, nothing else trains, no NaN"
-            if others:
-                trains = f"the rows and {others} further linears train, nothing else; no NaN"
-            what["adapter"] = trains
-        except RuntimeError as error:
-            what["adapter"] = "checked, with a fault"
-            faults.append(str(error))
-        if self.anchor and self.anchor.last is not None:
-            self.facts["anchor_kl_last_step"] = float(self.anchor.last)
-        if not can_be_gathered(model):
-            what["base"] = "not checksummed: sharded"
-            self.verdict.left_out.add("base")
-            return faults
-        after = fingerprint(model)
-        # Training cannot reach packed weights, but evaluation repacks them on some CPUs.
-        exact = self.base["quantisation"].startswith("none")
-        what["base"] = "every byte" if exact else QUANTISED
-        if any(after[k] != self.base[k] for k in ("identity", "weights")[: 1 + exact]):
-            faults.append(
-                "weights of the base model have changed during training; the adapter belongs"
-                " to a base that no longer exists"
-            )
-        return faults
-
-    def _read_back(self, folder: Path, model) -> None:
-        """The adapter on disk."""
-        from safetensors import SafetensorError
-
-        from ..implanting.saved import WEIGHTS, check_saved, check_saved_protection
-        from ..model.anatomy import find_anatomy
-
-        what = self.verdict.what
-        if not (folder / WEIGHTS).is_file():
-            what["saved"] = f"not read back: '{folder}' has no {WEIGHTS}"
-            self.verdict.left_out.add("saved")
-            return
-        self.verdict.left_out.discard("saved")
-        what["saved"] = "read back, with a fault"
-        try:
-            names = find_anatomy(model).names
-            grown = model.get_input_embeddings().num_embeddings > self.tokens
-            check_saved(folder, names, self.selection, self.config.rank, grown)
-            if self.directions:
-                leakage = check_saved_protection(folder, names, self.directions)
-                self.facts["protection"]["leakage_per_layer"] = leakage
-                what["protection"] = "ΔW·U of every linear of the saved adapter"
-            others = len(self.selection.linears)
-            every = f"every layer, B against {FILE_NAME}" + (
-                f", {others} further linears" if others else ""
-            )
-            what["saved"] = f"{WEIGHTS}: {every}, no NaN"
-        except (ValueError, OSError, SafetensorError) as error:
-            self.verdict.faults.append(str(error))
-
-    def _measure_forgetting(self, model) -> None:
-        """How much did the run forget? On the calibration prompts, which take a minute."""
-        from ..evaluating.forgetting import of_an_adapter
-        from ..model.loading import is_sharded
-
-        if not self.measured or is_sharded(model):
-            why = "the model is sharded" if self.measured else "no calibration was read"
-            self.facts["forgetting"] = {"not_measured": why}
-            self.forgotten = f"not measured: {why}"
-            return
-        started = time.perf_counter()
-        try:
-            found = of_an_adapter(model, self.measured)
-        except (RuntimeError, TypeError) as error:  # no memory, a family without `logits_to_keep`
-            LOG.warning("loki: how much was forgotten could not be measured: %s", error)
-            self.facts["forgetting"] = {"not_measured": str(error)}
-            self.forgotten = f"not measured: {error}"
-            return
-        self.facts["forgetting"] = found.to_json() | {
-            "calibration": self.config.calibration.source,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        self.forgotten = f"{found.text()}, of the calibration"
-
-    def _show(self, folder: Path) -> None:
-        """The page, from what was published."""
-        from ..analysing.scores.cache import cache_folder
-        from ..picturing.after import show
-
-        if self.config.report:
-            trainer = self.trainer() if self.trainer else None
-            cache = cache_folder(self.config.cache_dir)
-            self.facts["page"] = show(folder, self.selection, cache, trainer)
-
-    def _publish(self, folder: Path) -> None:
-        if not ranks.is_first():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        mark(folder, self.verdict)
-        if self.config.report:
-            write_report(folder, self.config, self.selection, self.facts, self.verdict)
 
 
 def _with_what_it_can_write(files: Files, model, tokenizer) -> Files:

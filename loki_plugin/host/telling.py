@@ -105,15 +105,19 @@ def about_files(folder: Path) -> list[Line]:
     return [*lines, *(("", f"{name:<{longest}}  {what}") for name, what in found.items())]
 
 
-def about_end(what: Mapping[str, str], forgotten: str, folder: Path, config: str) -> list[Line]:
+def about_end(
+    what: Mapping[str, str], forgotten: str, folder: Path, config: str, stopped: str = ""
+) -> list[Line]:
     """What was compared, how much was forgotten, where the files are, and what to type next.
 
     Args:
         what: per thing, what was compared of it; see `Verdict.what`.
         config: the run's YAML, as the user named it.
+        stopped: why the training ended early, where it did for what was forgotten.
     """
     return [
         *what.items(),
+        *([("stopped", stopped)] if stopped else []),
         ("forgotten", forgotten),
         *about_files(folder),
         ("next", f"loki merge {config}       the plain merged model, and the proof of its rows"),

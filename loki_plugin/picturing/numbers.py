@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from ..analysing.scores.cache import find_log
 from ..analysing.scores.log import ScoreLog
+from ..choices import WATCH_KEPT, WATCH_KL
 from ..implanting.saved import FIGURES_NAME
 from ..model.writing import write_text
 from ..rows import RowSelection
@@ -137,7 +138,7 @@ def of_stability(log: ScoreLog, selection: RowSelection) -> dict[str, Any]:
     }
 
 
-def of_training(history: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def of_training(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The logged training steps, in `POINTS` means at most; None where none was logged."""
     logged = [entry for entry in history if "loss" in entry and "step" in entry]
     if not logged:
@@ -153,9 +154,29 @@ def of_training(history: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
         if np.isfinite(values).any():
             curve[name] = _rounded(np.array([_mean(values[g]) for g in groups]))
     losses = np.array([_number(entry["loss"]) for entry in logged])
-    tail = losses[-max(1, len(losses) // 10) :]
-    curve |= {"first_loss": _plain(losses[0]), "last_loss": _plain(_mean(tail))}
-    return curve
+    curve |= {"first_loss": _plain(losses[0]), "last_loss": _plain(_recent(losses))}
+    return curve | _evaluated(history, [entry["step"] for entry in logged], losses)
+
+
+def _evaluated(
+    history: Sequence[dict[str, Any]], steps: Sequence[int], losses: np.ndarray
+) -> dict[str, Any]:
+    """Of each evaluation that measured what is kept: its step, KL, share kept, and the loss there.
+
+    Without the one before the first step.
+    """
+    found = [e for e in history if WATCH_KEPT in e and e["step"] >= steps[0]]
+    if not found:
+        return {}
+    names = {"step": "step", "kl": WATCH_KL, "kept": WATCH_KEPT}
+    columns = {n: [_plain(_number(e[key])) for e in found] for n, key in names.items()}
+    seen = [np.searchsorted(steps, e["step"], side="right") for e in found]
+    return {"evaluated": columns | {"loss": [_plain(_recent(losses[:n])) for n in seen]}}
+
+
+def _recent(losses: np.ndarray) -> float:
+    """The mean of the last tenth."""
+    return _mean(losses[-max(1, len(losses) // 10) :])
 
 
 def chosen_density(selection: RowSelection) -> np.ndarray:

@@ -97,13 +97,28 @@ def _tradeoff(numbers: Numbers, report: dict[str, Any]) -> Picture | str:
     if gained is None:
         return "no training loss was logged"
     kept = 100 * forgetting["same_answer"]
+    way, caption = _way(numbers), ""
+    if way:
+        caption = (
+            " Dotted: the way there, from one evaluation to the next, on the few prompts that are"
+            " held back for them."
+        )
     return Picture(
         "tradeoff",
-        tradeoff_figure(["this run"], [gained], [kept]),
+        tradeoff_figure(["this run"], [gained], [kept], way=way),
         f"Up: the share of {forgetting['prompts']} calibration prompts that the tuned model answers"
         " as its base does. Right: how much of the first logged training loss is gone. Top right is"
-        " best; both are measured on what the run itself has seen, so they are no test set.",
+        " best; both are measured on what the run itself has seen, so they are no test set."
+        + caption,
     )
+
+
+def _way(numbers: Numbers) -> list[tuple[float, float]]:
+    """Percent of the first loss gone, and kept, at each evaluation."""
+    training = numbers["training"]
+    found, first = training.get("evaluated") or {"loss": [], "kept": []}, training["first_loss"]
+    pairs = zip(array(found["loss"]), array(found["kept"]), strict=True)
+    return [(100 * (first - x) / first, 100 * y) for x, y in pairs if np.isfinite(x + y)]
 
 
 def _training(numbers: Numbers) -> Picture | str:

@@ -55,15 +55,22 @@ def protecting_prompts(
     return kept
 
 
-def own_texts(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
+def own_texts(
+    model: nn.Module, tokenizer, config: LokiConfig, count: int | None = None, seed: int = 0
+) -> list[Record]:
     """What `protect.text: self` stands for: the model writes it once, and the cache keeps it.
 
     Under `torch.distributed` one rank works and all return its texts.
 
+    Args:
+        count: how many; None: `protect.count`.
+        seed: of what is drawn.
+
     Raises:
         ValueError: as `write_texts`.
     """
-    return ranks.broadcast(*_by_one(model, lambda: _write(model, tokenizer, config)))
+    asked = count or config.protect.count, seed
+    return ranks.broadcast(*_by_one(model, lambda: _write(model, tokenizer, config, *asked)))
 
 
 def told_of(texts: Sequence[Record]) -> str:
@@ -72,11 +79,11 @@ def told_of(texts: Sequence[Record]) -> str:
     return f"the model wrote {dialogues} dialogues and {len(texts) - dialogues} plain texts"
 
 
-def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
+def _write(model: nn.Module, tokenizer, config: LokiConfig, count: int, seed: int) -> list[Record]:
     marks = own_text.Marks.of(model, tokenizer)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     identity = {
-        "written": [_WRITING, config.protect.count, TEXT_TOKENS],
+        "written": [_WRITING, count, TEXT_TOKENS] + [seed] * (seed > 0),
         "fingerprint": fingerprint(model, unchanged=True),
         "template": getattr(tokenizer, "chat_template", None),
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
@@ -88,10 +95,10 @@ def _write(model: nn.Module, tokenizer, config: LokiConfig) -> list[Record]:
     if kept is not None:
         LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
         return kept
-    rows = own_text.write_texts(model, tokenizer, config.protect.count, TEXT_TOKENS)
+    rows = own_text.write_texts(model, tokenizer, count, TEXT_TOKENS, seed=seed)
     try:
         write_text(path, own_text.lines(rows))
-        LOG.info("loki: the model wrote %d texts for its protection (%s)", len(rows), path)
+        LOG.info("loki: the model wrote %d texts (%s)", len(rows), path)
         prune(folder, config.cache_limit, keep=path.stem)
     except OSError as error:
         LOG.warning("loki: what the model wrote could not be kept in the cache: %s", error)

@@ -11,7 +11,9 @@ from helpers.prompts import LM_EVAL_TASK
 
 from loki_plugin import implant
 from loki_plugin.cli import loki
-from loki_plugin.evaluating.forgetting import load_model, measure
+from loki_plugin.evaluating import Forgetting, TaskChange
+from loki_plugin.evaluating.forgetting import ForgettingReport, load_model, measure
+from loki_plugin.evaluating.gate import Gate
 from loki_plugin.evaluating.harness import changes, check_tasks, evaluate_tasks
 
 
@@ -170,3 +172,69 @@ def test_a_device_or_dtype_that_there_is_not_is_named_before_the_model_loads(
 ):
     with pytest.raises(ValueError, match=message):
         load_model("nowhere", None, device, dtype)
+
+
+def judge(folder, prompts, *thresholds, tuned="tuned"):
+    command = ["forgetting", "--base", str(folder / "base"), "--tuned", str(folder / tuned)]
+    command += ["--prompts", prompts, "--device", "cpu", *thresholds]
+    return CliRunner().invoke(loki, command, catch_exceptions=False)
+
+
+def test_each_broken_threshold_is_a_sentence_and_the_exit_code_one(folder, tmp_path):
+    prompts = str(folder / "prompts.jsonl")
+    free = judge(folder, prompts, "--json")
+    figures = json.loads(free.stdout)
+    assert free.exit_code == 0 and not {"passed", "broken"} & figures.keys()
+    kl, kept = figures["prompts"]["kl"], 100 * figures["prompts"]["same_answer"]
+    assert kl > 0.01 and kept < 50
+    narrow = ["--max-kl", repr(kl * 0.99), "--min-kept", repr(kept + 1.5)]
+    wide = ["--max-kl", repr(kl * 1.01), "--min-kept", "1"] if kept >= 1 else ["--max-kl", "99"]
+    out = str(tmp_path / "gate.json")
+    result = judge(folder, prompts, *narrow, "--output", out)
+    assert result.exit_code == 1
+    assert f"KL to the base is {kl:.4g} nats, more than --max-kl {kl * 0.99:g}\n" in result.output
+    assert "% of the prompts are answered as the base does, less than --min-kept" in result.output
+    told = json.loads((tmp_path / "gate.json").read_text())
+    assert told["passed"] is False and len(told["broken"]) == 2
+    as_json = judge(folder, prompts, *narrow, "--json")
+    facts = json.loads(as_json.stdout)
+    assert as_json.exit_code == 1 and facts["broken"] == told["broken"]
+    passed = judge(folder, prompts, *wide)
+    assert passed.exit_code == 0 and "every threshold is kept" in passed.output
+    same = judge(folder, prompts, "--max-kl", "0", "--min-kept", "100", tuned="base")
+    assert same.exit_code == 0, same.output
+
+
+def test_a_gain_hides_no_loss():
+    prompts = Forgetting(9, 0.0, 1.0, accuracy_before=0.5, accuracy_after=0.49)
+    tasks = [TaskChange("a", "acc", 0.5, 0.6), TaskChange("b", "acc", 0.8, 0.76)]
+    tasks.append(TaskChange("c", "ppl", 10.0, 10.1, higher_is_better=False))
+    report = ForgettingReport(prompts, tasks)
+    assert not Gate(max_drop=5.0001).broken(report)
+    (said,) = Gate(max_drop=1.5).broken(report)
+    assert said == (
+        "b lost 5 %, the share of prompts answered right lost 2 %, more than --max-drop 1.5"
+    )
+    assert len(Gate(max_drop=0.9).broken(report)) == 1 and Gate(0.0, 100.0, 5.1).given
+    nothing = Forgetting(9, float("nan"), float("nan"))
+    assert len(Gate(0.05, 95).broken(ForgettingReport(nothing))) == 2
+    assert not Gate().given and Gate().to_json(report) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-kl", "much"], "'much' is not a valid float"),
+        (["--max-kl", "-1"], "got -1, expected a number of at least 0"),
+        (["--max-kl", "nan"], "got nan, expected a number of at least 0"),
+        (["--max-drop", "inf"], "got inf, expected a number of at least 0"),
+        (["--min-kept", "0.95"], "got 0.95, expected percent from 1 to 100, such as 95"),
+        (["--min-kept", "101"], "got 101, expected percent from 1 to 100"),
+        (["--max-drop", "1"], "--max-drop goes by right answers, and "),
+    ],
+)
+def test_faulty_thresholds_are_named_before_the_models_load(folder, options, message):
+    command = ["forgetting", "--base", "none", "--tuned", "none"]
+    command += ["--prompts", str(folder / "prompts.jsonl"), *options]
+    result = CliRunner().invoke(loki, command)
+    assert result.exit_code in (1, 2) and message in " ".join(result.output.split())

@@ -20,6 +20,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from loki_plugin.analysing.calibration.prompts import Text
+from loki_plugin.evaluating.watching import measure
 from loki_plugin.host import settings
 from loki_plugin.host.files import Files
 from loki_plugin.protecting.directions import FILE_NAME, Directions
@@ -46,6 +48,8 @@ def post_train(self, cfg, model):
     whole = sum(p.numel() for p in parameters.values())
     here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values())
     seen["part"] = here / whole
+    watch = self.run.watch
+    seen["texts"] = watch and [[t.ids for t in part] for part in (watch.prompts, watch.own)]
     try:
         model.save_pretrained(str(Path(cfg.output_dir) / "alone"))
     except RuntimeError as error:
@@ -96,6 +100,10 @@ def sharded(run_config):
     [
         ({"load_in_4bit": True}, "load_in_4bit: only 16/32-bit bases .* it trains under DDP"),
         ({"load_in_8bit": True}, "load_in_8bit: only 16/32-bit bases"),
+        (
+            {"loki": {"stop_forgetting": 0.05}},
+            "loki.stop_forgetting: loading a checkpoint back was not proved under FSDP2",
+        ),
         ({"rl": "dpo"}, "rl: preferences were not proved under FSDP2"),
         ({"dp_replicate_size": 2}, "dp_replicate_size: it was not proved"),
         ({"gradient_checkpointing": "offload"}, "gradient_checkpointing: offload was not proved"),
@@ -244,6 +252,7 @@ def runs(base, tied, dataset, questions, tmp_path_factory):
         "dense-ddp": plain,
         "rank2-ddp": low_rank,
         "rank2-fsdp2": low_rank | saving,  # finds the analysis of both ranks in the cache
+        "watched-fsdp2": plain | sharding() | {"val_set_size": 0.2, "eval_steps": 3},
     }
     files = []
     for name, config in configs.items():
@@ -286,6 +295,20 @@ def test_it_trains_the_model_that_ddp_trains(runs, base, tied, form, rank):
     assert len(loaded) == len(stored) == 6
     for key, tensor in stored.items():
         assert torch.equal(loaded[key.replace(".weight", ".default.weight")], tensor), key
+
+
+@pytest.mark.slow
+def test_its_evaluations_measure_what_the_saved_adapter_has_forgotten(runs, base):
+    out = runs / "watched-fsdp2"
+    (texts, theirs) = (found["texts"] for found in seen(runs, "watched-fsdp2"))
+    assert texts == theirs and len(texts[0]) == 1 and len(texts[1]) > 1
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    truth = measure(tuned, *([Text(tuple(ids)) for ids in part] for part in texts))
+    report = json.loads((out / "loki_report.json").read_text())["forgetting_while_training"]
+    before, after = report["path"]
+    assert before == {"step": 0, "kl": 0.0, "kept": 1.0} and after["step"] == 3
+    assert after["kl"] == pytest.approx(truth.kl, rel=1e-3) and truth.kl > 1e-6
+    assert after["kept"] == truth.kept
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from loki_plugin.host.proof import Proof
 from loki_plugin.host.run import Run
 from loki_plugin.model import fingerprint as module
 
@@ -21,18 +22,18 @@ def test_a_run_reads_the_weights_once_before_training_and_once_after(
             told.append("read")
         return checksum(tensor, block)
 
-    def telling(name):
-        own = getattr(Run, name)
+    def telling(room, name):
+        own = getattr(room, name)
 
         def tell(self, *args):
             told.append(name)
             return own(self, *args)
 
-        monkeypatch.setattr(Run, name, tell)
+        monkeypatch.setattr(room, name, tell)
 
     monkeypatch.setattr(module, "_checksum", counted)
-    telling("prepare_trainer")
-    telling("_look_at")
+    telling(Run, "prepare_trainer")
+    telling(Proof, "_look_at")
     run_config["loki"]["protect"] = {"directions": 5}  # which reads the model too
     train(run_config | {"max_steps": 2})
     once = ["read"] * LAYERS

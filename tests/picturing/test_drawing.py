@@ -30,6 +30,7 @@ def figures():
         "stability": stability_figure([2, 4], density[:, :2], density[0, :2], 0.1, 0.95),
         "training": training_figure([5, 10], [2.0, 1.0], [0.1, 0.2], [0.0, 0.1]),
         "tradeoff": tradeoff_figure(["a", "b"], [30, 90], [99, 40]),
+        "way": tradeoff_figure(["a"], [30], [99], way=[(-5, 100), (20, 97)]),
         "change": change_figure(["x", "y"], [0.5, 0.6], [0.4, 0.6]),
     }
 

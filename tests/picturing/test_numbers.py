@@ -12,6 +12,7 @@ from helpers.analyses import analysed
 
 from loki_plugin.picturing import numbers
 from loki_plugin.picturing.numbers import CELLS, POINTS, cells, gather, of_training
+from loki_plugin.picturing.pictures import pictures
 from loki_plugin.rows import RowSelection
 
 
@@ -141,3 +142,30 @@ def test_other_files_are_refused(tmp_path, content, message):
     (tmp_path / "loki_figures.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         numbers.load(tmp_path)
+
+
+def test_each_evaluation_stands_beside_the_loss_that_it_had():
+    """Of 40 logged losses a tenth are 4; the evaluation before the first step is no point."""
+    history = [{"step": 0, "eval_loki_kl": 0.0, "eval_loki_kept": 1.0, "eval_loss": 9.0}]
+    for step in range(1, 41):
+        history.append({"step": step, "loss": 50.0 - step})
+        if step % 20 == 0:
+            history.append({"step": step, "eval_loki_kl": step / 1000, "eval_loki_kept": 0.75})
+    found = of_training(history)
+    assert found["evaluated"] == {
+        "step": [20, 40],
+        "kl": [0.02, 0.04],
+        "kept": [0.75, 0.75],
+        "loss": [30.5, 11.5],
+    }
+    assert found["last_loss"] == 11.5
+    assert "evaluated" not in of_training([e for e in history if "loss" in e])
+    (drawn, *_), _ = pictures(
+        {"training": found, "left_out": {}, "hidden_size": 0},
+        {"forgetting": {"same_answer": 0.5, "prompts": 8}},
+    )
+    (axis,) = drawn.figure.axes
+    points = next(line for line in axis.lines if line.get_linestyle() == ":").get_xydata()
+    first = 49.0
+    way = [(0, 100)] + [(100 * (first - loss) / first, 75) for loss in (30.5, 11.5)]
+    assert np.allclose(points, way) and "Dotted: the way there" in drawn.caption

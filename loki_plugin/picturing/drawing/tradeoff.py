@@ -17,16 +17,21 @@ def tradeoff_figure(
     kept: Sequence[float],
     learned_unit: str = "task learned: training loss removed, %",
     kept_unit: str = "knowledge kept: answers as the base's, %",
+    way: Sequence[tuple[float, float]] = (),
 ) -> Figure:
     """Every model as a point; the base stands at 0 learned, 100 kept, and top right is best.
 
     Args:
         names: of M tuned models.
         learned, kept: M percentages each.
+        way: (learned, kept) of one of them while it trained, from the base on.
     """
     figure, (axis,) = new_figure(2.9)
     axis.plot(0, 100, "s", color=INK, markersize=6, clip_on=False, zorder=3)
     axis.annotate("base", (0, 100), (8, -3), textcoords="offset points", color=INK, fontsize=8.5)
+    if way:
+        xs, ys = zip((0.0, 100.0), *way, strict=True)
+        axis.plot(xs, ys, ":", color=OTHER, lw=1.2, marker=".", markersize=4, clip_on=False)
     for i, (name, x, y) in enumerate(zip(names, learned, kept, strict=True)):
         colour = _COLOURS[i % len(_COLOURS)]
         arrow = {"arrowstyle": "->", "color": colour, "alpha": 0.6, "shrinkB": 5, "lw": 1.2}
@@ -42,7 +47,7 @@ def tradeoff_figure(
             color=INK,
             fontsize=8.5,
         )
-    axis.set_xlim(min(0.0, *learned), 100)
+    axis.set_xlim(min(0.0, *learned, *(x for x, _ in way)), 100)
     axis.set_ylim(0, 105)
     label(axis, learned_unit, kept_unit.replace(": ", ":\n"))
     grid(axis)
