@@ -56,7 +56,7 @@ class Proof:
             self._publish(folder)
             self._show(folder)
         self._publish(folder)
-        if ranks.is_first() and self.config.report:
+        if ranks.is_first() and self.run.config.report:
             from ..picturing.card import write_adapter_card
 
             write_adapter_card(folder)  # Axolotl has written its own by now
