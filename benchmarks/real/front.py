@@ -123,12 +123,14 @@ def in_short(rows: list[Row]) -> str:
             found.append({"way to train": SHOWN.get(arm, (arm,))[0], **cells})
     lora = "; ".join(f"{_title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
     seeds = [int(known[*k, RIVAL]["seeds"]) for k in columns]
+    rates = {len({r["rate"] for r in rows if (r["base"], r["task"], r["arm"]) == k}) for k in known}
+    how = "the best of its rates" if max(rates) > 1 else "one rate, its best guess"
     many = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
     return (
         "How much is forgotten when the new task is learned equally well, as a share of what LoRA"
         " forgets (KL to the base on dialogues; smaller is better; `-`: it did not learn the task"
         f" so well).\n\n{table(found)}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of LoRA:"
-        f" {many}; each way at the best of its rates."
+        f" {many}; each way at {how}."
     )
 
 

@@ -61,7 +61,7 @@ def draw(
                 markersize=3.5 if strong else 2,
                 linewidth=1.6 if strong else 0.7,
             )
-            handles.setdefault(name, line)
+            handles.setdefault(name.replace("`", ""), line)
         if (goal := goals(task, axis_of)) is not None:
             axis.axvline(goal, color="0.6", linestyle=":", linewidth=1)
         axis.set(
