@@ -15,7 +15,7 @@ SHOWN = {
     "lora_replay5": ("LoRA + 5 % real data", "tab:olive"),
     "lora_anchor": ("LoRA + our anchor alone", "tab:purple"),
     "random_q30": ("random rows, 30 %", "tab:cyan"),
-    "loki_q30": ("LoKI, 30 %", "tab:blue"),
+    "loki_q30": ("LoKI as in the paper, 30 % of the rows", "tab:blue"),
     "loki_soft_anchor_q90": ("90 % of the rows, `protect: auto`", "tab:green"),
     "lora_soft": ("all linears, soft inputs alone", "tab:orange"),
     "lora_soft_anchor": ("all linears, `protect: auto`", "tab:red"),
