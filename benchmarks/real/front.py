@@ -29,7 +29,13 @@ NOTHING = (
 LINES, COLUMNS, PANELS = 6, 3, 2
 _OTHERS = "the best of all other ways, without old data"
 # Arms of this package, the most wanted first; the paper's own and those with old data stand apart.
-_OURS = ("lora_soft_anchor", "loki_soft_anchor_q90", "lora_soft", "loki_soft_q90")
+_OURS = (
+    "lora_soft_anchor",
+    "loki_soft_anchor_q90",
+    "lora_anchor",
+    "lora_soft",
+    "loki_soft_q90",
+)
 _PAPERS, _OLD_DATA = "loki_q30", "lora_replay5"
 _NAMES = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma-3-270M"}
 _TASK_NAMES = {
@@ -109,8 +115,7 @@ def in_short(rows: list[Row]) -> str:
     if not columns:
         return NOTHING
     ran = {x["arm"] for x in lines if (x["base"], x["task"]) in columns}
-    ours = [arm for arm in _OURS if arm in ran][: LINES - 4]
-    shown = [RIVAL, _OTHERS, _OLD_DATA, _PAPERS, *ours]
+    shown = [RIVAL, _OTHERS, _OLD_DATA, _PAPERS, *(arm for arm in _OURS if arm in ran)]
     found = []
     for arm in shown:
         cells = {
@@ -129,7 +134,7 @@ def in_short(rows: list[Row]) -> str:
     return (
         "How much is forgotten when the new task is learned equally well, as a share of what LoRA"
         " forgets (KL to the base on dialogues; smaller is better; `-`: it did not learn the task"
-        f" so well).\n\n{table(found)}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of LoRA:"
+        f" so well).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of LoRA:"
         f" {many}; each way at {how}."
     )
 
