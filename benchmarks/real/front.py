@@ -134,8 +134,8 @@ def in_short(rows: list[Row]) -> str:
     return (
         "How much is forgotten when the new task is learned equally well, as a share of what LoRA"
         " forgets (KL to the base on dialogues; smaller is better; `-`: it did not learn the task"
-        f" so well).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of LoRA:"
-        f" {many}; each way at {how}."
+        f" so well).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of"
+        f" LoRA: {many}; each way at {how}."
     )
 
 
