@@ -20,7 +20,7 @@ from ..rows import RowSelection
 from .base import check_base
 from .files import Files, config_file
 from .patches import take_over_sharded_saving
-from .sharding import check_anchor, check_loaded, is_fsdp2, meet
+from .sharding import check_loaded, is_fsdp2, let_anchor_pass, meet
 from .telling import Line, about_rows, about_training, block
 from .tokens import calibration_tokenizer
 from .watched import choose_by, watch
@@ -55,7 +55,7 @@ class Run:
         from ..pipeline import choose_rows, is_analysed
 
         meet()
-        check_anchor(cfg, files.config.protect)
+        let_anchor_pass(cfg, files.config.protect)
         check_loaded(model, sharded=is_fsdp2(cfg))
         if is_fsdp2(cfg):
             take_over_sharded_saving()

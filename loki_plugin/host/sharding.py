@@ -232,30 +232,22 @@ def meet() -> None:
         init_distributed_state()
 
 
-def check_anchor(cfg, protect: ProtectArgs) -> None:
+def let_anchor_pass(cfg, protect: ProtectArgs) -> None:
     """See to it, where several processes train, that the anchor's second pass has a gradient.
 
-    DDP counts the gradients of each parameter, and a reentrant checkpoint delivers them once for
-    each pass: PyTorch ends such a step with "marked as ready twice". Reentrant is the default; it
-    is changed, visibly, where the YAML does not ask for it. `fsdp_faults` has FSDP2's.
-
-    Raises:
-        ValueError: gradient checkpoints that the YAML wants to be reentrant, beside an anchor.
+    DDP counts the gradients of each parameter, and a reentrant checkpoint, which is Axolotl's
+    default, delivers them once for each pass: PyTorch ends such a step with "marked as ready
+    twice". So checkpoints are made non-reentrant, and the log says so; what is computed stays the
+    same. `fsdp_faults` has FSDP2's.
     """
     if ranks.count() == 1 or not protect.anchor or not cfg.get("gradient_checkpointing"):
         return
     kwargs = dict(cfg.get("gradient_checkpointing_kwargs") or {})
-    if kwargs.get("use_reentrant") is None:
+    if kwargs.get("use_reentrant") is not False:
         cfg["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
         LOG.info(
             "loki: gradient_checkpointing_kwargs.use_reentrant is now False: the anchor is a second"
             " pass, and several processes train"
-        )
-    elif kwargs["use_reentrant"]:
-        raise ValueError(
-            "loki.protect.anchor: with several processes gradient checkpointing must not be"
-            " reentrant, for the anchor is a second pass; set"
-            " `gradient_checkpointing_kwargs: {use_reentrant: false}`"
         )
 
 

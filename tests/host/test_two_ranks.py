@@ -47,18 +47,6 @@ if __name__ == "__main__":  # data sets are tokenised in processes that import t
 CHECKPOINTS = {"gradient_checkpointing": True}  # reentrant, where nothing else is said
 
 
-def test_an_anchor_behind_reentrant_checkpoints_is_refused_before_the_analysis(
-    run_config, tmp_path
-):
-    run_config |= CHECKPOINTS | {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    run_config["loki"] |= {"protect": {"anchor": 1.0}}
-    (tmp_path / "rank.py").write_text(SCRIPT)
-    (tmp_path / "config.yaml").write_text(json.dumps(run_config))
-    said = two_ranks(tmp_path / "rank.py", tmp_path / "config.yaml", tmp_path, check=False)
-    assert "set `gradient_checkpointing_kwargs: {use_reentrant: false}`" in said
-    assert "loki: analysing" not in said and not (tmp_path / "rank-0.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("rank", "protect"),
     [
