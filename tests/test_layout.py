@@ -24,6 +24,7 @@ FLOORS = [
     {
         "loki_plugin.pipeline",
         "loki_plugin.protecting.preparing",
+        "loki_plugin.protecting.texts",
         "loki_plugin.protecting.leaking",
         "loki_plugin.estimating",
         "loki_plugin.evaluating.forgetting",

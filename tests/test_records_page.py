@@ -9,6 +9,7 @@ import pytest
 from helpers.pages import TEXTS
 from helpers.tokenizers import make_tokenizer
 
+from loki_plugin.analysing.calibration.files import KINDS as KINDS_OF_FILES
 from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts
 from loki_plugin.analysing.calibration.sources import load_records
 
@@ -43,3 +44,34 @@ def test_the_page_says_what_becomes_of_a_record(tmp_path, record, what):
     tokenizer = make_tokenizer(tmp_path, get_chat_template("qwen_25"))
     assert load_texts(tokenizer, [read])
     assert load_prompts(tokenizer, str(path), records=[read]).prompts
+
+
+SOURCES = TEXTS["docs/guide.md"].split("## Calibration sources")[1].split("### Records")[0]
+SUFFIXES = re.findall(r"`(\.\w+)`", SOURCES)
+
+
+def test_the_table_of_sources_has_every_kind_of_file():
+    assert sorted(SUFFIXES) == sorted(KINDS_OF_FILES)
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
+def test_every_kind_of_file_in_the_table_is_read(tmp_path, suffix):
+    """The same two records, and the same two texts; without a suffix: a folder of `datasets`."""
+    from datasets import Dataset
+
+    rows = [{"prompt": "say the number", "target": "one"}, {"prompt": "and", "target": "two"}]
+    data, path = Dataset.from_list(rows), tmp_path / f"source{suffix}"
+    write = {
+        ".jsonl": lambda: path.write_text("\n".join(map(json.dumps, rows))),
+        ".json": lambda: path.write_text(json.dumps(rows)),
+        ".csv": lambda: data.to_csv(path),
+        ".parquet": lambda: data.to_parquet(path),
+        ".txt": lambda: path.write_text("say the number\n\nand"),
+        "": lambda: data.save_to_disk(path),
+    }
+    write[suffix]()
+    found = load_records(str(path))
+    said = [record.text if suffix == ".txt" else record.prompt for record in found]
+    assert said == ["say the number", "and"]
+    if suffix != ".txt":
+        assert [record.target for record in found] == ["one", "two"]

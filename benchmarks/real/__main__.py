@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.real import bases, front, pace, report, seen, sweep
+from benchmarks.real import bases, beginning, front, pace, report, seen, sweep
 from benchmarks.real.arms import ARMS
 from benchmarks.real.data import DEFAULT, Data
 from benchmarks.real.lab import Lab
@@ -14,10 +14,19 @@ from benchmarks.real.probes import AMOUNTS
 from benchmarks.real.tasks import TASKS
 from benchmarks.writer import RESULTS
 
+# What writes a results file of its own.
+_REPORTS = {
+    "directions": lambda lab, options: seen.report(lab),
+    "pace": lambda lab, options: pace.report(lab, options.precision),
+    "beginning": lambda lab, options: beginning.report(lab, options.steps, options.precision),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
-    parser.add_argument("what", choices=["bases", "run", "report", "directions", "pace"])
+    parser.add_argument(
+        "what", choices=["bases", "run", "report", "directions", "pace", "beginning"]
+    )
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
     parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
@@ -52,13 +61,9 @@ def main() -> None:
     given = tuple(float(r) for r in options.rates.split(",") if r)
     data = Data(options.data)
     labs = {n: Lab(n, data, options.amount, options.device, options.work) for n in names}
-    if options.what == "directions":
+    if options.what != "run":
         for lab in labs.values():
-            seen.report(lab)
-        return
-    if options.what == "pace":
-        for lab in labs.values():
-            pace.report(lab, options.precision)
+            _REPORTS[options.what](lab, options)
         return
     keys = [
         sweep.Key(base, task, arm, int(seed), rate, options.amount)

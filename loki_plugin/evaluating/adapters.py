@@ -83,7 +83,7 @@ def losses_onto(base: Base, adapter: Path) -> tuple[dict[str, float], str]:
     tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=trust)
     prompts = load_questions(tokenizer, CalibrationArgs(source=SOURCE))
     prompts = prompts[:: -(-len(prompts) // QUICK_PROMPTS)]
-    dtype, mark = found.stored[found.down[0]].torch_dtype, selection.fingerprint
+    dtype, mark = found.first(selection.linears).torch_dtype, selection.fingerprint
     plain = load(str(found.folder), mark, dtype=dtype, trust_remote_code=trust)
     plain = with_adapter(plain, adapter).to("cuda" if gpu else "cpu")
     first = _losses(plain, prompts, _SECONDS)

@@ -20,7 +20,7 @@ from ..analysing.calibration.prompts import Text, read_dialogues
 from ..analysing.calibration.sources import Record
 from ..args import LokiConfig
 from ..inputs import Inputs
-from ..protecting.preparing import own_texts, protecting_prompts
+from ..protecting.texts import own_texts, protecting_prompts
 
 LOG = logging.getLogger("loki_plugin")
 APART = 8  # one of so many calibration prompts is held back

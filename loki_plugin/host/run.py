@@ -100,11 +100,9 @@ class Run:
             choose_directions,
             describe,
             earlier_directions,
-            own_texts,
-            protecting_prompts,
             report,
-            told_of,
         )
+        from ..protecting.texts import own_texts, protecting_prompts, told_of
 
         settings = self.config.protect
         found = earlier_directions(self.config, cfg.lora_model_dir, _resumed_checkpoint(cfg))
@@ -134,7 +132,9 @@ class Run:
             self.anchor = Anchor(ids, settings.anchor, settings.anchor_batch, every, starts)
             each = f"{settings.anchor:g} x KL(base || tuned) on {settings.anchor_batch}"
             when = "every step" if every == 1 else f"every {every}th step"
-            self.told.append(("anchor", f"{when} adds {each} of {len(texts)} texts"))
+            begin = sum(map(len, starts))
+            told = f"{when} adds {each} of {len(texts)} texts, in which {begin} answers begin"
+            self.told.append(("anchor", told))
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""

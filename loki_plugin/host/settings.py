@@ -118,7 +118,8 @@ def _about_rate(cfg, config: LokiConfig) -> list[Line]:
             "rate",
             f"learning_rate = {given:g}{scaled} is kept, a rate of LoRA; dense rows train as in"
             " full fine-tuning, and forget more at higher rates: about 1e-5 is advised"
-            " (docs/choosing.md). Set it, or `loki.lr_scale`",
+            " (docs/choosing.md). Set it, or `loki.lr_scale`"
+            + ("; protected, they need a higher one" if config.protect.reads else ""),
         )
     ]
 

@@ -116,7 +116,7 @@ def _read(tokenizer, files: Files) -> set[int]:
     """All ids that analysing and protecting read."""
     from ..analysing.calibration.prompts import load_prompts
     from ..analysing.calibration.rendering import chat
-    from ..protecting.preparing import protecting_prompts
+    from ..protecting.texts import protecting_prompts
 
     found: set[int] = set()
     if files.config.protect.text == SELF:  # what the model writes begins with these

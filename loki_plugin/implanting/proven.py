@@ -14,7 +14,7 @@ from .adapters import Adapter
 from .checkpoint import Base
 from .dequantised import write_dequantised
 from .merge import MergeReport, check_output, merge_adapters, removing
-from .rounded import DEQUANTISED, ORIGINAL, advise
+from .rounded import DEQUANTISED, ORIGINAL, Advice, advise
 from .verify import VerifyReport, verify
 
 LOG = logging.getLogger("loki_plugin")
@@ -58,7 +58,6 @@ def merge_run(
             " and ".join(str(p.folder) for p in parts),
         )
         merged = merge_adapters(base, parts, output, sum_overlaps)
-        merged = replace(merged, advice=advise(original, parts))
     for line in merged.text().splitlines():
         LOG.info("loki: %s", line)
     proof = verify(base, output, union([p.selection for p in parts]))
@@ -66,7 +65,20 @@ def merge_run(
         LOG.info("loki: %s", line)
     if not proof.ok:
         raise NotProven(f"do not use the merged model in '{output}':\n{proof.text()}")
-    return merged, proof
+    advice = _advice(original, parts)
+    if advice:
+        for line in advice.text().splitlines():
+            LOG.info("loki: %s", line)
+    return replace(merged, advice=advice), proof
+
+
+def _advice(base: Base, parts: list[Adapter]) -> Advice | None:
+    """Onto which base the run is merged best; what is merged and proven does not fail by it."""
+    try:
+        return advise(base, parts)
+    except (OSError, RuntimeError, ValueError) as error:
+        LOG.warning("loki: how large the base's rounding is could not be measured: %s", error)
+        return None
 
 
 def _dequantised(base: Base, selections: list[RowSelection], output: Path) -> Base:

@@ -1,4 +1,4 @@
-"""From a loaded model to what protects it: directions and anchor prompts of the calibration."""
+"""From a loaded model and texts to the directions that protect it."""
 
 from __future__ import annotations
 
@@ -6,130 +6,27 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ranks
 from ..analysing.attribution.devices import first_device
-from ..analysing.calibration.prompts import Text, load_prompts, read_dialogues
-from ..analysing.calibration.sources import Record, load_records, record_of
-from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, kept_file, prune, use
+from ..analysing.scores.cache import DIRECTIONS, cache_folder, kept_file, prune
 from ..args import LokiConfig, ProtectArgs
-from ..choices import DOWN, PROTECT_GB, TEXT_TOKENS
-from ..inputs import Inputs
+from ..choices import DOWN, PROTECT_GB
 from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint
 from ..model.linears import kind_of
-from ..model.loading import is_loaded
-from ..model.writing import write_text
-from . import own_text
 from .directions import FILE_NAME, Directions
 from .finding import Wanted, find_directions, targeted
+from .keeping import by_one, key_of, read_kept
 
 LOG = logging.getLogger("loki_plugin")
-T = TypeVar("T")
-_WRITING = 1  # raised when the same model would write other texts
-
-
-def protecting_prompts(
-    tokenizer, config: LokiConfig, inputs: Inputs, unknown: frozenset[int] = frozenset()
-) -> list[Text]:
-    """The calibration prompts and `protect.text`, distinct ones once, in order.
-
-    Args:
-        unknown: ids of tokens that the model has not learned; prompts with them are left out, for
-            letters that the model has written may be one token that the YAML adds.
-    """
-    settings = config.calibration.model_dump()
-    found = load_prompts(tokenizer, **settings, records=inputs.records).prompts
-    texts = [Text(p.ids, (len(p.ids) - 1,)) for p in found]
-    distinct = list(dict.fromkeys(texts + read_dialogues(tokenizer, inputs.texts)))
-    kept = [text for text in distinct if unknown.isdisjoint(text.ids)]
-    if len(kept) < len(distinct):
-        LOG.info("loki: %d texts with new tokens left out", len(distinct) - len(kept))
-    return kept
-
-
-def own_texts(
-    model: nn.Module, tokenizer, config: LokiConfig, count: int | None = None, seed: int = 0
-) -> list[Record]:
-    """What `protect.text: self` stands for: the model writes it once, and the cache keeps it.
-
-    Under `torch.distributed` one rank works and all return its texts.
-
-    Args:
-        count: how many; None: `protect.count`.
-        seed: of what is drawn.
-
-    Raises:
-        ValueError: as `write_texts`.
-    """
-    asked = count or config.protect.count, seed
-    return ranks.broadcast(*_by_one(model, lambda: _write(model, tokenizer, config, *asked)))
-
-
-def told_of(texts: Sequence[Record]) -> str:
-    """What the model wrote, in one line; without dialogues where its template begins no turn."""
-    dialogues = sum(t.messages is not None for t in texts)
-    return f"the model wrote {dialogues} dialogues and {len(texts) - dialogues} plain texts"
-
-
-def _write(model: nn.Module, tokenizer, config: LokiConfig, count: int, seed: int) -> list[Record]:
-    marks = own_text.Marks.of(model, tokenizer)
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    identity = {
-        "written": [_WRITING, count, TEXT_TOKENS] + [seed] * (seed > 0),
-        "fingerprint": fingerprint(model, unchanged=True),
-        "template": getattr(tokenizer, "chat_template", None),
-        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "marks": [marks.beginning, sorted(marks.ends)],
-    }
-    folder = cache_folder(config.cache_dir)
-    path = kept_file(folder, TEXTS, _key(identity))
-    kept = _kept(path, lambda: load_records(str(path)), "the model writes its texts again")
-    if kept is not None:
-        LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
-        return kept
-    rows = own_text.write_texts(model, tokenizer, count, TEXT_TOKENS, seed=seed)
-    try:
-        write_text(path, own_text.lines(rows))
-        LOG.info("loki: the model wrote %d texts (%s)", len(rows), path)
-        prune(folder, config.cache_limit, keep=path.stem)
-    except OSError as error:
-        LOG.warning("loki: what the model wrote could not be kept in the cache: %s", error)
-    return [record_of(row, f"text {i} of the model") for i, row in enumerate(rows, 1)]
-
-
-def _by_one(model: nn.Module, work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` returns on the first rank that holds the weights, None on others; that rank."""
-    if ranks.count() == 1:
-        return work(), 0
-    loaded = ranks.gather(is_loaded(model))
-    first = loaded.index(True)  # sharded training loads the weights of one rank only
-    with ranks.together():
-        return (work() if ranks.current() == first else None), first
-
-
-def _kept(path: Path, read: Callable[[], T], otherwise: str) -> T | None:
-    """What the cache keeps at `path`; None where it keeps nothing, or something damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = read()
-    except ValueError as error:
-        LOG.warning("loki: %s; %s", error, otherwise)
-        return None
-    use(path)
-    return found
-
-
-def _key(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def earlier_directions(
@@ -202,7 +99,7 @@ def choose_directions(
     Raises:
         ValueError: as `input_directions`.
     """
-    found, first = _by_one(model, lambda: _choose(model, prompts, config))
+    found, first = by_one(model, lambda: _choose(model, prompts, config))
     if ranks.count() == 1:
         return found
     layers = ranks.broadcast(found and len(found.basis), first)
@@ -265,8 +162,8 @@ def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConf
         **settings,
     }
     folder = cache_folder(config.cache_dir)
-    path = kept_file(folder, DIRECTIONS, _key(identity))
-    kept = _kept(path, lambda: Directions.load(path), "they will be found again")
+    path = kept_file(folder, DIRECTIONS, key_of(identity))
+    kept = read_kept(path, lambda: Directions.load(path), "they will be found again")
     if kept is not None:
         LOG.info("loki: protected directions found in the cache (%s)", path)
         return kept

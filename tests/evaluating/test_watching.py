@@ -24,7 +24,7 @@ from loki_plugin.evaluating.held_back import (
 )
 from loki_plugin.evaluating.watching import Watch, measure, under_limit
 from loki_plugin.inputs import Inputs
-from loki_plugin.protecting.preparing import protecting_prompts
+from loki_plugin.protecting.texts import protecting_prompts
 
 
 def texts(*lengths):

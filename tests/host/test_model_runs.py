@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers.tokenizers import make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from benchmarks.standins import shrink
+from loki_plugin.cli import loki
 from loki_plugin.implanting.proven import merge_run
 from loki_plugin.model.building import kinds
 
@@ -100,7 +102,7 @@ def test_of_routed_experts_only_all_else_trains_protected(
     tmp_path, run_config, train, family, monkeypatch
 ):
     """No rows, no analysis; attention alone moves, and reads through its directions."""
-    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 16)
+    monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
     base = tmp_path / "base"
     save(shrink(AutoConfig.for_model(family)), base)
     block = run_config["loki"] | {"targets": "all", "protect": "auto"}
@@ -122,3 +124,28 @@ def test_of_routed_experts_only_all_else_trains_protected(
     assert json.loads(
         (Path(train(more).output_dir) / "loki_report.json").read_text(encoding="utf-8")
     )["verified"]
+
+
+@pytest.mark.slow
+def test_of_routed_experts_only_a_4_bit_run_merges_onto_either_base(
+    tmp_path, run_config, train, monkeypatch
+):
+    """Experts are no modules, so that attention alone is stored in 4 bits."""
+    monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
+    base, yaml = tmp_path / "base", tmp_path / "run.yaml"
+    save(shrink(AutoConfig.for_model("mixtral")), base)
+    block = run_config["loki"] | {"targets": "all", "protect": "auto"}
+    more = {"load_in_4bit": True, "gradient_checkpointing": False}
+    config = run_config | more | {"base_model": str(base), "loki": block}
+    out = Path(train(config).output_dir)
+    yaml.write_text(json.dumps(config | {"output_dir": str(out)}))
+    for onto in ("original", "dequantised"):
+        output = str(tmp_path / onto)
+        done = CliRunner().invoke(
+            loki, ["merge", str(yaml), "--onto", onto, "--output", output, "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        merged = json.loads(done.stdout)
+        assert merged["proof"]["ok"]
+        assert len(merged["advice"]["ratios"]) == merged["linears"] > 0
+        assert merged["advice"]["losses"].keys() == {"original", "dequantised"}

@@ -137,7 +137,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(run_config, train, tm
 def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on(
     run_config, train, tmp_path, four_bit, monkeypatch, our_log
 ):
-    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 16)
+    monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
     run_config["load_in_4bit"] = four_bit
     run_config |= {"save_strategy": "steps", "save_steps": 3}
     protect = {"directions": 5, "soft": True, "anchor": 1.0, "text": "self", "count": 12}

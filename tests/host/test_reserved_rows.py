@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.host.files import Files
 from loki_plugin.host.tokens import calibration_tokenizer
-from loki_plugin.protecting.preparing import protecting_prompts
+from loki_plugin.protecting.texts import protecting_prompts
 
 RESERVED = ["<|reserved_0|>", "<|reserved_1|>"]
 CHATML = {"chat_template": "chatml"}

@@ -33,7 +33,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch):
     """The model writes for a second, not for minutes; enough tokens for all directions."""
-    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 16)
+    monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
 
 
 @pytest.fixture

@@ -66,7 +66,8 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
     run_config |= {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 4, "weight_decay": 0.1}
     (tmp_path / "rank.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(json.dumps(run_config))
-    two_ranks(tmp_path / "rank.py", tmp_path / "config.yaml", tmp_path)
+    said = two_ranks(tmp_path / "rank.py", tmp_path / "config.yaml", tmp_path)
+    assert ("use_reentrant is now False" in said) == ("anchor" in protect)
     for r in range(2):
         assert (tmp_path / f"world-{r}").read_text() == "2 DistributedType.MULTI_CPU"
     one, two = (load_file(tmp_path / f"rank-{r}.safetensors") for r in range(2))

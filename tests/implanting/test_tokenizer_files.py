@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
+from helpers.pages import TEXTS as PAGES
 from transformers import AddedToken, AutoTokenizer
 
 from loki_plugin.implanting.tokenizer_files import write_tokenizer
@@ -95,6 +97,19 @@ def write(folder, **more):
 
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_table_of_the_guide_is_what_changes(tmp_path):
+    """Of a base of the old form and a run of the installed release."""
+    rows = re.findall(r"^\| like `(\w+)` \| (.*) \| (.*) \|$", PAGES["docs/guide.md"], re.M)
+    assert [style for style, *_ in rows] == list(STYLES)
+    for style, *cells in rows:
+        for cell, change in zip(cells, (lambda tokenizer: None, chatml), strict=True):
+            folder = tmp_path / f"{style}-{change.__name__}"
+            folder.mkdir()
+            make_base(folder / "base", style)
+            run_of(folder, change)
+            assert write(folder)[1] == set(re.findall("`(.*?)`", cell)), (style, cell)
 
 
 @pytest.mark.parametrize("jinja", [False, True])

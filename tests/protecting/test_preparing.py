@@ -13,7 +13,8 @@ from loki_plugin.analysing.calibration.sources import record_of
 from loki_plugin.inputs import Inputs
 from loki_plugin.model import fingerprint as module
 from loki_plugin.protecting.directions import Directions
-from loki_plugin.protecting.preparing import choose_directions, own_texts, protecting_prompts
+from loki_plugin.protecting.preparing import choose_directions
+from loki_plugin.protecting.texts import own_texts, protecting_prompts
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
 
@@ -88,7 +89,7 @@ def test_a_models_own_texts_are_written_once_and_again_where_they_are_damaged(
 ):
     protect = config.protect.model_copy(update={"count": 6})
     config = config.model_copy(update={"protect": protect})
-    monkeypatch.setattr("loki_plugin.protecting.preparing.TEXT_TOKENS", 5)
+    monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 5)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
 
     def written(llama, tokenizer=tokenizer):
