@@ -39,6 +39,8 @@ def environment() -> None:
     """Offline, and with the commands of this interpreter's environment."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
+    # Without it accelerate's launcher gives the training one core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ["PATH"] = f"{COMMANDS}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
