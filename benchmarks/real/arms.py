@@ -42,7 +42,10 @@ class Arm:
         anchor: weight of KL(base || tuned) on texts of the lab in every step.
         anchored: which texts, see `Lab.texts`.
         count: how many of them in a step.
+        own: how many of the base's own texts are among them; None: all.
+        every: steps from one anchor to the next, which counts that many times.
         starts: where answers begin counts as much as all other tokens, as in the product.
+        rest: weight of KL(base || tuned) at the task's own targets, the target left out.
         eaft: Axolotl's loss `use_eaft` instead of cross-entropy.
         again: another order and another start of what is new: how much is noise?
     """
@@ -54,7 +57,10 @@ class Arm:
     anchor: float = 0.0
     anchored: str = "both"
     count: int = 2
+    own: int | None = None
+    every: int = 1
     starts: bool = True
+    rest: float = 0.0
     eaft: bool = False
     again: bool = False
 
@@ -174,6 +180,8 @@ ARMS: dict[str, Arm] = {
     "corda": Arm(corda, (1e-4, 3e-4, 3e-5)),
     "freeze_bottom": Arm(freeze_bottom, FULL),
     "lora_eaft": Arm(lora(), LORA, eaft=True),
+    "lora_kl_rest": Arm(lora(), LORA, rest=1.0),
+    "lora_soft_kl_rest": Arm(soft_all(), ROWS, rest=1.0),
     "lora_replay1": Arm(lora(), LORA, replay=(0.01, "real")),
     "lora_replay5": Arm(lora(), LORA, replay=(0.05, "real")),
     "lora_selfreplay": Arm(lora(), LORA, replay=(0.05, "own")),
@@ -182,6 +190,14 @@ ARMS: dict[str, Arm] = {
     "lora_anchor_0.7": Arm(lora(), (5e-4, 1e-3), anchor=1.0, count=4, starts=False),
     "lora_soft_anchor_0.7": Arm(soft_all(), ROWS, anchor=1.0, count=4, starts=False),
     "lora_soft_anchor4": Arm(soft_all(), ROWS, anchor=1.0, count=4),
+    # Cheaper ones, and a heavier one.
+    "lora_soft_anchor1": Arm(soft_all(), ROWS, anchor=1.0, count=1),
+    "lora_soft_anchor_every2": Arm(soft_all(), ROWS, anchor=1.0, every=2),
+    "lora_soft_anchor_every4": Arm(soft_all(), ROWS, anchor=1.0, every=4),
+    "lora_soft_anchor_w3": Arm(soft_all(), ROWS, anchor=3.0),
+    # Fewer texts of the base's own, in the directions and in the anchor.
+    "lora_soft_anchor_own20": Arm(soft_all(own=20), ROWS, anchor=1.0, own=20),
+    "lora_soft_anchor_own60": Arm(soft_all(own=60), ROWS, anchor=1.0, own=60),
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
     "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),
     "loki_q10": Arm(loki(10), ROWS),
@@ -223,12 +239,15 @@ def extra_loss(model, arm: Arm, lab: Lab):
     if not arm.anchor:
         return None
     longest = 160 if arm.starts else 96  # those of 0.7.0 were measured so
-    texts = [ids[:longest] for ids in lab.texts(arm.anchored)]
+    texts = [ids[:longest] for ids in lab.texts(arm.anchored, arm.own)]
     starts = [lab.starts(ids) for ids in texts] if arm.starts else None
     # It asks the base once per text and keeps the answer, as training does.
-    anchor = Anchor(texts, arm.anchor, arm.count, starts=starts)
+    anchor = Anchor(texts, arm.anchor, arm.count, arm.every, starts=starts)
 
-    def extra(step: int) -> torch.Tensor:
-        return anchor.weight * anchor.divergence(model, anchor.draw(step, lab.draw))
+    def extra(step: int) -> torch.Tensor | float:
+        if step % anchor.every:
+            return 0.0
+        kl = anchor.divergence(model, anchor.draw(step, lab.draw))
+        return anchor.weight * anchor.every * kl
 
     return extra

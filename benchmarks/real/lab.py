@@ -148,9 +148,15 @@ class Lab:
                 found.append(asked)
         return [a for a in found if not measured & {tuple(a.ids[:16]), tuple(a.ids[: a.first])}]
 
-    def texts(self, of: str) -> list[list[int]]:
-        """`prompts`, what is `written`, or `both`."""
-        return self.prompts + self.written if of == "both" else getattr(self, of)
+    def texts(self, of: str, own: int | None = None) -> list[list[int]]:
+        """`prompts`, what is `written`, or `both`; of what is written all, or `own` of each kind
+        alike."""
+        if of == "prompts":
+            return self.prompts
+        written = self.written
+        if own is not None:
+            written = written[:: max(1, len(written) // own)][:own]
+        return self.prompts + written if of == "both" else written
 
     @cached_property
     def _turn(self) -> list[int]:
@@ -208,16 +214,18 @@ class Lab:
         count: float | None = None,
         of: str = "both",
         soft: bool = True,
+        own: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """V [I, u] of what every linear layer of the decoder reads, by the layer's name: what
         `find_directions` finds, from moments that are kept.
 
-        `count` gives the number of directions, as a part of I, instead of a share of the energy.
+        `count` gives the number of directions, as a part of I, instead of a share of the energy;
+        `own` the number of texts of the base's own, instead of all.
         """
-        key = (energy if count is None else None, count, of, soft)
+        key = (energy if count is None else None, count, of, soft, own)
         if key not in self._directions:
             found: dict[str, torch.Tensor] = {}
-            for site, moments in self._moments(of):
+            for site, moments in self._moments(of, own):
                 number = None if count is None else int(count * site.size)
                 wanted = Wanted(key[0], number, soft)
                 basis = solve(site, moments, None, wanted, None, 10**9).basis
@@ -253,16 +261,16 @@ class Lab:
 
         return self._kept("raw", find)
 
-    def _moments(self, of: str) -> list[tuple[Site, Moments]]:
+    def _moments(self, of: str, own: int | None = None) -> list[tuple[Site, Moments]]:
         """The product's own moments of `prompts`, of what is `written`, or of `both`."""
         if of == "both":
-            pairs = zip(self._moments("prompts"), self._moments("written"), strict=True)
+            pairs = zip(self._moments("prompts"), self._moments("written", own), strict=True)
             return [(site, _added(a, b)) for (site, a), (_, b) in pairs]
 
         def find():
             modules = targeted(self.known, ALL)
             reader = Reader(self.known, find_anatomy(self.known), modules)
-            texts = self.texts(of)
+            texts = self.texts(of, own)
             every = batched(texts)
             sites = reader.sites(batched(self.prompts)[0])  # the lengths of sinks are theirs
             moments: dict[int, Moments] = {}
@@ -270,7 +278,7 @@ class Lab:
                 reader.add(moments, dict(enumerate(sites)), every, bar)
             return [(vars(site), vars(moments[i])) for i, site in enumerate(sites)]
 
-        kept = self._kept(f"inputs-{of}", find)
+        kept = self._kept(f"inputs-{of}" + (f"-{own}" if own else ""), find)
         return [(Site(**site), Moments(**found)) for site, found in kept]
 
     def _kept(self, name: str, make: Callable):

@@ -86,30 +86,29 @@ def goals(task: str, axis: str) -> float | None:
 def matched(rows: list[Row], axis: str, value: float | None = None) -> list[Row]:
     """A line per base, task and arm: the mean over seeds at the matched value, best first.
 
-    The rate that counts is the one of the lowest `CHOSEN_BY` there, of those whose seeds all
-    arrived; an arm none of whose rates arrived has None for all measures.
+    The rate that counts is the one of the lowest `CHOSEN_BY` there, on the seeds that all rates
+    ran with; of it all seeds count, and all must arrive. An arm none of whose rates arrived has
+    None for all measures.
     """
-    groups: dict[tuple, dict[float, list[Curve]]] = defaultdict(lambda: defaultdict(list))
-    for (base, task, arm, _, rate), curve in curves(rows).items():
-        groups[base, task, arm][rate].append(curve)
+    groups: dict[tuple, dict[float, dict[int, Curve]]] = defaultdict(lambda: defaultdict(dict))
+    for (base, task, arm, seed, rate), curve in curves(rows).items():
+        groups[base, task, arm][rate][seed] = curve
     lines = []
     for (base, task, arm), rates in groups.items():
         goal = goals(task, axis) if value is None else value
         if goal is None:
             continue
         sign = -1 if axis == "task_loss" else 1
-        every = [r[axis] for runs in rates.values() for c in runs for r in c]
+        every = [r[axis] for runs in rates.values() for c in runs.values() for r in c]
         line = {"base": base, "task": task, "arm": arm, "goal": goal, "rates": len(rates)}
         line["best"] = sign * max(sign * v for v in every)
-        arrived = {}
-        most = max(map(len, rates.values()))
+        arrived: dict[float, dict[int, Row]] = {}
         for rate, runs in rates.items():
-            found = [at(c, axis, goal) for c in runs]
-            # A rate that was run with fewer seeds than another does not stand for the arm.
-            if len(runs) == most and None not in found:
-                arrived[rate] = found
+            found = {seed: at(c, axis, goal) for seed, c in runs.items()}
+            if None not in found.values():
+                arrived[rate] = {seed: row for seed, row in found.items() if row is not None}
         line |= _best(arrived)
-        one = next(iter(rates.values()))[0][0]
+        one = next(iter(next(iter(rates.values())).values()))[0]
         line["trained_parameters"] = int(one["trained_parameters"])
         lines.append(line)
     order = {k: i for i, k in enumerate(dict.fromkeys((x["base"], x["task"]) for x in lines))}
@@ -119,12 +118,21 @@ def matched(rows: list[Row], axis: str, value: float | None = None) -> list[Row]
     return lines
 
 
-def _best(arrived: dict[float, list[Row]]) -> Row:
+def _best(arrived: dict[float, dict[int, Row]]) -> Row:
     if not arrived:
         names = ("rate", "seeds", "step", "seconds", "spread", *MEASURES)
         return dict.fromkeys(names) | {"seeds": 0}
-    rate = min(arrived, key=lambda r: mean(x[CHOSEN_BY] for x in arrived[r]))
-    found = arrived[rate]
+    common = set.intersection(*(set(runs) for runs in arrived.values()))
+    if not common:  # other seeds for each rate: those that ran most tell most
+        most = max(map(len, arrived.values()))
+        arrived = {rate: runs for rate, runs in arrived.items() if len(runs) == most}
+
+    def forgot(rate: float) -> float:
+        runs = arrived[rate]
+        return mean(runs[seed][CHOSEN_BY] for seed in (common or runs))
+
+    rate = min(arrived, key=forgot)
+    found = list(arrived[rate].values())
     line: Row = {"rate": rate, "seeds": len(found)}
     for name in ("step", "seconds", *MEASURES):
         known = [x[name] for x in found if x.get(name) is not None]

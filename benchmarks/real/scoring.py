@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 
+from loki_plugin.protecting.anchor import adapter_off
+
 _TOKENS = 1024  # that run at once
 _POSITIONS = 256  # whose logits are held at once
 _PREFIX = 8  # tokens that all sequences of a batch begin with, from which on they run once
@@ -138,6 +140,17 @@ def loss_of(model: nn.Module, part: Sequence[Asked]) -> torch.Tensor:
     hidden, wanted = hidden_at(model, part)
     logits = inner(model).get_output_embeddings()(hidden)
     return cross_entropy(logits.float(), wanted)
+
+
+def divergence_of_rest(model: nn.Module, part: Sequence[Asked]) -> torch.Tensor:
+    """KL(base || tuned) at all targets, the target itself left out (arXiv 2605.29498)."""
+    with torch.no_grad(), adapter_off(model):
+        before, wanted = hidden_at(model, part)
+        base = inner(model).get_output_embeddings()(before).float()
+    tuned = inner(model).get_output_embeddings()(hidden_at(model, part)[0]).float()
+    least = torch.finfo(tuned.dtype).min
+    p, q = (x.scatter(-1, wanted[:, None], least).log_softmax(-1) for x in (base, tuned))
+    return (p.exp() * (p - q)).sum(-1).mean()
 
 
 @torch.no_grad()

@@ -22,7 +22,14 @@ from benchmarks.machine import describe
 from benchmarks.real import tasks
 from benchmarks.real.arms import ARMS, Arm, extra_loss
 from benchmarks.real.lab import Lab
-from benchmarks.real.scoring import answers, hidden_at, inner, loss_of, score
+from benchmarks.real.scoring import (
+    answers,
+    divergence_of_rest,
+    hidden_at,
+    inner,
+    loss_of,
+    score,
+)
 
 POINTS = (0, 3, 6, 10, 15, 20, 26, 33, 40, 50, 60, 80, 100)
 BATCH, _WARM_UP = 4, 5
@@ -181,6 +188,8 @@ def _step(model, arm: Arm, batch, extra, step: int, optimizer, precision: str) -
         told = loss.item()
         if extra is not None:
             loss = loss + extra(step)
+        if arm.rest:
+            loss = loss + arm.rest * divergence_of_rest(model, batch)
     if not math.isfinite(told):
         raise FloatingPointError(f"the loss is {told} at step {step}; use a lower rate")
     loss.backward()

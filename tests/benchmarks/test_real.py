@@ -249,6 +249,36 @@ def test_moments_count_every_real_token_alike(lab):
     torch.testing.assert_close(found[name].ordinary, x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_fewer_texts_of_its_own_are_of_both_kinds(lab):
+    first, last = lab.written[0], lab.written[2]
+    assert lab.texts("written", 2) == [first, last]
+    assert lab.texts("both", 2) == [*lab.prompts, first, last]
+    assert lab.texts("prompts", 2) == lab.prompts
+    of = {site.names[0]: moments for site, moments in lab._moments("written", 2)}
+    assert {m.tokens + m.sink_tokens for m in of.values()} == {len(first) + len(last)}
+
+
+def test_the_kl_of_the_rest_is_that_of_the_vocabulary_without_the_target(lab):
+    lab.teach("snips", 0, 0)
+    model = ARMS["lora_all_r16"].build(lab.model(), lab)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+    found = []
+    for ids, first in lab.task.learned[:3]:
+        base, tuned = (
+            m(input_ids=torch.tensor([ids])).logits[0].double() for m in (lab.known, model)
+        )
+        for place in range(first, len(ids)):
+            others = [i for i in range(base.shape[1]) if i != ids[place]]
+            p, q = (x[place - 1, others].softmax(-1) for x in (base, tuned))
+            found.append((p * (p / q).log()).sum().item())
+    kl = scoring.divergence_of_rest(model, lab.task.learned[:3])
+    assert kl.requires_grad and min(found) > 0
+    assert float(kl) == pytest.approx(sum(found) / len(found), rel=1e-4)
+
+
 # Runs.
 
 KEY = sweep.Key(NAME, "snips", "lora_all_r16", 0, 1e-2, "ci")
@@ -258,7 +288,8 @@ KEY = sweep.Key(NAME, "snips", "lora_all_r16", 0, 1e-2, "ci")
     "name",
     ["lora_all_r16", "full", "loki_q30", "lora_soft_anchor", "loki_soft_q90", "lora_replay5",
      "lora_selfreplay50", "lora_eaft", "dora", "osf", "corda", "freeze_bottom", "lora_hard",
-     "random_q30", "loki_soft_q90_0.6", "all_soft_q30", "form_8bit", "form_eighth"],
+     "random_q30", "loki_soft_q90_0.6", "all_soft_q30", "form_8bit", "form_eighth", "lora_kl_rest",
+     "lora_soft_anchor_every2"],
 )  # fmt: skip
 def test_every_kind_of_arm_learns_and_is_measured_on_its_way(lab, name):
     key = sweep.Key(NAME, "snips", name, 0, ARMS[name].rates[0], "ci")
@@ -342,9 +373,13 @@ def test_the_best_rate_counts_for_every_arm_and_late_ones_are_told():
     assert lora["rate"] == 1e-4 and ours["of_lora"] == pytest.approx(0.05)
     assert lora["seeds"] == 2 and lora["spread"] == 0
     assert late["rate"] is None and late["kl_dialogues"] is None and late["best"] == 1.0
-    # A lucky seed of a rate that others did not get does not stand for the arm.
-    rows += [line("lora_all_r16", 0, 3.0, 0.0, 3e-5), line("lora_all_r16", 9, 0.2, 0.1, 3e-5)]
-    assert matching.matched(rows, "task_loss")[1]["rate"] == 1e-4
+    # A lucky seed that the other rates did not get does not choose the rate.
+    lucky = [line("lora_all_r16", 0, 3.0, 0.0, 1e-3, 2), line("lora_all_r16", 9, 0.2, 0.1, 1e-3, 2)]
+    assert matching.matched(rows + lucky, "task_loss")[1]["rate"] == 1e-4
+    # One that they got does.
+    one = [line("lora_all_r16", 0, 3.0, 0.0, 3e-5), line("lora_all_r16", 9, 0.2, 0.7, 3e-5)]
+    lora = matching.matched(rows + one, "task_loss")[1]
+    assert (lora["rate"], lora["seeds"], lora["kl_dialogues"]) == (3e-5, 1, pytest.approx(0.65))
     (verdict,) = report.verdicts(rows)
     assert verdict["our best"] == "lora_soft" and verdict["reached"] == "yes"
 
