@@ -23,7 +23,7 @@ from .base import Stored, quantised_linears
 # Tensors that there are at once, by their width; what runs decides, so dry runs do.
 _LOGITS = 12  # bytes per logit: log-softmax, its gradient, the loss's gradient, in float32
 _KEPT_LOGITS = 4  # of these, what waits for the backward
-_ANCHOR_LOGITS = 24  # the same of an anchor prompt: base, tuned, and what the KL makes of them
+_ANCHOR_LOGITS = 4  # the same of an anchor text, beside the logits themselves
 _GATED, _PLAIN = 4, 2  # I-wide, kept for the backward by an MLP with a gate, and by one without
 _GRADIENTS = 2  # I-wide, inside the backward of a layer, for whose input's two there is room
 _CAST = 6  # bytes of A's input where A is float32 and the rest is not: both, and cast back
@@ -107,16 +107,25 @@ class Shapes:
         final = state * (size + _NORM)
         layers = [sum(inputs[:i]) + kept[i] + sum(gradients[i + 1 :]) for i in range(len(kept))]
         loss, made = sum(inputs) + final, self.vocabulary if logits else 0
-        pulled = anchor * (sum(self.kept) + self.vocabulary * _ANCHOR_LOGITS)
-        wide = tokens * self.inner * size
-        inside = tokens * self.inner * _CAST if cast else 0
-        inside += max(_GRADIENTS * wide, wide + self.matrix) + state * size + max(gradients)
+        pulled = 0
+        if anchor:
+            pulled = loss + tokens * made * _KEPT_LOGITS + sum(kept) * anchor // tokens
+            said = anchor * self.vocabulary * (size + _ANCHOR_LOGITS)
+            pulled += max(said, self._inside(anchor, cast))
+        inside = self._inside(tokens, cast) + max(gradients)
         return {
             "loss": loss + tokens * made * _LOGITS,
-            "anchor": loss + tokens * made * _KEPT_LOGITS + pulled if anchor else 0,
+            "anchor": pulled,
             "layer": max(max(layers) + inside, sum(inputs) + _NORM_BACK * _NORM * state),
             "step": sum(gradients),
         }
+
+    def _inside(self, tokens: int, cast: bool) -> int:
+        """Bytes that the backward of one layer makes and leaves."""
+        wide = tokens * self.inner * self.itemsize
+        inside = tokens * self.inner * _CAST if cast else 0
+        inside += max(_GRADIENTS * wide, wide + self.matrix)
+        return inside + tokens * self.hidden * self.itemsize
 
 
 def _kept(layer: nn.Module, down: nn.Module | None, config: Any, size: int) -> int:

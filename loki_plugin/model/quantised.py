@@ -13,13 +13,16 @@ from .whole import whole_sequences
 
 
 def quantised_modules(model: nn.Module) -> list[nn.Module]:
-    """The bitsandbytes 4-bit and 8-bit linear modules."""
-    return [
-        m
-        for m in model.modules()
-        if getattr(getattr(m, "weight", None), "quant_state", None) is not None
-        or row_scales(m) is not None
-    ]
+    """The bitsandbytes 4-bit and 8-bit linear modules.
+
+    Their own parameters alone are asked: an adapter's layer answers `weight` too, with its base
+    layer's, or with a matrix that it makes for whoever asks.
+    """
+    return [m for m in model.modules() if _in_4_bits(m) or row_scales(m) is not None]
+
+
+def _in_4_bits(module: nn.Module) -> bool:
+    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
 
 
 @contextmanager
@@ -108,13 +111,7 @@ def _dequantised_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Te
 def dequantising_4_bit(model: nn.Module) -> Iterator[None]:
     """For the duration, 4-bit linear modules multiply in the dtype of their input, whatever
     `bnb_4bit_compute_dtype` says."""
-    modules = [
-        m
-        for m in model.modules()
-        if getattr(getattr(m, "weight", None), "quant_state", None) is not None
-        and not hasattr(m, "base_layer")
-    ]
-    with _replaced_forwards(modules):
+    with _replaced_forwards([m for m in model.modules() if _in_4_bits(m)]):
         yield
 
 

@@ -121,11 +121,42 @@ class Anchor:
             texts, kept = [self.prompts[i] for i in drawn], [self._said[i] for i in drawn]
             tuned = _logits(model, texts)
         tokens = torch.cat([k.tokens for k in kept]).to(tuned.device)
-        logs = torch.cat([k.logs for k in kept]).to(tuned.device, tuned.dtype)
-        kl = (logs.exp() * (logs - _lumped(tuned, tokens))).sum(-1)
+        logs = torch.cat([k.logs for k in kept]).to(tuned.device, _wide(tuned))
+        kl = Lumped.apply(tuned, tokens, logs)
         before = accumulate([0, *map(len, texts)])
         starts = [n + at for n, i in zip(before, drawn, strict=False) for at in self.starts[i]]
         return (kl.mean() + kl[starts].mean()) / 2 if starts else kl.mean()
+
+
+class Lumped(torch.autograd.Function):
+    """KL(base || tuned) in nats [T], over K tokens and all others as one.
+
+    Of logits [T, V], tokens [T, K] and the base's log-probabilities [T, K + 1], as `Said` has them.
+    With p of the base and q of the tuned model the gradient by a logit is q_j - p_j for a kept
+    token, and q_j (1 - p_rest/q_rest) for any other: one buffer of [T, V] serves both ways, where
+    autograd would keep three.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, logs):
+        q = logits.to(_wide(logits), copy=True)
+        q -= q.amax(-1, keepdim=True)
+        top = q.gather(-1, tokens)
+        total = q.exp_().sum(-1, keepdim=True)
+        top -= total.log()
+        q.div_(total).scatter_(-1, tokens, 0)
+        rest = q.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+        p, ctx.dtype = logs.exp(), logits.dtype
+        ctx.save_for_backward(q, tokens, p, top, rest)
+        return (p * (logs - torch.cat([top, rest.log()], -1))).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, tokens, p, top, rest = ctx.saved_tensors
+        grad = grad[:, None]
+        q *= grad * (1 - p[:, -1:] / rest)  # in place: a second backward is an error
+        q.scatter_(-1, tokens, grad * (top.exp() - p[:, :-1]))
+        return q.to(ctx.dtype), None, None
 
 
 def _counted(trainer: Trainer, num_items_in_batch) -> int:
@@ -140,6 +171,7 @@ def said(model: PeftModel, text: Sequence[int]) -> Said:
     """What the base of `model`, its adapter off, says behind every token of a text."""
     with torch.no_grad(), adapter_off(model):
         logits = _logits(model, [text])
+    logits = logits.to(_wide(logits))
     tokens = logits.topk(min(TOP, logits.shape[-1] - 1)).indices
     return Said(tokens.to("cpu", torch.int64), _lumped(logits, tokens).cpu())
 
@@ -151,21 +183,27 @@ def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tens
     """
     with evaluating(model):
         with torch.no_grad(), adapter_off(model):
-            base = _logits(model, prompts).log_softmax(-1)
-        tuned = _logits(model, prompts).log_softmax(-1)
+            base = _logits(model, prompts)
+        tuned = _logits(model, prompts)
+    base, tuned = (x.to(_wide(x)).log_softmax(-1) for x in (base, tuned))
     return (base.exp() * (base - tuned)).sum(-1).mean()
 
 
 def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[all real tokens, V], in float32 or wider."""
+    """[all real tokens, V]."""
     device = model.get_input_embeddings().weight.device
     # Padding stands on the right, after every real token, where causal attention never looks.
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True)
-    lengths = torch.tensor([len(p) for p in prompts])
-    real = torch.arange(ids.shape[1]) < lengths[:, None]
     logits = model(input_ids=ids.to(device), use_cache=False).logits
-    logits = logits[real.to(logits.device)]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Places, not a mask, whose size the device would have to tell.
+    rows = [row for row, p in enumerate(prompts) for _ in p]
+    places = [place for p in prompts for place in range(len(p))]
+    return logits[tuple(torch.tensor(x, device=logits.device) for x in (rows, places))]
+
+
+def _wide(logits: torch.Tensor) -> torch.dtype:
+    """Float32, or what the logits have where that is wider."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _lumped(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

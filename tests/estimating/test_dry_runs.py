@@ -70,6 +70,11 @@ TRAININGS = {
         "shape": GROUPED, "length": 512, "targets": "all", "checkpointing": False,
         "dtype": "float32", "optimizer": "adamw_torch",
     },
+    "anchored": {"shape": WORDY, "length": 512, "nf4": True, "anchor": 100},
+    "all-linears-auto": {
+        "shape": WORDY, "length": 512, "rank": 16, "targets": "all", "directions": 256,
+        "anchor": 160,
+    },
     "all-kept": {"shape": GROUPED, "length": 512, "checkpointing": False},
 }  # fmt: skip
 CARDS = {
@@ -128,9 +133,11 @@ def test_operations_of_a_training_step_are_those_that_run(found, case):
 
 def test_our_modules_never_wait_in_a_training_step(found):
     ours = {path.name for path in Path(loki_plugin.__file__).parent.rglob("*.py")}
-    for case in TRAININGS:
+    for case, settings in TRAININGS.items():
         waits = found["training", case]["waits"]
-        assert not [w for w in waits if w.split(" at ")[1].split(":")[0] in ours], (case, waits)
+        files = {w.split(" at ")[1].split(":")[0] for w in waits} & ours
+        # The anchor hands the device its texts, and what the base said of them.
+        assert files <= ({"anchor.py"} if "anchor" in settings else set()), (case, waits)
 
 
 def test_auto_keeps_the_analysis_of_an_8b_model_in_4_bits_within_12_gb(found):

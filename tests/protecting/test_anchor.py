@@ -10,6 +10,7 @@ from helpers.prompts import prompts
 from transformers import Trainer, TrainingArguments
 
 from loki_plugin import implant
+from loki_plugin.implanting import selected
 from loki_plugin.protecting import anchor as anchoring
 from loki_plugin.protecting.anchor import Anchor, divergence
 
@@ -144,6 +145,26 @@ def test_prompts_depend_on_the_step_so_that_a_run_resumes():
     assert len(Anchor(PROMPTS, 1.0, 99).draw(0, 7)) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_lumped_kl_and_its_gradient_are_those_of_the_plain_formula(dtype):
+    torch.manual_seed(0)
+    logits, base = (3 * torch.randn(5, 40, dtype=dtype) for _ in range(2))
+    logits[0, 7] = 60  # sure: all others together have next to nothing
+    logits.requires_grad_()
+    tokens = base.topk(6).indices
+    logs = anchoring._lumped(base.double(), tokens)
+    weights = torch.randn(5, dtype=torch.float64)
+    kl = anchoring.Lumped.apply(logits, tokens, logs.to(anchoring._wide(logits)))
+    (kl * weights).sum().backward()
+    wide = logits.detach().double().requires_grad_()
+    plain = (logs.exp() * (logs - anchoring._lumped(wide, tokens))).sum(-1)
+    (plain * weights).sum().backward()
+    close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-4}
+    torch.testing.assert_close(kl.double(), plain, **close)
+    torch.testing.assert_close(logits.grad.double(), wide.grad, **close)
+    assert kl.dtype == anchoring._wide(logits) and logits.grad.dtype == dtype
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_base_is_asked_once_and_what_is_lumped_is_a_lower_bound(rank, monkeypatch):
     model, drawn = tuned(rank), list(range(len(PROMPTS)))
@@ -162,6 +183,16 @@ def test_the_base_is_asked_once_and_what_is_lumped_is_a_lower_bound(rank, monkey
     assert float(coarse.detach()) < float(first.detach())
     parameters = [p for p in model.parameters() if p.requires_grad]
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(coarse, parameters))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_no_matrix_of_the_adapter_is_made_whole(rank, monkeypatch):
+    def expanded(self):
+        raise AssertionError(f"lora_B of {self.out_features} outputs was made whole")
+
+    for kind in (selected.RowSelector, selected.RowFactor):
+        monkeypatch.setattr(kind, "expanded", expanded)
+    Anchor(PROMPTS, 1.0, 4).divergence(tuned(rank), [0, 1]).backward()
 
 
 def test_every_second_step_counts_twice(tmp_path):

@@ -141,14 +141,17 @@ def train_step(
     targets: str = "down",
     batch: int = 1,
     checkpointing: bool = True,
+    anchor: int = 0,
 ) -> dict[str, Any]:
     """Forward, backward and optimizer step on [batch, length] tokens, under the meter.
 
+    `anchor`: tokens of each of two anchor texts, which the base has not been asked about yet.
     `resident`: what the model holds before it is implanted; `empty`: the same model on the meta
     device, for the estimate.
     """
     from loki_plugin.estimating.base import Stored
     from loki_plugin.estimating.planned import Planned
+    from loki_plugin.protecting.anchor import Anchor
 
     base, bits = _bytes(resident), 4 if "4bit" in _first_linear(model) else 0
     run = Planned(
@@ -156,7 +159,7 @@ def train_step(
         getattr(torch, dtype),
     )  # fmt: skip
     with _disable_current_modes():
-        predicted = estimated(empty, run, quota, rank, directions, targets)
+        predicted = estimated(empty, run, quota, rank, directions, targets, anchor)
     tuned = implanted(model, empty, quota, rank, dtype, directions, targets)
     if checkpointing:
         options = {"use_reentrant": True, "preserve_rng_state": False}  # nothing is random here
@@ -166,6 +169,7 @@ def train_step(
     ours = [p for p in tuned.parameters() if p.requires_grad]
     states = states_of(steps)
     ids = torch.zeros(batch, length, dtype=torch.long, device="cuda:0")
+    anchored = Anchor([[1] * anchor] * 2, 1.0, 2) if anchor else None
     directions_held = [m.directions for m in tuned.modules() if hasattr(m, "directions")]
     held = [*resident, *tuned.buffers(), *ours, *states, *directions_held, ids]
     with one_kernel_attention(), meter.counting(held):
@@ -175,6 +179,9 @@ def train_step(
         with meter.phase("outputs"):  # accelerate hands them out in float32
             logits = output.logits.float()
         del output, logits
+        if anchored is not None:
+            with meter.phase("anchor"), torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = loss + anchored.divergence(tuned, [0, 1])
         with meter.phase("backward"):
             loss.backward()
         with meter.phase("step"):
@@ -196,7 +203,15 @@ def train_step(
     }
 
 
-def estimated(empty: nn.Module, run, quota: int, rank: int | None, directions: int, targets: str):
+def estimated(
+    empty: nn.Module,
+    run,
+    quota: int,
+    rank: int | None,
+    directions: int,
+    targets: str,
+    anchor: int = 0,
+):
     """What `loki estimate` says of the step."""
     from loki_plugin.args import LokiConfig
     from loki_plugin.estimating.estimate import Estimator
@@ -206,11 +221,13 @@ def estimated(empty: nn.Module, run, quota: int, rank: int | None, directions: i
     anatomy = find_anatomy(empty)
     counts = [anatomy.hidden_size * quota // 100] * anatomy.num_layers
     protect = {"directions": directions} if directions else {}
+    protect |= {"anchor": 1.0, "anchor_batch": 2} if anchor else {}
     config = LokiConfig(quota=quota, rank=rank, targets=targets, protect=protect)
-    said = Estimator(empty, anatomy, config, counts, [1], analysed=False)
+    said = Estimator(empty, anatomy, config, counts, [anchor or 1], analysed=False)
     trained, _ = said.parameters()
-    flops = Work.of(empty, anatomy).training(run.tokens, run.length, trained, run.checkpointing)
-    flops += said.protection_flops(run, 24)
+    work = Work.of(empty, anatomy)
+    flops = work.training(run.tokens, run.length, trained, run.checkpointing)
+    flops += said.protection_flops(run, 24) + work.anchor(2 * anchor)
     return said.training(run) | {"TFLOP": flops / 1e12}
 
 
