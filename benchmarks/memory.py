@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.writer import command, write
+from benchmarks.writer import command, table, write
 from loki_plugin.args import LokiConfig
 from loki_plugin.choices import STEPS
 from loki_plugin.estimating.base import Stored
 from loki_plugin.estimating.estimate import CONTEXT, Estimator
 from loki_plugin.estimating.planned import Planned
+from loki_plugin.estimating.work import Work
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.selecting.select import quota_to_count
 
@@ -42,6 +43,12 @@ MODELS: dict[str, tuple[tuple[int, ...], int, bool]] = {
 CARDS = (8, 12, 16, 24, 48)
 PROMPT, SEQUENCE = 200, 2048
 QUOTA, RANK, OPTIMIZER = 10, 32, "adamw_bnb_8bit"
+# Of `protect: auto`: what trains, the mean of the shipped prompts' tokens, and the card.
+FORMS: dict[str, dict[str, Any]] = {
+    "10 % of the rows, dense": {"quota": 10},
+    "LoRA r16 on all linears": {"quota": 100, "rank": 16, "targets": "all"},
+}
+ANCHORED, CARD, PROTECTED = 120, 24, "Llama-3.1-8B"
 
 
 def estimator(name: str, rank: int | None) -> Estimator:
@@ -56,7 +63,7 @@ def estimator(name: str, rank: int | None) -> Estimator:
 def row(name: str, nf4: bool) -> dict[str, Any]:
     """A line of the table."""
     run = Planned(
-        Stored(torch.bfloat16, 4 if nf4 else 0), 1, SEQUENCE, 1, None, True, OPTIMIZER,
+        Stored(torch.bfloat16, 4 if nf4 else 0), 1, SEQUENCE, 1, True, OPTIMIZER,
         torch.bfloat16,
     )  # fmt: skip
     dense, low = estimator(name, None), estimator(name, RANK)
@@ -79,6 +86,42 @@ def row(name: str, nf4: bool) -> dict[str, Any]:
         cards = [card for card in CARDS if needed + CONTEXT <= 1e9 * card]
         found[f"training_{form}_GB"] = gigabytes(needed)
         found[f"{form}_from_GB"] = cards[0] if cards else "none"
+    return found
+
+
+def protection(name: str) -> list[dict[str, Any]]:
+    """What `protect: auto` adds to a training step on an NF4 base, beside the same one without."""
+    shape, heads, tied = MODELS[name]
+    with torch.device("meta"):
+        model = llama(*shape, heads=heads, tied=tied)
+    anatomy = find_anatomy(model)
+    run = Planned(
+        Stored(torch.bfloat16, 4), 1, SEQUENCE, 1, True, OPTIMIZER, torch.bfloat16
+    )  # fmt: skip
+    found = []
+    for form, settings in FORMS.items():
+        counts = [quota_to_count(settings["quota"], shape[1])] * shape[0]
+        plain, auto = (
+            Estimator(
+                model, anatomy, LokiConfig(**settings, protect=protect), counts, [ANCHORED] * 256,
+                analysed=False,
+            )
+            for protect in ("off", "auto")
+        )  # fmt: skip
+        trained, _ = plain.parameters()
+        work = Work.of(model, anatomy)
+        flops = work.training(run.tokens, run.length, trained, True)
+        before, after = (e.training(run, CARD) for e in (plain, auto))
+        found.append(
+            {
+                "form": form,
+                "without_GB": gigabytes(before["bytes"]),
+                "directions_GB": gigabytes(after["directions_bytes"]),
+                "auto_adds_GB": f"{(after['bytes'] - before['bytes']) / 1e9:.2f}",
+                "directions_add": f"{auto.protection_flops(run, CARD) / flops:.1%}",
+                "anchor_adds": f"{work.anchor(auto.anchor_tokens()) / flops:.1%}",
+            }
+        )
     return found
 
 
@@ -121,7 +164,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry-run", nargs="*", default=[], choices=list(MODELS))
     rows = [row(name, nf4) for name in MODELS for nf4 in (False, True)]
-    more = dry_runs(parser.parse_args().dry_run)
+    more = [
+        f"What `protect: auto` adds on {PROTECTED}, NF4, on a card of {CARD} GB: directions in as"
+        f" much memory as `protect.memory` gives them there, an anchor of two texts of {ANCHORED}"
+        " tokens; the last two columns are FLOPs of a step beside those without protection.",
+        table(protection(PROTECTED)),
+        dry_runs(parser.parse_args().dry_run),
+    ]
     about = (
         "A prediction: formulas that dry runs on fake CUDA tensors confirm, for Llamas in these"
         " shapes; nothing was measured on a GPU. Weights are in all figures. Analysis: one prompt"
@@ -132,7 +181,7 @@ def main():
         f" the smallest of the cards {CARDS} that holds it with {CONTEXT / 1e9:g} GB for CUDA."
         " Long runs need some room for gaps between tensors. GB are 10⁹ bytes."
     )
-    write("memory", about, command("memory"), rows, more=more)
+    write("memory", about, command("memory"), rows, more="\n\n".join(x for x in more if x))
 
 
 if __name__ == "__main__":

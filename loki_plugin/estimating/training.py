@@ -105,7 +105,9 @@ class Shapes:
         kept = [tokens * (k + r * size + own) for k, r, own in each]
         inputs = [state * size] * len(kept) if checkpointing else kept
         final = state * (size + _NORM)
-        layers = [sum(inputs[:i]) + kept[i] + sum(gradients[i + 1 :]) for i in range(len(kept))]
+        # The anchor's backward comes first: then all gradients are there before the loss's begins.
+        there = [sum(gradients if anchor else gradients[i + 1 :]) for i in range(len(kept))]
+        layers = [sum(inputs[:i]) + kept[i] + there[i] for i in range(len(kept))]
         loss, made = sum(inputs) + final, self.vocabulary if logits else 0
         pulled = 0
         if anchor:
@@ -114,7 +116,7 @@ class Shapes:
             pulled += max(said, self._inside(anchor, cast))
         inside = self._inside(tokens, cast) + max(gradients)
         return {
-            "loss": loss + tokens * made * _LOGITS,
+            "loss": loss + tokens * made * _LOGITS + (sum(gradients) if anchor else 0),
             "anchor": pulled,
             "layer": max(max(layers) + inside, sum(inputs) + _NORM_BACK * _NORM * state),
             "step": sum(gradients),

@@ -1,0 +1,19 @@
+"""`python -m benchmarks.memory`: the tables are made of what `loki estimate` says."""
+
+from __future__ import annotations
+
+from benchmarks import memory
+
+
+def test_a_line_of_the_table_is_what_the_estimate_says():
+    row = memory.row("Qwen2.5-0.5B", nf4=True)
+    assert float(row["weights_GB"]) < float(row["training_rank_32_GB"])
+    assert float(row["training_rank_32_GB"]) <= float(row["training_dense_GB"])
+    assert row["dense_from_GB"] in memory.CARDS
+
+
+def test_protection_adds_its_directions_and_what_the_anchor_takes():
+    for line in memory.protection("Qwen2.5-0.5B"):
+        assert 0 < float(line["directions_GB"]) < float(line["auto_adds_GB"]) + 0.05
+        assert 0 < float(line["directions_add"].rstrip("%")) < 20
+        assert 5 < float(line["anchor_adds"].rstrip("%")) < 20
