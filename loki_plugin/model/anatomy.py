@@ -299,10 +299,10 @@ def _without_rows(layers: nn.ModuleList, where: str, hidden: int, family: str) -
     if routed:
         return (
             f"model family '{family}': {where} has routed experts only ({where}.{routed[0]}), and"
-            " so has every other layer: there are no rows to train, since few calibration prompts"
-            " reach any one of the experts. `targets: all` trains every other linear layer,"
-            " protected and without an analysis. Rows need a shared expert or a dense MLP in some"
-            " layer (Qwen2-MoE, Granite-MoE-shared, Llama 4, DeepSeek-V3), or a dense model"
+            " so has every other layer: there are no rows to train, since routed experts stay as"
+            " they are. `targets: all` trains every other linear layer, protected and without an"
+            " analysis. Rows need a shared expert or a dense MLP in some layer"
+            " (Qwen2-MoE, Granite-MoE-shared, Llama 4, DeepSeek-V3), or a dense model"
         )
     return (
         f"model family '{family}': {where} has no down-projection, nor has any other layer"
