@@ -135,6 +135,9 @@ class Run:
             begin = sum(map(len, starts))
             told = f"{when} adds {each} of {len(texts)} texts, in which {begin} answers begin"
             self.told.append(("anchor", told))
+        if not (settings.anchor or found or is_fsdp2(cfg)):
+            told = "nothing, as in the paper; `protect: auto` keeps more of what the model knows"
+            self.told.append(("protected", told))
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""

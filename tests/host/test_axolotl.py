@@ -191,9 +191,11 @@ def test_axolotl_merge_lora_keeps_frozen_rows_and_proves_it(
         do_cli(str(config))
 
 
-def test_without_adapter_key_it_is_dense_loki(run_config, train):
+def test_without_adapter_key_it_is_dense_loki(run_config, train, our_log):
     del run_config["adapter"]
-    train(run_config)
+    with our_log.at_level("INFO", "loki_plugin"):
+        train(run_config)
+    assert "nothing, as in the paper; `protect: auto` keeps more" in our_log.text
     adapter = json.loads((Path(run_config["output_dir"]) / "adapter_config.json").read_text())
     assert adapter["r"] == adapter["lora_alpha"] == 6
     assert adapter["target_modules"] == ["down_proj"]
