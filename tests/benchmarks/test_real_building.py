@@ -178,6 +178,14 @@ def test_files_come_out_of_the_network(host, tiny, tmp_path):
     assert building.build(tmp_path / "data", reader) == []  # nothing is asked for again
 
 
+def test_the_files_of_a_repository_are_one_request(host, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_TRACE", str(tmp_path / "trace"))
+    found = Reader(host=host).texts(((NAME, PATH), (NAME, "three"), (NAME, "large")))
+    assert list(found) == [PATH, "three", "large"]
+    ran = (tmp_path / "trace").read_text()
+    assert ran.count("built-in: git fetch ") == 2  # first its folders
+
+
 def test_a_commit_or_a_file_that_the_host_lacks_is_told(host, tmp_path, monkeypatch):
     building.FILES["a.txt"] = file("ONE\nTWO\n", "gone.txt")
     (wrong,) = building.build(tmp_path / "data", Reader(host=host))
@@ -213,7 +221,7 @@ def answers(monkeypatch):
 def test_a_repository_that_is_gone_costs_only_its_files(answers, tiny, tmp_path, monkeypatch):
     wrong = building.build(tmp_path / "data", Reader(host=answers.url))
     assert [w[:15] for w in wrong] == ["a.txt: own/tiny", "b.txt: own/tiny"]
-    assert f"{answers.url}/own/tiny does not have it" in wrong[0]
+    assert all(f"{answers.url}/own/tiny does not have it" in w for w in wrong)
 
 
 def test_a_busy_host_is_asked_again(answers, tiny):

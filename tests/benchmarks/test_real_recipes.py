@@ -182,9 +182,15 @@ def test_sentences_of_conllu():
 
 
 def test_the_book_is_unwrapped_and_begins_behind_its_first_quarter():
-    body = "one one\r\none\r\n\r\n" + "two\r\ntwo\r\n\r\nthree " * 2 + "three\r\n\r\n\r\nEND"
-    made = measured.cranford(named(f"licence\r\n***START OF IT***\r\n{body}***END OF IT***"))
-    assert made == "two two\n\nthree two two\n\nthree three\n\n\nEND"
+    def made(body):
+        whole = f"licence\r\n***START OF IT***\r\n{body}***END OF IT***licence"
+        return measured.cranford(named(whole))
+
+    second = "two\r\ntwo  two\r\n\r\n\r\n" + "three " * 8 + "."
+    # joined: breaks at 21, 26 and 40 of 92 letters
+    assert made(f"x\r\ny\r\n\r\nzzz\r\n\r\n{second}") == f"two two  two\n\n\n{'three ' * 8}."
+    most = made("\r\n\r\n".join(4 * ["b" * 60_000]))
+    assert most == 2 * ("b" * 60_000 + "\n\n")  # of three
 
 
 def test_code_is_named():
@@ -217,8 +223,8 @@ def test_oasst_follows_the_best_ranks():
 
     given = jsonl(
         message("a", None, "prompter"),
-        message("b", "a", "assistant", 1), message("c", "a", "assistant", 0),
-        message("n", "a", "assistant"),
+        message("b", "a", "assistant", 1), message("n", "a", "assistant"),
+        message("c", "a", "assistant", 0),
         message("d", "c", "prompter", written="2023-03"), message("e", "c", "prompter"),
         message("f", "e", "assistant"), message("g", "f", "prompter"),
         message("h", None, "prompter"),
@@ -288,7 +294,7 @@ def by_id(*pairs):
 
 
 def test_calls_take_first_values_and_no_optional_argument():
-    value = {"type": "float", "items": {"type": "tuple"}}
+    value = {"type": "float", "items": {"type": "tuple", "items": {"type": "any"}}}
     accept = {"a": [3, 4], "b": ["", "x"], "c": ["", 5], "d": [{"k": [1], "l": [""]}]}
     found = by_id(
         calls("live_simple_1-0", accept, required=("a", "c"), a=value, b=value, c=value, d=value)
@@ -298,7 +304,8 @@ def test_calls_take_first_values_and_no_optional_argument():
     assert found["accept"] == [{"f": accept}]
     schema = found["tools"][0]["parameters"]
     assert schema["type"] == "object"
-    assert schema["properties"]["a"] == {"type": "number", "items": {"type": "array"}}
+    items = {"type": "array", "items": {"type": "string"}}
+    assert schema["properties"]["a"] == {"type": "number", "items": items}
     assert found["category"] == "live_simple"
     assert found["messages"] == [{"role": "user", "content": "do"}]
 
@@ -327,7 +334,7 @@ def test_a_fifth_of_the_toolsets_is_for_testing():
     name = tested[0]["tools"][0]["name"]
     for other in range(200):
         question, accepted = calls("multiple_0", {}, name=name)
-        question["function"].append({"name": f"g{other}", "parameters": {"properties": {}}})
+        question["function"].insert(0, {"name": f"g{other}", "parameters": {"properties": {}}})
         more, tests = bfcl(*pairs, (question, accepted))
         if len(more) > len(learned):
             break
