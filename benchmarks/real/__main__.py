@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
-from benchmarks.real import bases, beginning, front, pace, report, seen, sweep
+from benchmarks.real import bases, beginning, building, front, pace, report, seen, sweep
 from benchmarks.real.arms import ARMS
-from benchmarks.real.data import DEFAULT, Data
+from benchmarks.real.building.reading import Reader
+from benchmarks.real.data import Data, built
 from benchmarks.real.lab import Lab
 from benchmarks.real.probes import AMOUNTS
 from benchmarks.real.tasks import TASKS
@@ -25,7 +27,7 @@ _REPORTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
     parser.add_argument(
-        "what", choices=["bases", "run", "report", "directions", "pace", "beginning"]
+        "what", choices=["bases", "data", "run", "report", "directions", "pace", "beginning"]
     )
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
@@ -39,15 +41,23 @@ def main() -> None:
     parser.add_argument("--amount", choices=AMOUNTS, default="brief", help="how much is measured")
     parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, default=DEFAULT)
+    parser.add_argument("--data", type=Path, help="default: LOKI_REAL_DATA, or beside the bases")
+    parser.add_argument("--repositories", type=Path, help="of `data`: git repositories to read")
     parser.add_argument("--work", type=Path, help="what is made once; default: beside the bases")
     parser.add_argument("--hours", type=float, help="begin no run after so long")
     parser.add_argument("--stage", default="runs", help="of the file real_STAGE.csv")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.repositories and options.what != "data":
+        parser.error(f"--repositories {options.repositories}: only `data` reads repositories")
+    if options.repositories and not options.repositories.is_dir():
+        parser.error(f"--repositories {options.repositories}: no such folder")
     if options.what == "bases":
         for name in options.base.split(",") if options.base else bases.SOURCES:
             print(bases.path(name))
+        return
+    if options.what == "data":
+        _build(options.data or built(), options.repositories)
         return
     if options.what == "report":
         report.write(options.output)
@@ -83,6 +93,14 @@ def main() -> None:
         options.precision,
         tuple(int(p) for p in options.points.split(",") if p) or sweep.POINTS,
     )
+
+
+def _build(folder: Path, repositories: Path | None) -> None:
+    print(f"'{folder}'; some licences allow to measure with a file, not to pass it on: README.md")
+    wrong = building.build(folder, Reader(repositories))
+    if wrong:
+        sys.exit("\n".join(["", *wrong]))
+    print(f"{len(building.FILES)} files, with the bytes that the results were measured with")
 
 
 def _names(given: str, known, option: str, parser) -> list[str]:

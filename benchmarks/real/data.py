@@ -1,15 +1,18 @@
 """The data: a folder of JSON Lines and text files; README.md tells their shapes and sources.
 
-None of their lines is part of this project.
+None of their lines is part of this project: `building` makes the folder out of public files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 
-DEFAULT = Path(__file__).parents[3] / "shared" / "real-data"
+from benchmarks.real import bases
+
+_BESIDE = Path(__file__).parents[3] / "shared" / "real-data"
 TEXTS = {
     "wikipedia": "text_wikipedia_en",
     "web": "text_web_c4",
@@ -23,11 +26,22 @@ TEXTS = {
 }
 
 
-class Data:
-    """Records and texts of a folder."""
+def built() -> Path:
+    """Where `python -m benchmarks.real data` builds: `LOKI_REAL_DATA`, or beside the bases."""
+    return Path(os.environ.get("LOKI_REAL_DATA") or bases.folder() / "data")
 
-    def __init__(self, folder: Path = DEFAULT):
-        self.folder = Path(folder)
+
+def folder() -> Path:
+    """Where the data is read: `built()`; beside the checkout where that was never built."""
+    given = os.environ.get("LOKI_REAL_DATA")
+    return _BESIDE if not given and not built().is_dir() and _BESIDE.is_dir() else built()
+
+
+class Data:
+    """Records and texts of a folder; none: of `folder()`."""
+
+    def __init__(self, place: Path | None = None):
+        self.folder = folder() if place is None else Path(place)
 
     def records(self, name: str) -> list[dict]:
         """The objects of `NAME.jsonl`, in the file's order.
@@ -64,7 +78,7 @@ class Data:
         path = self.folder / name
         if not path.is_file():
             raise ValueError(
-                f"'{path}' is missing; --data expects a folder as benchmarks/real/README.md"
-                " describes it, which names the public source of every file"
+                f"'{path}' is missing; `python -m benchmarks.real data --data '{self.folder}'`"
+                " makes it out of public files (benchmarks/real/README.md)"
             )
         return path.read_text(encoding="utf-8")

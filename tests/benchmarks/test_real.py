@@ -167,8 +167,8 @@ def test_a_task_is_the_same_every_time_and_tests_what_it_did_not_teach(lab):
 
 @pytest.mark.parametrize(
     "content, told",
-    [(None, "is missing.*README"), ("{}\n[1]\n", "line 2: expected an object"),
-     ('{"text": \n', "line 1")],
+    [(None, "cls_snips_train.jsonl' is missing; `python -m benchmarks.real data --data '"),
+     ("{}\n[1]\n", "line 2: expected an object"), ('{"text": \n', "line 1")],
 )  # fmt: skip
 def test_data_that_cannot_be_read_is_told(tmp_path, content, told):
     if content is not None:

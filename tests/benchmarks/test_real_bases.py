@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.real import bases, matching, sweep, tasks
-from benchmarks.real.data import DEFAULT, Data
+from benchmarks.real.data import Data
 from benchmarks.real.lab import Lab
 from benchmarks.real.scoring import Asked, score
 
@@ -53,9 +50,9 @@ def test_the_bases_are_made_and_read_english(name):
 def test_on_a_real_base_protection_keeps_what_lora_loses(tmp_path):
     """The benchmark in small: the pipeline, and one ordering that is far outside noise."""
     real(NAME)
-    data = Data(Path(os.environ.get("LOKI_REAL_DATA") or DEFAULT))
+    data = Data()
     if not data.folder.is_dir():
-        pytest.skip(f"the data folder '{data.folder}' is not there (benchmarks/real/README.md)")
+        pytest.skip(f"no data in '{data.folder}' (python -m benchmarks.real data)")
     lab, file = Lab(NAME, data, "ci"), tmp_path / "real_ci.csv"
     keys = [sweep.Key(NAME, "snips", a, 0, 1e-3, "ci") for a in ("lora_all_r16", "lora_soft")]
     sweep.run_all({NAME: lab}, keys, file, steps=15)
