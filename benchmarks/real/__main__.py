@@ -7,7 +7,17 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.real import bases, beginning, building, front, pace, report, seen, sweep
+from benchmarks.real import (
+    bases,
+    beginning,
+    building,
+    front,
+    pace,
+    report,
+    seen,
+    sweep,
+    through,
+)
 from benchmarks.real.arms import ARMS
 from benchmarks.real.building.reading import Reader
 from benchmarks.real.data import Data, built
@@ -27,7 +37,8 @@ _REPORTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
     parser.add_argument(
-        "what", choices=["bases", "data", "run", "report", "directions", "pace", "beginning"]
+        "what",
+        choices=["bases", "data", "run", "report", "directions", "pace", "beginning", "through"],
     )
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
@@ -71,6 +82,13 @@ def main() -> None:
     given = tuple(float(r) for r in options.rates.split(",") if r)
     data = Data(options.data)
     labs = {n: Lab(n, data, options.amount, options.device, options.work) for n in names}
+    if options.what == "through":
+        names = options.arms.split(",") if options.arms else list(through.YAMLS)
+        known = _names(",".join(names), through.YAMLS, "--arms", parser)
+        for lab in labs.values():
+            for task in chosen:
+                through.report(lab, known, task, options.steps)
+        return
     if options.what != "run":
         for lab in labs.values():
             _REPORTS[options.what](lab, options)

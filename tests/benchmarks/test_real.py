@@ -9,12 +9,13 @@ import zipfile
 
 import pytest
 import torch
+import yaml
 from helpers import real_data
 from helpers.families import tiny
 from helpers.tokenizers import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.real import bases, matching, probes, report, scoring, sweep, tasks
+from benchmarks.real import bases, matching, probes, report, scoring, sweep, tasks, through
 from benchmarks.real.arms import ARMS
 from benchmarks.real.data import Data
 from benchmarks.real.lab import Lab
@@ -422,3 +423,14 @@ def test_a_base_that_nobody_knows_and_a_changed_package_are_refused(tmp_path, mo
     with pytest.raises(RuntimeError, match="nothing was made of it"):
         bases.path("thing")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_finalist_trains_by_the_real_command_and_is_measured_alike(lab, tmp_path):
+    found = through.run(lab, "lora_soft_anchor", "snips", 3, tmp_path / "work")
+    config = yaml.safe_load((tmp_path / "work" / "lora_soft_anchor.yaml").read_text())
+    assert config["loki"] == {"quota": 100, "protect": "auto"} and config["plugins"] == ["loki"]
+    report_of = json.loads((tmp_path / "work/lora_soft_anchor/loki_report.json").read_text())
+    assert report_of["verified"] is True
+    start = score(lab.known, lab.task.tested).loss
+    assert found["task_loss"] < start and found["kl_dialogues"] > 0 and "facts_kept" in found
