@@ -17,15 +17,19 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="on a small model that is made here")
     parser.add_argument("--work", type=Path, help="where everything goes (.demo or .demo-toy)")
     parser.add_argument("--fresh", action="store_true", help="make again what an earlier run left")
+    parser.add_argument("--results", action="store_true", help="keep the figures for the pages")
     options = parser.parse_args()
     work = (options.work or Path(".demo-toy" if options.toy else ".demo")).resolve()
     running.claim(work)
     running.environment()
     if options.toy:
-        from . import toy as chosen
+        from . import toy
+
+        toy.main(work, options.fresh)
     else:
-        from . import real as chosen
-    chosen.main(work, options.fresh)
+        from . import real
+
+        real.main(work, options.fresh, options.results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.machine import describe
+
 from . import orders, running, showing
 from .asking import Probes, load
 
@@ -35,11 +39,13 @@ LORA |= {"lora_target_linear": True, "learning_rate": 3e-4, **running.NO_KERNELS
 LOKI: dict[str, Any] = {"plugins": ["loki"], "adapter": "loki", "learning_rate": 1e-3}
 LOKI["loki"] = {"targets": "all", "rank": 16, "quota": 100, "protect": "auto"}
 LOKI["loki"] |= {"calibration": CALIBRATION, "cache_dir": "cache"}
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json"
 MODELS = {"base": "base", "lora": "LoRA", "loki": "LoKI"}
 
 
-def main(work: Path, fresh: bool = False) -> None:
-    """The whole job in `work`; with `fresh`, what protects is written and found again."""
+def main(work: Path, fresh: bool = False, results: bool = False) -> None:
+    """The whole job in `work`; with `fresh`, what protects is written and found again; with
+    `results` its figures go where those of the benchmarks are, and from there into the pages."""
     clock = _Clock()
     if fresh:
         shutil.rmtree(work / "cache", ignore_errors=True)
@@ -76,8 +82,10 @@ def main(work: Path, fresh: bool = False) -> None:
         "stages": clock.ended(),
         "seconds": round(clock.seconds, 1),
         "gigabytes": round(_largest() / 1e9, 2),
+        "machine": describe(torch.device("cpu")),
     }
-    (work / "demo_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    for path in [work / "demo_report.json", *[RESULTS] * results]:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     showing.show(report, work, MODELS)
 
 

@@ -21,23 +21,34 @@ def show(report: dict, work: Path, models: Mapping[str, str]) -> None:
     print(f"report               {_page(report, work, models)}")
 
 
-def side_by_side(report: dict, models: Mapping[str, str]) -> list[str]:
-    """Every question and a few held-out messages, with what each model says."""
+def side_by_side(
+    report: dict, models: Mapping[str, str], asked: int | None = None, shown: int = SHOWN
+) -> list[str]:
+    """The questions (all, or the first `asked`) and a few held-out messages, with what each model
+    says."""
     lines = ["What was known (+ right, - wrong or an order)"]
-    for i, q in enumerate(questions()):
+    for i, q in enumerate(questions()[:asked]):
         lines += ["", q["question"]]
         for key, name in models.items():
             found = report["results"][key]
             mark = "+" if found["right"][i] else "-"
             lines.append(f"  {name} {mark} {_short(found['answers'][i])}")
     lines += ["", "What was to be learned (held-out messages)"]
-    for i, (message, order) in enumerate(orders.held_out()[:SHOWN]):
+    for i, (message, order) in enumerate(orders.held_out()[:shown]):
         lines += ["", message]
         for key, name in models.items():
             found = report["results"][key]
             mark = "+" if found["shown"][i] == order else "-"
             lines.append(f"  {name} {mark} {_short(found['shown'][i])}")
     return lines
+
+
+def in_short(report: dict, models: Mapping[str, str]) -> str:
+    """Two questions, a message and the table: what a page shows of a run."""
+    lines = [*side_by_side(report, models, 2, 1), "", *table(report, models)]
+    lines += ["", f"verify{'':34s}{report['verify']}"]
+    used = f"{report['seconds'] / 60:.0f} minutes, largest process {report['gigabytes']} GB"
+    return "\n".join([*lines, f"{used}: {report['machine']}"])
 
 
 def compared(report: dict, models: Mapping[str, str]) -> list[tuple[str, list[str]]]:

@@ -11,6 +11,7 @@ from benchmarks.real import (
     bases,
     beginning,
     building,
+    forms,
     front,
     pace,
     report,
@@ -29,6 +30,7 @@ from benchmarks.writer import RESULTS
 # What writes a results file of its own.
 _REPORTS = {
     "directions": lambda lab, options: seen.report(lab),
+    "forms": lambda lab, options: forms.report(lab),
     "pace": lambda lab, options: pace.report(lab, options.precision),
     "beginning": lambda lab, options: beginning.report(lab, options.steps, options.precision),
 }
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__)
     parser.add_argument(
         "what",
-        choices=["bases", "data", "run", "report", "directions", "pace", "beginning", "through"],
+        choices=["bases", "data", "run", "report", "through", *_REPORTS],
     )
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")

@@ -1,12 +1,13 @@
 """What README and docs say of real models: marked blocks, filled from the results alone.
 
 A page has `<!-- real:table -->` and `<!-- /real:table -->` where the table stands, and the same
-with `picture`. `python -m benchmarks.real report` fills them; a test fails while a page has another
-text.
+with `picture`, and with `demo` for what `python -m demo --results` printed last. `python -m
+benchmarks.real report` fills them; a test fails while a page has another text.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from benchmarks.real.picture import SHOWN, draw
 from benchmarks.real.report import is_ours
 from benchmarks.real.tasks import TASKS
 from benchmarks.writer import RESULTS, table
+from demo.real import MODELS
+from demo.showing import in_short as shown
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/choosing.md", "docs/evidence.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/evidence.md", "docs/how.md")
+DEMO = RESULTS / "demo.json"
 PICTURE = "docs/pictures/real_tradeoff.png"
 NOTHING = (
     "*No run of a real model stands in `benchmarks/results/` yet, so there is nothing to show here."
@@ -72,7 +76,7 @@ def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
 
 def filled(text: str, page: str, rows: list[Row]) -> str:
     """`text` of a page with its blocks as the runs have them."""
-    for name in ("picture", "table"):
+    for name in ("picture", "table", "demo"):
         pattern = rf"(<!-- real:{name} -->\n).*?(<!-- /real:{name} -->)"
         new = block(name, page, rows)
         text = re.sub(pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
@@ -81,6 +85,10 @@ def filled(text: str, page: str, rows: list[Row]) -> str:
 
 def block(name: str, page: str, rows: list[Row]) -> str:
     """What stands between the marks of a page, in Markdown."""
+    if name == "demo":
+        if not DEMO.is_file():
+            return "*`python -m demo --results` has not run yet.*"
+        return f"```text\n{shown(json.loads(DEMO.read_text('utf-8')), MODELS)}\n```"
     return picture(page, rows) if name == "picture" else in_short(rows)
 
 

@@ -15,7 +15,7 @@ from helpers.families import tiny
 from helpers.tokenizers import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.real import bases, matching, probes, report, scoring, sweep, tasks, through
+from benchmarks.real import bases, forms, matching, probes, report, scoring, sweep, tasks, through
 from benchmarks.real.arms import ARMS
 from benchmarks.real.data import Data
 from benchmarks.real.lab import Lab
@@ -383,6 +383,18 @@ def test_the_best_rate_counts_for_every_arm_and_late_ones_are_told():
     assert (lora["rate"], lora["seeds"], lora["kl_dialogues"]) == (3e-5, 1, pytest.approx(0.65))
     (verdict,) = report.verdicts(rows)
     assert verdict["our best"] == "lora_soft" and verdict["reached"] == "yes"
+
+
+def test_forms_are_told_by_their_bytes(lab, monkeypatch):
+    rows = []
+    for arm, kl in (("lora_all_r16", 0.8), ("lora_soft", 0.4), ("form_8bit", 0.5)):
+        rows += [line(arm, 0, 3.0, 0.0), line(arm, 9, 0.2, kl)]
+    monkeypatch.setattr(matching, "read", lambda folder: rows)
+    whole, eight = forms.compare(lab, "snips")
+    v, sizes = torch.zeros(64, 10), {name: size for name, (_, size) in forms._FORMS.items()}
+    assert [sizes[n](v) for n in ("lora_soft", "form_bf16", "form_quarter")] == [2560, 1280, 4096]
+    assert [sizes[n](v) for n in ("form_8bit", "form_4bit", "form_blocks")] == [4352, 2304, 2048]
+    assert whole["of LoRA's"] == 0.5 and eight["KL, its own answers"] > whole["KL, its own answers"]
 
 
 def test_the_report_is_written_from_the_files_alone(tmp_path):
