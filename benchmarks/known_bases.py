@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import AutoConfig
-
-from benchmarks.standins import EXPERTS, INNER, shrink
+from benchmarks.standins import EXPERTS, INNER, published, shrink
 
 _MOE = {"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2}
 _GRANITE = {"shared_intermediate_size": INNER, "num_local_experts": EXPERTS}
@@ -100,8 +98,7 @@ def known(base: str) -> tuple[Any, str | None] | None:
     """
     for pattern, family, text, changes in KNOWN:
         if re.search(pattern, base, re.IGNORECASE):
-            more = {"text_config": AutoConfig.for_model(text).to_dict()} if text else {}
-            small = shrink(AutoConfig.for_model(family, **more))
+            small = shrink(published(family, text))
             inner = small.get_text_config()
             for name, value in changes.items():
                 setattr(inner, name, value)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from transformers import AutoConfig
+
 HIDDEN, HEADS, HEAD, INNER, LAYERS, VOCABULARY, EXPERTS = 64, 4, 16, 96, 4, 320, 4
 
 # What a field is called in one family or another -> its size in a stand-in.
@@ -110,6 +112,28 @@ _MORE: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "prophetnet": {"ngram": 2},
 }  # fmt: skip
+
+
+# Towers that a family's published models have and its default configuration leaves out.
+_TOWERS = {
+    "gemma4": {"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
+    "gemma4_unified": {
+        "vision_config": "gemma4_unified_vision", "audio_config": "gemma4_unified_audio",
+    },
+}  # fmt: skip
+
+
+def published(family: str, text: str | None = None) -> Any:
+    """A family's default configuration, with the towers that its published models have.
+
+    Args:
+        family: a model type of transformers.
+        text: the model type of its text model, where that is not the default's.
+    """
+    parts = _TOWERS.get(family, {}) | ({"text_config": text} if text else {})
+    return AutoConfig.for_model(
+        family, **{name: AutoConfig.for_model(kind).to_dict() for name, kind in parts.items()}
+    )
 
 
 def shrink(config: Any) -> Any:

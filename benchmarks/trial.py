@@ -136,7 +136,7 @@ def _train_and_merge(
             after = tuned.eval()(input_ids=ids).logits
         tuned.save_pretrained(folder / "adapter")
         selection.save(folder / "adapter" / "loki_rows.json")
-        with _stock_peft(), torch.no_grad():
+        with stock_peft(), torch.no_grad():
             stock = PeftModel.from_pretrained(
                 kind.loader.from_pretrained(base, config=config, dtype=torch.float32),
                 folder / "adapter",
@@ -169,7 +169,7 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 @contextmanager
-def _stock_peft() -> Iterator[None]:
+def stock_peft() -> Iterator[None]:
     """PEFT as it is where this package is not."""
     name = "convert_peft_config_for_transformers"
     ours = getattr(naming.peft_conversion, name)

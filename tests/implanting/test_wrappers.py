@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.standins import shrink
+from benchmarks.standins import published, shrink
 from benchmarks.trial import live, save_standin
 from loki_plugin import RowSelection, implant
 from loki_plugin.implanting.adapters import respelled
@@ -23,6 +23,7 @@ from loki_plugin.model.fingerprint import fingerprint
 
 WRAPPERS = {
     "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",  # Ministral 3, Magistral, Mistral Small
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -39,7 +40,7 @@ ROWS = [[1, 5, 9], [0, 2, 63], [3, 4, 5], [7, 8, 60]]
 
 
 def small(family: str):
-    return shrink(AutoConfig.for_model(family))
+    return shrink(published(family))
 
 
 def skip_what_does_not_run(config) -> None:
