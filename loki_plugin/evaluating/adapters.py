@@ -14,7 +14,7 @@ from ..analysing.calibration.sources import Record
 from ..args import CalibrationArgs
 from ..choices import SOURCE
 from ..implanting.checkpoint import Base, open_checkpoint
-from ..implanting.dequantised import load_quantised
+from ..implanting.dequantised import load_quantised, unquantised
 from ..implanting.rounded import DEQUANTISED, ORIGINAL, storage_of
 from ..model.building import load
 from ..rows import FILE_NAME, RowSelection
@@ -90,7 +90,8 @@ def losses_onto(base: Base, adapter: Path) -> tuple[dict[str, float], str]:
     del plain
     if len(first) < _FEWEST:
         return {}, f"this machine answers {len(first)} prompts in {_SECONDS} seconds"
-    quantised = load_quantised(base, found, storage_of(selection), dtype, mark)
+    whole = unquantised(base, found)[0]
+    quantised = load_quantised(base, found, storage_of(selection), dtype, mark, whole)
     second = _losses(with_adapter(quantised, adapter), prompts[: len(first)])
     losses = {ORIGINAL: first, DEQUANTISED: second}
     means = {onto: sum(values) / len(values) for onto, values in losses.items()}

@@ -22,6 +22,7 @@ from torch import nn
 from ..choices import DOWN, LINEAR_RANK
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.linears import PREFIX, chosen, chosen_down, kind_of
+from ..model.quantised import never_pack
 from ..protecting.directions import Directions
 from ..protecting.reading import ProtectedA, protect_inputs
 from ..rows import RowSelection
@@ -248,6 +249,7 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
         raise ValueError(
             f"{total} modules carry LoRA, expected only the {found} selected down-projections{more}"
         )
+    never_pack(model)
     freeze(model)
     save_rows_with(model, selection)
     name_by_parameter(model)

@@ -74,6 +74,7 @@ class Base:
         trust_remote_code: whether its configuration may bring code of its own.
         overrides: of its configuration, under which it was trained.
         kind: the class of transformers that the YAML names (`model_type`); None = any that fits.
+        unquantised: modules that the YAML has a quantised run leave whole (`bnb_config_kwargs`).
     """
 
     name: str | Path
@@ -81,6 +82,7 @@ class Base:
     trust_remote_code: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     kind: str | None = None
+    unquantised: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, base: str | Path | Base) -> Base:
@@ -95,6 +97,7 @@ class Base:
             bool(run.get("trust_remote_code")),
             dict(run.get("overrides_of_model_config") or {}),
             run.get("model_type") or None,
+            tuple((run.get("bnb_config_kwargs") or {}).get("llm_int8_skip_modules") or ()),
         )
 
     def folder(self) -> Path:

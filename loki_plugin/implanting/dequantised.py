@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from .vocabulary import copy_model
 
 # How Axolotl packs 4-bit weights, and how transformers does where nothing else is said.
 _PACKED_AS = (torch.bfloat16, torch.uint8, torch.float32, torch.float16)
+# What Axolotl leaves whole, by model type.
+_UNQUANTISED = {"falcon_h1": ("out_proj",), "jamba": ("mamba",)}
 
 
 def write_dequantised(
@@ -76,13 +79,20 @@ def _quantised_as_before(base: Base, found: Checkpoint, selection: RowSelection)
         )
     stored = found.first(selection.linears).torch_dtype
     for dtype in dict.fromkeys([stored, torch.bfloat16, torch.float16, torch.float32]):
-        model = load_quantised(base, found, storage, dtype, selection.fingerprint)
-        if any(_is_the_one(model, packed, selection) for packed in _PACKED_AS):
-            return model
+        for whole in unquantised(base, found):
+            model = load_quantised(base, found, storage, dtype, selection.fingerprint, whole)
+            if any(_is_the_one(model, packed, selection) for packed in _PACKED_AS):
+                return model
     raise ValueError(
         f"'{base.name}', quantised here as {storage}, is not the model that the rows were made on:"
         " give that base and revision, on the kind of device (GPU, CPU) that trained"
     )
+
+
+def unquantised(base: Base, found: Checkpoint) -> list[tuple[str, ...] | None]:
+    """What a quantised run may have left whole, likeliest first; None: transformers' own choice."""
+    family = getattr(found.model.config, "model_type", "")
+    return list(dict.fromkeys([base.unquantised or _UNQUANTISED.get(family), None]))
 
 
 def load_quantised(
@@ -91,15 +101,22 @@ def load_quantised(
     storage: str,
     dtype: torch.dtype,
     made_for: dict[str, str] | None,
+    whole: tuple[str, ...] | None,
 ) -> nn.Module:
-    """The base quantised by transformers as a fingerprint says, on the GPU where there is one."""
+    """The base quantised by transformers as a fingerprint says, on the GPU where there is one.
+
+    Args:
+        whole: modules that are not quantised; None: transformers' own choice.
+    """
     from transformers import BitsAndBytesConfig
 
     kind, *more = storage.removeprefix("bnb-").split("-")
+    skipped: Any = {"llm_int8_skip_modules": list(whole)} if whole else {}
     if kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True, **skipped)
     else:
         config = BitsAndBytesConfig(
+            **skipped,
             load_in_4bit=True,
             bnb_4bit_quant_type=kind,
             bnb_4bit_use_double_quant="double" in more,

@@ -11,6 +11,8 @@ from torch import nn
 
 from .whole import whole_sequences
 
+_PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' 4-bit linear modules
+
 
 def quantised_modules(model: nn.Module) -> list[nn.Module]:
     """The bitsandbytes 4-bit and 8-bit linear modules.
@@ -67,6 +69,18 @@ def unpack(model: nn.Module) -> None:
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             module.state_dict()
+
+
+def never_pack(model: nn.Module) -> None:
+    """From now on no evaluation on a CPU packs 4-bit weights.
+
+    Packed ones stay so: every training step behind the evaluation would get wrong gradients, and
+    what is unpacked again has other scales than before.
+    """
+    unpack(model)
+    for module in quantised_modules(model):
+        if hasattr(module, _PACKS):
+            setattr(module, _PACKS, False)
 
 
 @contextmanager

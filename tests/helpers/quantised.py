@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks.standins import INNER
 from helpers.families import tiny
 
 # NF4 on a CPU needs widths that its block of 64 divides.
@@ -31,3 +32,13 @@ def in_4_bit(family: str, folder: Path, dtype=torch.bfloat16):
         attn_implementation=model.config._attn_implementation,
         experts_implementation="eager",
     ).eval()
+
+
+def widened(config):
+    """A small configuration whose inner widths NF4's blocks divide too."""
+    for key, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            widened(value)
+        elif value == INNER:
+            setattr(config, key, WIDTHS["intermediate_size"])
+    return config

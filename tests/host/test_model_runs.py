@@ -7,44 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
+from helpers.quantised import widened
 from helpers.tokenizers import make_tokenizer
+from helpers.wrappers import asked_of, image_data, save_gemma3, save_llava, save_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
 from benchmarks.standins import shrink
 from loki_plugin.cli import loki
 from loki_plugin.implanting.proven import merge_run
-from loki_plugin.model.building import kinds
+from loki_plugin.model.building import load
 
 TOWER = "vision_tower"
 
 
 def save(config, folder):
-    """A stand-in that knows a tokenizer, which is returned."""
-    tokenizer = make_tokenizer(folder)
-    config.get_text_config().vocab_size = len(tokenizer) + 4
-    for each in (config, config.get_text_config()):
-        each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        each.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(0)
-    kinds(config)[0].loader.from_config(config).save_pretrained(folder)
-    return tokenizer
+    """A stand-in that knows a tokenizer."""
+    save_model(folder, config, make_tokenizer(folder))
 
 
 @pytest.fixture(scope="module")
 def wrapper(tmp_path_factory):
-    """A LLaVA with a processor that Axolotl can load; its tower is deeper than its decoder."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
     folder = tmp_path_factory.mktemp("wrapper")
-    config = shrink(AutoConfig.for_model("llava"))
-    config.vision_config.num_hidden_layers = 6
-    tokenizer = save(config, folder)
-    LlavaProcessor(
-        CLIPImageProcessor(), tokenizer, patch_size=14, chat_template=tokenizer.chat_template
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_llava(folder)
     return folder
 
 
@@ -60,6 +48,93 @@ def test_text_through_a_wrapper_trains_and_merges_byte_by_byte(wrapper, run_conf
     changed = sorted(k for k in before if not torch.equal(before[k], after[k]))
     assert len(changed) == 4 and all(k.endswith("mlp.down_proj.weight") for k in changed)
     assert not any(TOWER in k for k in changed) and any(TOWER in k for k in before)
+
+
+# family -> its base, how it is stored, a method that every image passes through
+IMAGES = {
+    "llava": (save_llava, {}, "LlavaModel"),
+    "gemma3": (
+        save_gemma3,
+        {"load_in_4bit": True, "gradient_checkpointing": False}
+        | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["vision_tower", "lm_head"]}},
+        "Gemma3Model",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", IMAGES)
+def test_images_and_text_train_the_rows_of_the_decoder(
+    tmp_path, run_config, train, family, monkeypatch
+):
+    """Axolotl's processor path, with everything beside it that reads text: protection, the
+    anchor, forgetting at each evaluation. In 4 bits too, with the tower left whole."""
+    monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
+    save_base, storage, name = IMAGES[family]
+    base, seen = tmp_path / "base", []
+    save_base(base)
+    kind = getattr(transformers, name)
+    features = kind.get_image_features
+
+    def get_image_features(self, pixel_values, **more):
+        seen.append(pixel_values.shape)
+        return features(self, pixel_values, **more)
+
+    monkeypatch.setattr(kind, "get_image_features", get_image_features)
+    data = {"path": str(image_data(tmp_path)), "ds_type": "json", "type": "chat_template"}
+    config = run_config | storage | {
+        "base_model": str(base), "processor_type": "AutoProcessor", "datasets": [data],
+        "skip_prepare_dataset": True, "remove_unused_columns": False, "sample_packing": False,
+        "micro_batch_size": 2, "val_set_size": 4, "eval_steps": 3,
+        "loki": run_config["loki"] | {"protect": "auto"},
+    }  # fmt: skip
+    out = Path(train(config).output_dir)
+    report = json.loads((out / "loki_report.json").read_text(encoding="utf-8"))
+    assert report["verified"], report["faults"]
+    assert len(report["forgetting_while_training"]["path"]) == 3
+    assert len(seen) >= 6 and all(shape[0] == 2 for shape in seen)  # every batch of every step
+    quantised = "load_in_4bit" in storage
+    onto = "dequantised" if quantised else "original"
+    _, proof = merge_run(config, [out], out / "merged", onto=onto)
+    assert proof.ok and all(proof.changed_rows)
+    if quantised:
+        assert merge_run(config, [out], tmp_path / "elsewhere")[1].ok
+
+    # With an image before its question the merged model answers as the adapter does.
+    processor = AutoProcessor.from_pretrained(out / "merged")
+    inputs = processor.apply_chat_template(
+        asked_of(tmp_path / "3.png", "say 3"), add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    model = load(str(out / "merged"), dtype=torch.float32)
+    answers = model.eval()(**inputs).logits
+    beside = load(str(out / "merged-base" if quantised else base), dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(beside, out).eval()
+    torch.testing.assert_close(answers, adapted(**inputs).logits, atol=1e-4, rtol=1e-4)
+    inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+    assert not torch.allclose(answers, model(**inputs).logits, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_what_axolotl_leaves_whole_in_4_bits_is_left_whole_for_the_merge(
+    tmp_path, run_config, train
+):
+    """Falcon-H1's `out_proj`; the base that the rows were learned beside is found again."""
+    base = tmp_path / "base"
+    config = widened(shrink(AutoConfig.for_model("falcon_h1")))
+    config.tie_word_embeddings = False  # Axolotl's settings quantise its head
+    save(config, base)
+    bf16 = {"bf16": True, "plugins": ["loki", "helpers.on_cpu.WithoutAutocast"]}
+    more = bf16 | {"load_in_4bit": True, "gradient_checkpointing": False, "base_model": str(base)}
+    run = run_config | more | {"loki": run_config["loki"] | {"rank": 2}}
+    out = Path(train(run).output_dir)
+    _, proof = merge_run(run, [out], out / "merged", onto="dequantised")
+    assert proof.ok and all(proof.changed_rows)
+    before, after = (load_file(f / "model.safetensors") for f in (base, out / "merged"))
+    kept = [k for k in before if "out_proj" in k]
+    assert len(kept) == 4 and all(torch.equal(before[k], after[k]) for k in kept)
+    rounded = [k for k in before if "in_proj.weight" in k]
+    assert len(rounded) == 4 and not any(torch.equal(before[k], after[k]) for k in rounded)
 
 
 # family -> how its rows are chosen, how many layers have any, and a key of its checkpoint

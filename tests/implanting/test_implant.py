@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
+from helpers.laws import assert_equal, base_tensors
+from helpers.quantised import in_4_bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 
@@ -255,6 +257,22 @@ def test_resuming_with_other_rows_is_refused(tmp_path):
         check_resume(str(tmp_path), RowSelection([*ROWS[:2], [7, 8, 10]], 48))
     with pytest.raises(ValueError, match="trained on other linears: q_proj trained there"):
         check_resume(str(tmp_path), RowSelection(ROWS, 48, linears=["layers.0.q_proj"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi: with biases
+def test_an_evaluation_in_4_bits_changes_neither_the_base_nor_what_trains(tmp_path, family):
+    """bitsandbytes packs weights for evaluation on some CPUs; a packed one gives no gradient."""
+    model = implant(in_4_bit(family, tmp_path), ROWS).train()
+    before, gradients = base_tensors(model), []
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad.clone() for p in trainable(model)])
+        with torch.no_grad():
+            model.eval()(input_ids=IDS)
+        model.train()
+    assert all(map(torch.equal, *gradients)) and all(g.abs().max() > 0 for g in gradients[0])
+    assert_equal(before, base_tensors(model))
 
 
 def test_the_trainer_scales_the_learning_rate_once_and_saves_rows(tmp_path):
