@@ -188,7 +188,7 @@ def _obey(run: dict[str, Any], said: str) -> str:
             listed = said.split("cannot be used with loki")[1].partition(":")[2]
             keys = re.findall(r"(\w+)[\w.]*: ", listed)
             changed = {k: v for k, v in changed.items() if k not in keys}
-        elif "`targets: all` trains" in said:
+        elif "`targets: all` trains" in said or "or write `all`" in said:
             changed["loki"] = {"targets": "all"}
         else:
             return said
@@ -305,6 +305,7 @@ _REASONS = {
     "PEFT takes an adapter": "a mixture whose targets PEFT takes for routed experts",
     "is quantised with": "a base that is stored quantised, not by bitsandbytes",
     "cannot be analysed": "the model cannot be analysed",
+    "is called": "names of `lora_target_modules` that the base does not have",
     "no down-projection": "no down-projection in any layer",
     "gets no gradient": "layers that text alone does not reach",
     "cannot be built": "its class cannot be built here (a package is missing)",

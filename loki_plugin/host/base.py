@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..choices import DOWN
+from ..choices import ALL, DOWN
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -92,6 +92,29 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
             " or `load_in_8bit: true` where memory is short"
         )
     return model.eval().requires_grad_(False), anatomy
+
+
+def known_targets(run: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Those of LoRA's target names that a linear of the base's decoder layers has.
+
+    All of them where none has, or where the base cannot be looked at: `look_at` says why.
+    """
+    from ..model.linears import chosen, chosen_down
+
+    if not run.get("base_model"):
+        return names
+    try:
+        model, anatomy = look_at({**run, "loki": {"targets": ALL}})
+    except ValueError:
+        return names
+
+    def is_there(name: str) -> bool:
+        try:
+            return bool(chosen_down(anatomy, [name]) or chosen(model, anatomy, [name]))
+        except ValueError:
+            return False
+
+    return [name for name in names if is_there(name)] or names
 
 
 def read_config(run: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ..args import LokiConfig
 from ..choices import ALL, DOWN, LINEAR_RANK
+from .base import known_targets
 from .options import OVERRIDDEN, WHY, refuse
 from .sharding import OVERRIDDEN_WITH_FSDP2, fsdp2_overrides, is_fsdp2
 from .telling import Line
@@ -130,7 +131,11 @@ def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiCo
         return config
     key, found = _lora_targets(cfg)
     if key and "targets" not in (cfg.get("loki") or {}):
-        lines.append(("targets", f"{key} = {cfg[key]!r} is taken as `loki.targets: {found}`"))
+        said = f"{key} = {cfg[key]!r} is taken as `loki.targets: {config.targets}`"
+        left = [n for n in found if n not in config.targets] if isinstance(found, list) else []
+        if left:
+            said += f"; of the decoder layers no linear that can train is called {', '.join(left)}"
+        lines.append(("targets", said))
     elif key and config.targets != found:
         lines.append(("overrides", f"{key} = {cfg[key]!r}: `loki.targets: {config.targets}`"))
     if config.targets == DOWN:
@@ -142,11 +147,14 @@ def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiCo
 
 
 def _with_targets(cfg) -> Any:
-    """The configuration with `targets` in its block, where they stand in LoRA's own keys."""
+    """The configuration with `targets` in its block, where they stand in LoRA's own keys. PEFT
+    passes over names that no module has, and YAMLs of one family are written for several."""
     block, (key, found) = cfg.get("loki"), _lora_targets(cfg)
     block = {} if block is None else block
     if not key or not isinstance(block, dict) or {"targets", "form"} & block.keys():
         return cfg
+    if isinstance(found, list):
+        found = known_targets(cfg, found)
     return {"loki": {**block, "targets": found}}
 
 

@@ -81,6 +81,17 @@ def test_loras_own_targets_are_taken_and_said_once(run_config, keys, targets, ou
     assert "  overrides   lora_target" not in our_log.text
 
 
+def test_names_of_lora_targets_that_the_base_lacks_are_left_out_and_said(run_config, our_log):
+    """As PEFT does: one list is written for several families."""
+    names = ["q_proj", "vision_adapter.mlp.fc1", "gate_up_proj", "down_proj"]
+    cfg = load(run_config | {"lora_target_modules": names})
+    assert cfg.loki.targets == ["q_proj", "down_proj"]
+    said = "of the decoder layers no linear that can train is called vision_adapter.mlp.fc1, gate_"
+    assert said in our_log.text
+    with pytest.raises(ValueError, match="is called gate_up_proj; there are down_proj, gate_proj"):
+        load(run_config | {"loki": run_config["loki"] | {"targets": names[2:]}})
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
