@@ -35,6 +35,7 @@ TEXT_COUNT, TEXT_TOKENS, TEXT_BATCH = 160, 80, 64
 TARGET: TargetName = "predicted"
 FEW_SHOT = 0
 DOWN, ALL = "down", "all"  # targets: rows of the down-projections only; every other linear too
+TEXT_MODEL, WRAPPER = CLASSES = ("text", "wrapper")  # whose names of modules an adapter has
 LINEAR_RANK = 16  # of the LoRA on linears besides the down-projections
 SEED = 0
 BATCH_SIZE = "auto"

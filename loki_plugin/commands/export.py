@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..choices import CLASSES
 from .shared import Answer, Command
 
 
@@ -14,24 +15,39 @@ from .shared import Answer, Command
     "export",
     cls=Command,
     example="loki export outputs outputs-r64 --rank 64\n"
-    "loki export outputs outputs-r8 --rank 8 --no-kl --json",
+    "loki export outputs outputs-r8 --rank 8 --no-kl --json\n"
+    "loki export outputs outputs-text --names text",
 )
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, required=True, help="of every module of the new adapter")
+@click.option("--rank", type=int, help="of every module of the new adapter")
+@click.option(
+    "--names",
+    type=click.Choice(CLASSES),
+    help="of modules as in the base's text model alone, or as in the whole model for images",
+)
 @click.option("--base", help="a folder or a hub id; default: the base that ADAPTER names")
 @click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
 @click.option("--no-kl", is_flag=True, help="do not load the base to measure what is lost")
 @click.option("--trust-remote-code", is_flag=True, help="where the base brings code of its own")
 @click.option("--device", help="default: the GPU where there is one")
 @click.option("--dtype", default="auto", show_default=True)
-def export_command(adapter, out, rank, base, prompts, no_kl, trust_remote_code, device, dtype):
-    """Write ADAPTER as a LoRA of a smaller rank, on the same rows, for servers that need one.
+def export_command(
+    adapter, out, rank, names, base, prompts, no_kl, trust_remote_code, device, dtype
+):
+    """Write ADAPTER as a LoRA of a smaller rank, or under the names of another class.
 
     Of each update ΔW the largest singular values are kept. How much of ‖ΔW‖² is lost is said, and
     KL(ADAPTER || OUT) on calibration prompts where the base can be loaded (in 16 bits). `loki
     merge` loses nothing of that: where you can serve a whole model, serve the merged one.
+
+    A base for images and text is loaded whole by some and as its text model by others. The report
+    says whose names the adapter has (`adapter_fits`); `--names` writes those of the other.
     """
+    if (rank is None) == (names is None):
+        raise ValueError("give --rank or --names, one of them; for both, export twice, rank first")
+    if names:
+        return _under_names(adapter, out, names, base, trust_remote_code)
     from ..analysing.calibration.sources import load_records
     from ..evaluating.adapters import between
     from ..evaluating.forgetting import check_place
@@ -63,3 +79,13 @@ def export_command(adapter, out, rank, base, prompts, no_kl, trust_remote_code, 
             f" same answer, on {found['prompts']} prompts of {prompts}"
         )
     return Answer(f"{report.text()}\n{told}", asdict(report) | {"output": str(out)})
+
+
+def _under_names(adapter: Path, out: Path, names: str, base: str | None, trust: bool) -> Answer:
+    from ..implanting.checkpoint import Base
+    from ..implanting.exporting import base_of
+    from ..implanting.renaming import rename
+
+    known = Base(base or base_of(adapter), trust_remote_code=trust)
+    report = rename(adapter, out, names, known)
+    return Answer(report.text(), asdict(report) | {"output": str(out)})

@@ -82,6 +82,10 @@ class Run:
         run.facts |= {"rows_from": source, "rows_seconds": round(seconds, 3)}
         run.facts["adapter_fits"] = type(model).__name__  # whose names of modules it has
         run.told = about_rows(selection, source)
+        if model.config.get_text_config() is not model.config:
+            fits = f"of modules are those of {run.facts['adapter_fits']}, which the adapter fits"
+            other = "`loki export --names text` writes the text model's"
+            run.told.append(("names", f"{fits}; {other}"))
         if selection.linears and has_routed_experts(anatomy):
             run.told.append(("experts", "routed ones, and what routes to them, stay frozen"))
         run.watch = watch(cfg, model, tokenizer, files.config, files.inputs, unknown)

@@ -83,14 +83,14 @@ def lora_settings(
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": _shortest_targets(model, right),
+        "target_modules": shortest_targets(model, right),
         "target_parameters": by_parameter(wrong) or None,
         "fan_in_fan_out": 1 in anatomy.row_dims,
         "lora_dropout": 0.0,
     }
 
 
-def _shortest_targets(model: nn.Module, used: list[str]) -> list[str]:
+def shortest_targets(model: nn.Module, used: list[str]) -> list[str]:
     """Suffixes such as `down_proj` where they name exactly these modules, else full names."""
     everything = [name for name, _ in model.named_modules()]
     kinds: dict[str, list[str]] = {}

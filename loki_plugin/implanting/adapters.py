@@ -206,11 +206,11 @@ def respelled(lora: Any, config: dict, names: list[str]) -> tuple[Any, dict]:
         names: of the L down-projections.
     """
     modules = {k.rpartition(".lora_")[0].removeprefix(PREFIX) for k in lora.keys() if ".lora_" in k}
-    tails = {_tail(name) for name in names}
-    heads = {m.removesuffix(_tail(m)) for m in modules if _tail(m) in tails}
+    tails = {tail(name) for name in names}
+    heads = {m.removesuffix(tail(m)) for m in modules if tail(m) in tails}
     if modules & set(names) or len(heads) != 1 or TOWER.search(min(heads)):
         return lora, config
-    theirs, ours = heads.pop(), names[0].removesuffix(_tail(names[0]))
+    theirs, ours = heads.pop(), names[0].removesuffix(tail(names[0]))
     pattern = {
         ours + k.removeprefix(theirs) if k.startswith(theirs) else k: alpha
         for k, alpha in (config.get("alpha_pattern") or {}).items()
@@ -218,7 +218,7 @@ def respelled(lora: Any, config: dict, names: list[str]) -> tuple[Any, dict]:
     return _Respelled(lora, theirs, ours), config | {"alpha_pattern": pattern}
 
 
-def _tail(name: str) -> str:
+def tail(name: str) -> str:
     """From the list of layers on."""
     found = re.search(r"[^.]+\.\d+\..*", name)
     return found.group() if found else name

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choices import TEXT_MODEL
 from .fingerprint import config_hash
 
 # In Axolotl's order: images and text, text, sound and text.
@@ -75,6 +76,37 @@ def kinds(config: Any, named: str | None = None, trust_remote_code: bool = False
             f" that writes text{hint}"
         )
     return list(found.values())
+
+
+def empty_as(
+    which: str, name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The model of a configuration that holds that of a text model, on the meta device.
+
+    Args:
+        which: `text`, its text model alone; `wrapper`, the whole.
+        name: a folder or a hub id.
+
+    Raises:
+        ValueError: as `kinds`; or a configuration that is of one class only.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code
+    )
+    text = config.get_text_config()
+    known: Any = AutoModelForCausalLM._model_mapping
+    if text is config or type(text) not in known:
+        what = f"transformers has no class for its text model ('{text.model_type}') alone"
+        if text is config:
+            what = "it is no model for images or sound and text"
+        raise ValueError(
+            f"'{name}' (model_type '{config.model_type}') is loaded as one class only: {what}"
+        )
+    if which == TEXT_MODEL:
+        return Kind(_class_of(text, AutoModelForCausalLM), AutoModelForCausalLM).empty(text)
+    return kinds(config, None, trust_remote_code)[0].empty(config, trust_remote_code)
 
 
 def _class_of(config: Any, auto: Any) -> str:

@@ -22,15 +22,16 @@ METHOD = (
     "Fine-tuned with LoKI (Low-damage Knowledge Implanting): of every layer's down-projection only"
     " those rows train that contribute least to what the model knows in general"
 )
+_AUTO, _WHOLE = "AutoModelForCausalLM", "ForConditionalGeneration"
 _LOAD = {
     "adapter": (
         "from peft import PeftModel",
-        "model = AutoModelForCausalLM.from_pretrained({base})",
+        "model = {kind}.from_pretrained({base})",
         "model = PeftModel.from_pretrained(model, {folder})",
     ),
     "merged": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "model = AutoModelForCausalLM.from_pretrained({folder})",
+        "from transformers import {kind}, AutoTokenizer",
+        "model = {kind}.from_pretrained({folder})",
         "tokenizer = AutoTokenizer.from_pretrained({folder})",
     ),
 }
@@ -110,10 +111,25 @@ def _section(
         parts.append(f"### {section['title']}\n\n| | |\n|---|---|\n{table}")
     lines = list(_LOAD[kind])
     if kind == "adapter":
-        lines[0] = f"{lines[0]}; from transformers import AutoModelForCausalLM"
+        lines[0] = f"{lines[0]}; from transformers import {{kind}}"
     names = {"base": _quoted(report.get("base_model") or "BASE"), "folder": _quoted(folder.name)}
+    names["kind"] = _loader(report)
     parts.append("### How to load\n\n```python\n" + "\n".join(lines).format(**names) + "\n```")
+    if kind == "adapter" and names["kind"] != _AUTO:
+        parts.append(
+            f"The adapter has the names of modules of `{names['kind']}`. What loads the text model"
+            " alone needs them as `loki export ADAPTER OUT --names text` writes them."
+        )
     return "\n\n".join(parts)
+
+
+def _loader(report: Report) -> str:
+    """The class that loads the base: by name where the automatic one leads elsewhere, or nowhere,
+    because the whole of a model for images or sound and text was trained."""
+    import transformers
+
+    fits = str(report.get("adapter_fits") or "")
+    return fits if fits.endswith(_WHOLE) and hasattr(transformers, fits) else _AUTO
 
 
 def _quoted(value: Any) -> str:

@@ -37,11 +37,15 @@ def wrapper(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_text_through_a_wrapper_trains_and_merges_byte_by_byte(wrapper, run_config, train):
+def test_text_through_a_wrapper_trains_and_merges_byte_by_byte(wrapper, run_config, train, our_log):
     config = run_config | {"base_model": str(wrapper)}
     out = Path(train(config).output_dir)
     report = json.loads((out / "loki_report.json").read_text(encoding="utf-8"))
     assert report["verified"] and report["adapter_fits"] == "LlavaForConditionalGeneration"
+    assert "names       of modules are those of LlavaForConditionalGeneration" in our_log.text
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f'model = LlavaForConditionalGeneration.from_pretrained("{wrapper}")' in card
+    assert "`loki export ADAPTER OUT --names text`" in card
     _, proof = merge_run(config, [out], out / "merged")
     assert proof.ok and all(proof.changed_rows)
     before, after = (load_file(f / "model.safetensors") for f in (wrapper, out / "merged"))
