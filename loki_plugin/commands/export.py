@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from ..choices import CLASSES
 from .shared import Answer, Command
@@ -47,6 +48,7 @@ def export_command(
     if (rank is None) == (names is None):
         raise ValueError("give --rank or --names, one of them; for both, export twice, rank first")
     if names:
+        _nothing_is_measured()
         return _under_names(adapter, out, names, base, trust_remote_code)
     from ..analysing.calibration.sources import load_records
     from ..evaluating.adapters import between
@@ -79,6 +81,15 @@ def export_command(
             f" same answer, on {found['prompts']} prompts of {prompts}"
         )
     return Answer(f"{report.text()}\n{told}", asdict(report) | {"output": str(out)})
+
+
+def _nothing_is_measured() -> None:
+    """Names are exchanged and nothing else, so that there is nothing to measure."""
+    context = click.get_current_context()
+    for name in ("prompts", "no_kl", "device", "dtype"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is about what a smaller rank loses; leave it out")
 
 
 def _under_names(adapter: Path, out: Path, names: str, base: str | None, trust: bool) -> Answer:

@@ -119,6 +119,7 @@ def test_what_cannot_be_renamed_is_refused(tmp_path, base):
         (("--names", "wrapper"), "has the names of Llama4ForConditionalGeneration already"),
         (("--names", "text", "--base", base), r"(model_type 'llama') is loaded as one class only"),
         ((), "give --rank or --names, one of them"),
+        (("--names", "text", "--no-kl"), "--no-kl is about what a smaller rank loses"),
         (("--names", "text", "--rank", "2"), "for both, export twice, rank first"),
     ):
         done = export(adapter, tmp_path / "out", *arguments)
