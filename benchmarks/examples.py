@@ -189,7 +189,8 @@ def _outcome(
 
 
 def _obey(run: dict[str, Any], said: str) -> str:
-    """Take out the settings that are named, or take the targets that there are; try again."""
+    """Take out the settings that are named, or take the targets that there are; try again. What
+    Axolotl then says of a key that needs one of those is done too."""
     changed = dict(run)
     for _ in range(3):
         if "cannot be used with loki" in said:
@@ -198,6 +199,8 @@ def _obey(run: dict[str, Any], said: str) -> str:
             changed = {k: v for k, v in changed.items() if k not in keys}
         elif "`targets: all` trains" in said or "or write `all`" in said:
             changed["loki"] = {"targets": "all"}
+        elif needs := re.search(r"Value error, (\w+) requires", said):
+            changed.pop(needs[1], None)
         else:
             return said
         said = _validate(changed | {"plugins": [*_plugins(run), "loki"]})
