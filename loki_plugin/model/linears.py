@@ -73,12 +73,18 @@ def chosen(model: nn.Module, anatomy: Anatomy, targets: str | Sequence[str]) -> 
             as PEFT has it, one regular expression for whole names.
 
     Raises:
-        ValueError: a name that no linear module of a decoder layer has; what there is is listed.
+        ValueError: a name that no linear module of a decoder layer has; what there is is listed. Or
+            `all` of a model that has none.
     """
     if targets == DOWN:
         return ()
     others = other_linears(model, anatomy)
     if targets == ALL:
+        if not others and not anatomy.down:
+            raise ValueError(
+                f"model family '{model.config.model_type}': its decoder layers have routed experts"
+                " only, in their attention too: no linear module can train"
+            )
         return tuple(others)
     every = [*others, *anatomy.names]
     wanted = [targets] if isinstance(targets, str) else targets

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers.families import tiny
+from transformers import AutoModelForCausalLM
 
+from benchmarks.standins import published, shrink
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.model.linears import kind_of, other_linears
+from loki_plugin.model.linears import chosen, kind_of, other_linears
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 GATED = {"gate_proj", "up_proj"}
@@ -29,3 +32,12 @@ def test_every_linear_but_experts_routers_and_what_kernels_read(family, kinds):
     assert {kind_of(name) for name in found} == kinds
     assert not set(found) & set(anatomy.names)
     assert all(model.get_submodule(name) is module for name, module in found.items())
+
+
+def test_where_no_linear_can_train_that_is_said():
+    """JetMoE has routed experts in its attention too."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shrink(published("jetmoe")))
+    anatomy = find_anatomy(model)
+    with pytest.raises(ValueError, match="'jetmoe': .* in their attention too: no linear module"):
+        chosen(model, anatomy, "all")
