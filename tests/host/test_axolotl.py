@@ -101,7 +101,8 @@ def test_trains_saves_and_merges(run_config, train, captured, base, tmp_path, ra
     expected = 3 * 6 * 128 if rank is None else 3 * 2 * (128 + 6)
     assert report["trainable_parameters"] == expected
 
-    assert_stock_peft_agrees(captured["model"], base, out, four_bit, tmp_path)
+    # In evaluation bitsandbytes rounds otherwise on some CPUs; a model that has trained does not.
+    assert_stock_peft_agrees(captured["model"], base, out, four_bit, tmp_path, four_bit)
     merge_and_verify(run_config, base, selection, tmp_path)
 
 
