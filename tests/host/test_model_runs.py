@@ -101,8 +101,14 @@ def test_images_and_text_train_the_rows_of_the_decoder(
     onto = "dequantised" if quantised else "original"
     _, proof = merge_run(config, [out], out / "merged", onto=onto)
     assert proof.ok and all(proof.changed_rows)
-    if quantised:
-        assert merge_run(config, [out], tmp_path / "elsewhere")[1].ok
+    if quantised:  # the command says too what either base answers
+        yaml, output = tmp_path / "run.yaml", str(tmp_path / "elsewhere")
+        yaml.write_text(json.dumps(config))
+        done = CliRunner().invoke(loki, ["merge", str(yaml), "--output", output, "--json"])
+        assert done.exit_code == 0, done.output
+        told = json.loads(done.stdout)
+        assert told["proof"]["ok"] and len(told["advice"]["ratios"]) == 4
+        assert told["advice"]["losses"].keys() == {"original", "dequantised"}, told["advice"]
 
     # With an image before its question the merged model answers as the adapter does.
     processor = AutoProcessor.from_pretrained(out / "merged")
