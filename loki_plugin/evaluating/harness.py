@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .change import TaskChange, flips
 
 LOG = logging.getLogger("loki_plugin")
@@ -49,13 +51,29 @@ def check_tasks(tasks: Sequence[str], include: str | None = None, unsafe: bool =
     return manager
 
 
-def _runs_code(entry: dict[str, Any] | None) -> bool:
-    from lm_eval.utils import load_yaml_config
-
-    path = (entry or {}).get("yaml_path")
-    if not isinstance(path, str):  # a task that is a Python class, or a tag of several
+def _runs_code(entry: Any) -> bool:
+    """Of what lm-eval knows of a task: a dictionary, or from 0.4.12 on an object."""
+    path = entry.get("yaml_path") if isinstance(entry, dict) else getattr(entry, "yaml_path", None)
+    if not isinstance(path, str | Path):  # a task that is a Python class, or a tag of several
         return False
-    return bool(load_yaml_config(path, mode="simple").get("unsafe_code"))
+    return _unsafe(Path(path))
+
+
+def _unsafe(path: Path) -> bool:
+    """`unsafe_code` of a task's file, or of the files that it includes."""
+    settings = yaml.load(path.read_bytes(), _Plain) or {}
+    if "unsafe_code" in settings:
+        return bool(settings["unsafe_code"])
+    more = settings.get("include") or []
+    more = more if isinstance(more, list) else [more]
+    return any(_unsafe(path.parent / each) for each in more)
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML of lm-eval's tasks, without the functions that it names (`!function`)."""
+
+
+_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def evaluate_tasks(
