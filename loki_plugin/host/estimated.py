@@ -39,13 +39,18 @@ def text(base: str, facts: Mapping[str, Any]) -> str:
 
 
 def _of_analysis(analysis: Mapping[str, Any]) -> list[Line]:
+    finding = ""
+    if "finding_directions_bytes" in analysis:
+        held = size(analysis["finding_directions_bytes"])
+        finding = f"finding directions {held}, its time is not predicted"
     if not analysis["prompts"]:
-        return [("analysis", "none: the rows are given")]
+        none = ("analysis", "none: no rows are chosen by scores")
+        return [none, ("", finding)] if finding else [none]
     found = f"{size(analysis['bytes'])} with {analysis['batch_size']} prompts at once"
     if analysis["batch_size"] > 1:
         found += f", {size(analysis['least_bytes'])} with one"
-    if "finding_directions_bytes" in analysis:
-        found += f"; finding directions {size(analysis['finding_directions_bytes'])}"
+    if finding:
+        found += f"; {finding}"
     prompts = f"{analysis['prompts']} prompts of up to {analysis['longest_prompt_tokens']} tokens"
     return [
         ("analysis", found),
@@ -57,7 +62,7 @@ def _of_training(training: Mapping[str, Any]) -> list[Line]:
     parts = [f"{name} {size(training[key])}" for key, name in _PARTS.items() if training[key]]
     moments = training["activations_bytes"]
     moment = max(moments, key=moments.__getitem__)
-    parts.append(f"at the {moment} {size(moments[moment])}")
+    parts.append(f"activations {size(moments[moment])} (most at the {moment})")
     lines = [
         ("training", f"{size(training['bytes'])}: {', '.join(parts)}"),
         ("", f"one step: {_times(training['step_seconds'])}"),

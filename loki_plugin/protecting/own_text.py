@@ -119,7 +119,7 @@ def write_texts(
         evaluating(model),
         attending(model, "sdpa" if model._supports_sdpa else "eager"),
         _own_settings(model),
-        tqdm(total=passes, desc="loki: the model writes", unit=" texts", disable=hidden) as bar,
+        tqdm(total=passes, desc="loki: the model writes", unit=" pieces", disable=hidden) as bar,
     ):
         torch.manual_seed(seed)
 

@@ -22,6 +22,7 @@ from loki_plugin.estimating.planned import Planned
 from loki_plugin.estimating.training import state_bytes
 from loki_plugin.estimating.work import Work
 from loki_plugin.host.base import look_at
+from loki_plugin.host.estimated import size
 from loki_plugin.implanting.adapter import trainable_share
 from loki_plugin.model.anatomy import find_anatomy
 
@@ -226,6 +227,18 @@ def test_what_is_not_known_of_the_texts_is_said(big, tmp_path):
         assumed = asked(run, tmp_path, "--json", "--card", "48")["assumed"]
         said = [line for line in assumed if f"text: {text}: " in line]
         assert len(said) == told and "with calibration prompts only" in said[0], said
+
+
+def test_a_run_that_analyses_nothing_is_told_what_finding_directions_holds(big, tmp_path):
+    block = {"quota": 100, "protect": {"directions": 100}}
+    facts = asked(big | {"loki": block}, tmp_path, "--json", "--card", "80")
+    assert not facts["analysis"]["prompts"]
+    finding = size(facts["analysis"]["finding_directions_bytes"])
+    said = asked(big | {"loki": block}, tmp_path, "--card", "80")
+    assert "none: no rows are chosen by scores\n" in said
+    assert f"finding directions {finding}, its time is not predicted\n" in said
+    plain = asked(big | {"loki": {"quota": 100}}, tmp_path, "--card", "80")
+    assert "finding" not in plain and "none: no rows are chosen by scores\n" in plain
 
 
 def test_a_model_with_rows_in_some_layers_is_estimated(big, tmp_path):
