@@ -52,7 +52,8 @@ def wrap(module) -> None:
             if plugin_name not in known:
                 raise ValueError(
                     f"plugin '{plugin_name}' is unknown: give 'module.ClassName' or one of the"
-                    f" installed short names ({', '.join(sorted(known)) or 'none'})"
+                    f" installed short names ({', '.join(sorted(known)) or 'none'});"
+                    " `plugins:` takes a list, as in [loki]"
                 ) from error
             return known[plugin_name].load()()
 

@@ -77,6 +77,14 @@ def test_it_steps_aside_where_axolotl_resolves_short_names_itself():
     assert module.load_plugin is once
 
 
+def test_one_name_in_place_of_the_list_is_told_apart():
+    """Axolotl takes `plugins: loki` for four plugins, and asks for the first."""
+    from axolotl.integrations.base import load_plugin
+
+    with pytest.raises(ValueError, match=r"'l' is unknown.* takes a list, as in \[loki\]"):
+        load_plugin("l")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["--launcher", "python"]], ids=["default", "python"])
 def test_the_real_command(run_config, tmp_path, launcher):

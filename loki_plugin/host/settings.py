@@ -6,6 +6,7 @@ A LoKI run travels through Axolotl as a LoRA run whose adapter is constrained.
 from __future__ import annotations
 
 import logging
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -46,12 +47,17 @@ def parse(cfg) -> LokiConfig:
         lines = []
         for fault in error.errors():
             where = ".".join(["loki", *(str(part) for part in fault["loc"])])
-            said, hint = fault["msg"], ""
+            said, hint = fault["msg"].removeprefix("Value error, "), ""
             if fault["type"] == "extra_forbidden":
-                hint = f"; known fields: {', '.join(_fields_at(fault['loc'][:-1]))}"
+                known = _fields_at(fault["loc"][:-1])
+                near = get_close_matches(str(fault["loc"][-1]), known, 1)
+                said = f"there is no such field{f', did you mean {near[0]}?' if near else ''}"
+                hint = f"; known fields: {', '.join(known)}"
             elif fault["type"] == "model_type":  # pydantic would name the class
-                said = f"expected a block of {', '.join(_fields_at(fault['loc']))}"
-            lines.append(f"  {where}: {said} (got {fault['input']!r}){hint}")
+                words = "`auto`, `off`, or " if fault["loc"] == ("protect",) else ""
+                said = f"expected {words}a block of {', '.join(_fields_at(fault['loc']))}"
+            got = "" if said.startswith("got ") else f" (got {fault['input']!r})"
+            lines.append(f"  {where}: {said}{got}{hint}")
         raise ValueError("the `loki:` block is not valid:\n" + "\n".join(lines)) from error
 
 
@@ -59,7 +65,7 @@ def _fields_at(path: tuple) -> list[str]:
     model: Any = LokiConfig
     for part in path:
         model = model.model_fields[part].annotation
-    return sorted(model.model_fields)
+    return sorted(model.model_fields.keys() - {"form"})  # `form` is not for users
 
 
 def prepare(cfg) -> list[Line]:

@@ -95,7 +95,13 @@ def test_names_of_lora_targets_that_the_base_lacks_are_left_out_and_said(run_con
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"qouta": 10}, r"loki.qouta: .*known fields: .*quota"),
+        (
+            {"qouta": 10},
+            r"no such field, did you mean quota\? \(got 10\); known .*exclude, linear_r",
+        ),
+        ({"threshold": 10}, r"loki.threshold: there is no such field \(got 10\); known fields: "),
+        ({"protect": True}, "loki.protect: expected `auto`, `off`, or a block of .*got True"),
+        ({"protect": "full"}, r"loki.protect: got 'full', expected `auto`, .* settings$"),
         ({"calibration": {"sauce": 1}}, "loki.calibration.sauce: .*known fields: .*source"),
         (
             {"calibration": "my.jsonl"},
