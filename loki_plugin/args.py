@@ -206,7 +206,7 @@ class ProtectArgs(_Block):
     @model_validator(mode="before")
     @classmethod
     def _from_a_word(cls, given):
-        if given == "off":
+        if given == "off" or given is False:  # YAML reads the word `off` as false
             return {}
         given = {"auto": True} if given == "auto" else given
         if isinstance(given, str):

@@ -41,8 +41,13 @@ def show(
         return {"not_drawn": repr(error)}
     if trainer:
         _tell(trainer, drawn, folder)
-    for name, why in left_out.items():
-        LOG.warning("loki: the report does not show %s: %s", name, why)
+    from .numbers import NOT_ANALYSED
+
+    for why in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name, other in left_out.items() if other == why)
+        # Rows that were not chosen by scores are no fault.
+        level = logging.INFO if why == NOT_ANALYSED else logging.WARNING
+        LOG.log(level, "loki: the report does not show %s: %s", names, why)
     return {"file": PAGE_NAME, "left_out": left_out}
 
 

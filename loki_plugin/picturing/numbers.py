@@ -31,6 +31,7 @@ SHARE = 5  # percent of all rows of the model: the paper's Figure 2
 CELLS = 128  # into which the rows of a layer are gathered, at most
 POINTS = 400  # of the training's curve, at most
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of a layer's mean scores
+NOT_ANALYSED = "the rows do not say from which analysis they were chosen"
 _NAMED = re.compile(r"analysis ([0-9a-f]{20}) of ")  # how `loki select` names its scores
 
 Numbers = dict[str, Any]
@@ -47,7 +48,9 @@ def gather(
     """
     found: Numbers = {"format": FORMAT, "version": VERSION, "left_out": {}}
     found["hidden_size"] = selection.hidden_size
-    drawn = selection.hidden_size and any(selection.counts)
+    # Where all rows train, or none, there is nothing to see.
+    hidden = selection.hidden_size or 0
+    drawn = any(0 < count < hidden for count in selection.counts)
     found["chosen"] = _rounded(chosen_density(selection)) if drawn else None
     try:
         log = _log_of(selection, cache)
@@ -77,7 +80,7 @@ def _log_of(selection: RowSelection, cache: Path) -> ScoreLog:
     if key is None:
         named = _NAMED.match(str(selection.made.get("scores")))
         if named is None:
-            raise ValueError("the rows do not say from which analysis they were chosen")
+            raise ValueError(NOT_ANALYSED)
         key = named[1]
     log = find_log(cache, key)
     if log.shape != (selection.num_layers, selection.hidden_size):

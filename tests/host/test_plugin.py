@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+import yaml
 from helpers.axolotl import load
 
 from loki_plugin.args import LokiConfig
@@ -38,6 +39,13 @@ def test_eight_bit_runs_as_lora(run_config):
 def test_a_decimal_quota_survives_the_configuration(run_config):
     run_config["loki"]["quota"] = 2.5
     assert str(LokiConfig(**load(run_config).loki.to_dict()).quota) == "2.5"
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "false"])
+def test_protect_off_as_a_yaml_has_it(run_config, word):
+    run_config["loki"] = yaml.safe_load(f"{{quota: 10, protect: {word}}}")
+    found = LokiConfig(**load(run_config).loki.to_dict()).protect
+    assert not found.reads and not found.anchor and not found.auto
 
 
 def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_config, monkeypatch):

@@ -111,6 +111,12 @@ def test_what_is_missing_is_named(tmp_path, scores, made, left_out, reason):
     assert left_out.isdisjoint(found)
 
 
+@pytest.mark.parametrize(("rows", "drawn"), [(range(40), False), ((3, 5), True)])
+def test_where_all_rows_train_there_is_nothing_to_see(tmp_path, rows, drawn):
+    found = gather(RowSelection([list(rows)] * 3, 40, None, {}), tmp_path, None)
+    assert (found["chosen"] is not None) is drawn
+
+
 def test_random_rows_have_scores_but_no_stability(tmp_path, scores):
     _, selection = analysed(tmp_path, scores, strategy="random")
     found = gather(selection, tmp_path, None)
