@@ -45,6 +45,7 @@ class Arm:
         own: how many of the base's own texts are among them; None: all.
         every: steps from one anchor to the next, which counts that many times.
         starts: where answers begin counts as much as all other tokens, as in the product.
+        marked: answers begin behind what stands before every answer of the task, wherever that is.
         rest: weight of KL(base || tuned) at the task's own targets, the target left out.
         eaft: Axolotl's loss `use_eaft` instead of cross-entropy.
         again: another order and another start of what is new: how much is noise?
@@ -60,6 +61,7 @@ class Arm:
     own: int | None = None
     every: int = 1
     starts: bool = True
+    marked: bool = False
     rest: float = 0.0
     eaft: bool = False
     again: bool = False
@@ -195,6 +197,7 @@ ARMS: dict[str, Arm] = {
     "lora_soft_anchor_every2": Arm(soft_all(), ROWS, anchor=1.0, every=2),
     "lora_soft_anchor_every4": Arm(soft_all(), ROWS, anchor=1.0, every=4),
     "lora_soft_anchor_w3": Arm(soft_all(), ROWS, anchor=3.0),
+    "lora_soft_anchor_marked": Arm(soft_all(), ROWS, anchor=1.0, marked=True),
     # Fewer texts of the base's own, in the directions and in the anchor.
     "lora_soft_anchor_own20": Arm(soft_all(own=20), ROWS, anchor=1.0, own=20),
     "lora_soft_anchor_own60": Arm(soft_all(own=60), ROWS, anchor=1.0, own=60),
@@ -240,7 +243,8 @@ def extra_loss(model, arm: Arm, lab: Lab):
         return None
     longest = 160 if arm.starts else 96  # those of 0.7.0 were measured so
     texts = [ids[:longest] for ids in lab.texts(arm.anchored, arm.own)]
-    starts = [lab.starts(ids) for ids in texts] if arm.starts else None
+    mark = lab.mark() if arm.marked else None
+    starts = [lab.starts(ids, mark) for ids in texts] if arm.starts else None
     # It asks the base once per text and keeps the answer, as training does.
     anchor = Anchor(texts, arm.anchor, arm.count, arm.every, starts=starts)
 

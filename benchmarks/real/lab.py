@@ -170,10 +170,22 @@ class Lab:
         )
         return whole[len(before) :]
 
-    def starts(self, ids: list[int]) -> list[int]:
-        """Behind which tokens of a text an answer begins; of a base without turns, where a
-        calibration prompt ends."""
-        turn, size = self._turn, len(self._turn)
+    def mark(self) -> list[int]:
+        """The tokens that stand before every answer of the task."""
+        assert self.task is not None
+        before = [a.ids[: a.first] for a in self.task.learned]
+        found: list[int] = []
+        for size in range(1, min(map(len, before)) + 1):
+            if len({tuple(ids[-size:]) for ids in before}) > 1:
+                break
+            found = before[0][-size:]
+        return found
+
+    def starts(self, ids: list[int], mark: list[int] | None = None) -> list[int]:
+        """Behind which tokens of a text an answer begins: behind `mark`, or a turn of the chat
+        template; of a base without turns, where a calibration prompt ends."""
+        turn = self._turn if mark is None else mark
+        size = len(turn)
         if not turn:
             return [len(ids) - 1] if ids in self.prompts else []
         return [i + size - 1 for i in range(len(ids) - size + 1) if ids[i : i + size] == turn]

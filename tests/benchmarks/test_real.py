@@ -280,6 +280,14 @@ def test_the_kl_of_the_rest_is_that_of_the_vocabulary_without_the_target(lab):
     assert float(kl) == pytest.approx(sum(found) / len(found), rel=1e-4)
 
 
+def test_the_mark_of_a_task_is_what_stands_before_every_answer(lab):
+    lab.teach("snips", 0, 0)
+    mark = lab.mark()
+    assert mark and all(a.ids[: a.first][-len(mark) :] == mark for a in lab.task.learned)
+    text = [*mark, 5, 6, *mark, 7]
+    assert lab.starts(text, mark) == [len(mark) - 1, 2 * len(mark) + 1]
+
+
 # Runs.
 
 KEY = sweep.Key(NAME, "snips", "lora_all_r16", 0, 1e-2, "ci")
