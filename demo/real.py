@@ -43,9 +43,9 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json"
 MODELS = {"base": "base", "lora": "LoRA", "loki": "LoKI"}
 
 
-def main(work: Path, fresh: bool = False, results: bool = False) -> None:
+def main(work: Path, fresh: bool = False, keep: bool = False) -> None:
     """The whole job in `work`; with `fresh`, what protects is written and found again; with
-    `results` its figures go where those of the benchmarks are, and from there into the pages."""
+    `keep` its figures go where those of the benchmarks are, and from there into the pages."""
     clock = _Clock()
     if fresh:
         shutil.rmtree(work / "cache", ignore_errors=True)
@@ -84,7 +84,7 @@ def main(work: Path, fresh: bool = False, results: bool = False) -> None:
         "gigabytes": round(_largest() / 1e9, 2),
         "machine": describe(torch.device("cpu")),
     }
-    for path in [work / "demo_report.json", *[RESULTS] * results]:
+    for path in [work / "demo_report.json", *[RESULTS] * keep]:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     showing.show(report, work, MODELS)
 

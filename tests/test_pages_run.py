@@ -44,9 +44,10 @@ CANNOT: dict[str, Callable[[list[str]], bool]] = {
     ),  # the demo, this suite, and tools on the whole repository
     "a benchmark": lambda w: w[:2] == ["python", "-m"] and w[2].startswith("benchmarks."),
     "theirs": lambda w: w[1] in ("select-nodes", "create-model", "restore-model"),
+    "wants a base for images and text": lambda w: w[:2] == ["loki", "export"] and "--names" in w,
     "needs a GPU and downloads": lambda w: any("example_configs/" in x and "gb-" in x for x in w),
 }
-BY_ITSELF = ("installs", "make", "a benchmark")
+BY_ITSELF = ("installs", "make", "a benchmark", "wants a base for images and text")
 
 # What a page calls it -> what it is in the folder of these tests.
 WORDS = {

@@ -197,6 +197,7 @@ ARMS: dict[str, Arm] = {
     "lora_soft_anchor_every2": Arm(soft_all(), ROWS, anchor=1.0, every=2),
     "lora_soft_anchor_every4": Arm(soft_all(), ROWS, anchor=1.0, every=4),
     "lora_soft_anchor_w3": Arm(soft_all(), ROWS, anchor=3.0),
+    "lora_soft_anchor_talks": Arm(soft_all(), ROWS, anchor=1.0, anchored="talks"),
     "lora_soft_anchor_marked": Arm(soft_all(), ROWS, anchor=1.0, marked=True),
     # Fewer texts of the base's own, in the directions and in the anchor.
     "lora_soft_anchor_own20": Arm(soft_all(own=20), ROWS, anchor=1.0, own=20),

@@ -35,6 +35,7 @@ _OTHERS = "the best of all other ways, without old data"
 # Arms of this package, the most wanted first; the paper's own and those with old data stand apart.
 _OURS = (
     "lora_soft_anchor",
+    "lora_soft_anchor_talks",
     "loki_soft_anchor_q90",
     "lora_anchor",
     "lora_soft",
@@ -136,15 +137,20 @@ def in_short(rows: list[Row]) -> str:
             found.append({"way to train": SHOWN.get(arm, (arm,))[0], **cells})
     lora = "; ".join(f"{_title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
     seeds = [int(known[*k, RIVAL]["seeds"]) for k in columns]
-    rates = {len({r["rate"] for r in rows if (r["base"], r["task"], r["arm"]) == k}) for k in known}
-    how = "the best of its rates" if max(rates) > 1 else "one rate, its best guess"
-    many = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
+    theirs = [known[*k, RIVAL]["rates"] for k in columns]
+    others = [x["rates"] for x in lines if (x["base"], x["task"]) in columns and x["arm"] != RIVAL]
     return (
         "How much is forgotten when the new task is learned equally well, as a share of what LoRA"
         " forgets (KL to the base on dialogues; smaller is better; `-`: it did not learn the task"
-        f" so well).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token: {lora}. Seeds of"
-        f" LoRA: {many}; each way at {how}."
+        f" so well).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token: {lora}. Learning"
+        f" rates that were tried, of which the best one counts: {_span(theirs)} for LoRA,"
+        f" {_span(others or [1])} for each other way. Seeds of LoRA: {_span(seeds)}."
     )
+
+
+def _span(numbers: list[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _wanted(rows: list[Row]) -> list[tuple[str, str]]:

@@ -153,10 +153,19 @@ class Lab:
         alike."""
         if of == "prompts":
             return self.prompts
+        if of == "talks":  # some people's dialogues too, as a user would give them
+            return [*self.texts("both", own), *map(list, self.talks)]
         written = self.written
         if own is not None:
             written = written[:: max(1, len(written) // own)][:own]
         return self.prompts + written if of == "both" else written
+
+    @cached_property
+    def talks(self) -> dict[tuple[int, ...], int]:
+        """Dialogues of people that are not measured, in the form of the task's; by their token ids
+        the place of the last one before the answer."""
+        every = [a for a in self.real if a.first > 1 and len(a.ids) <= 160]
+        return {tuple(a.ids): a.first - 1 for a in every}
 
     @cached_property
     def _turn(self) -> list[int]:
@@ -185,6 +194,8 @@ class Lab:
         """Behind which tokens of a text an answer begins: behind `mark`, or a turn of the chat
         template; of a base without turns, where a calibration prompt ends."""
         turn = self._turn if mark is None else mark
+        if not turn and tuple(ids) in self.talks:
+            return [self.talks[tuple(ids)]]
         size = len(turn)
         if not turn:
             return [len(ids) - 1] if ids in self.prompts else []

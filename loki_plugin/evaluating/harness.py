@@ -61,7 +61,7 @@ def _runs_code(entry: Any) -> bool:
 
 def _unsafe(path: Path) -> bool:
     """`unsafe_code` of a task's file, or of the files that it includes."""
-    settings = yaml.load(path.read_bytes(), _Plain) or {}
+    settings = _Plain(path.read_bytes()).get_single_data() or {}
     if "unsafe_code" in settings:
         return bool(settings["unsafe_code"])
     more = settings.get("include") or []
