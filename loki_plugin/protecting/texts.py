@@ -65,7 +65,10 @@ def own_texts(
 def told_of(texts: Sequence[Record]) -> str:
     """What the model wrote, in one line; without dialogues where its template begins no turn."""
     dialogues = sum(t.messages is not None for t in texts)
-    return f"the model wrote {dialogues} dialogues and {len(texts) - dialogues} plain texts"
+    told = f"the model wrote {dialogues} dialogues and {len(texts) - dialogues} plain texts"
+    if dialogues:
+        return told
+    return f"{told}; to hold dialogues too set `chat_template`, or give some as `protect.text`"
 
 
 def _write(model: nn.Module, tokenizer, config: LokiConfig, count: int, seed: int) -> list[Record]:

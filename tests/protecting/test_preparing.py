@@ -14,7 +14,7 @@ from loki_plugin.inputs import Inputs
 from loki_plugin.model import fingerprint as module
 from loki_plugin.protecting.directions import Directions
 from loki_plugin.protecting.preparing import choose_directions
-from loki_plugin.protecting.texts import own_texts, protecting_prompts
+from loki_plugin.protecting.texts import own_texts, protecting_prompts, told_of
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
 
@@ -128,3 +128,14 @@ def test_texts_with_tokens_that_the_model_does_not_know_are_left_out(tmp_path, o
     with our_log.at_level("INFO", "loki_plugin"):
         assert protecting_prompts(tokenizer, config, inputs, new) == everything[:2]
     assert len(everything) == 3 and "1 texts with new tokens left out" in our_log.text
+
+
+def test_a_model_that_wrote_no_dialogue_is_said_to_hold_none():
+    plain = record_of({"text": "apples"}, "text 1")
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert told_of([plain, record_of(said, "text 2")]) == (
+        "the model wrote 1 dialogues and 1 plain texts"
+    )
+    told = told_of([plain])
+    assert told.startswith("the model wrote 0 dialogues and 1 plain texts")
+    assert "set `chat_template`, or give some as `protect.text`" in told
