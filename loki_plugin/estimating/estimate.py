@@ -11,12 +11,13 @@ from torch import nn
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
 from ..args import LokiConfig
-from ..choices import LINEAR_RANK, PROTECT_GB
+from ..choices import LINEAR_RANK, PROTECT_GB, SELF
 from ..model.anatomy import Anatomy, linear_sizes
 from ..model.linears import chosen
 from ..protecting.eigen import BUDGET, EXACT_COPIES
 from .base import quantised_linears, weight_bytes
 from .disk import adapter_bytes, score_log_bytes
+from .finding import OWN_TOKENS, finding
 from .planned import Planned, changes
 from .reading import Reads, direction_counts, reads
 from .training import Shapes, state_bytes, trainable
@@ -137,15 +138,25 @@ class Estimator:
             "least_bytes": weights + memory.peak(1, longest, settings.steps),
             "bytes": weights + memory.peak(batch, longest, settings.steps),
         }
-        if self.config.protect.reads:
-            largest = max(each.size for each in self.reads())
-            finding = max(BUDGET, EXACT_COPIES * 4 * largest**2)
-            found["finding_directions_bytes"] = weights + finding
         work = Work.of(self.model, self.anatomy)
+        if self.config.protect.reads:
+            found |= self._finding(run, card, weights, work)
         flops = sum(work.analysis(n, settings.steps) for n in self.lengths)
         passes = 3 * -(-len(self.lengths) // batch)  # prefix, stack, backward
         times = self._times(run, flops if self.analysed else 0, passes if self.analysed else 0)
         return found | {"seconds": times}
+
+    def _finding(self, run: Planned, card: int, weights: int, work: Work) -> dict[str, Any]:
+        """Memory and time of finding directions; without that of the texts that the model writes."""
+        sizes, settings = [each.size for each in self.reads()], self.config.protect
+        counts, _ = direction_counts(settings, sizes, self.direction_room(card))
+        tokens = sum(self.lengths) + (OWN_TOKENS if settings.text == SELF else 0)
+        needed = finding(sizes, counts, tokens, 10**9 * card - weights - CONTEXT)
+        flops = 2 * tokens * sum(work.layer) * needed.passes
+        return {
+            "finding_directions_bytes": weights + max(BUDGET, EXACT_COPIES * 4 * max(sizes) ** 2),
+            "finding_directions_seconds": self._times(run, flops, needed.batches, needed.wide),
+        }
 
     def training(self, run: Planned, card: int = 24) -> dict[str, Any]:
         """Memory of the training step by its parts, and the time of an optimizer step."""
@@ -226,11 +237,11 @@ class Estimator:
         return {id(m): i for i, layer in enumerate(self.anatomy.layers) for m in layer.modules()}
 
     def _times(
-        self, run: Planned, flops: float, passes: int, wide: float = 0.0
+        self, run: Planned, flops: float, passes: float, wide: float = 0.0
     ) -> dict[str, float]:
         """Seconds on the named cards; each pass makes every 4-bit weight whole once; `wide`:
         operations in float32."""
-        whole = 0
+        whole = 0.0
         if run.stored.bits:
             sizes = map(linear_sizes, quantised_linears(self.model))
             whole = passes * sum(s[0] * s[1] for s in sizes if s)

@@ -42,20 +42,16 @@ def _of_analysis(analysis: Mapping[str, Any]) -> list[Line]:
     finding = ""
     if "finding_directions_bytes" in analysis:
         held = size(analysis["finding_directions_bytes"])
-        finding = f"finding directions {held}, its time is not predicted"
+        finding = f"finding directions {held}: {_times(analysis['finding_directions_seconds'])}"
     if not analysis["prompts"]:
         none = ("analysis", "none: no rows are chosen by scores")
         return [none, ("", finding)] if finding else [none]
     found = f"{size(analysis['bytes'])} with {analysis['batch_size']} prompts at once"
     if analysis["batch_size"] > 1:
         found += f", {size(analysis['least_bytes'])} with one"
-    if finding:
-        found += f"; {finding}"
     prompts = f"{analysis['prompts']} prompts of up to {analysis['longest_prompt_tokens']} tokens"
-    return [
-        ("analysis", found),
-        ("", f"{prompts}: {_times(analysis['seconds'])}"),
-    ]
+    lines = [("analysis", found), ("", f"{prompts}: {_times(analysis['seconds'])}")]
+    return [*lines, ("", finding)] if finding else lines
 
 
 def _of_training(training: Mapping[str, Any]) -> list[Line]:

@@ -141,6 +141,16 @@ def _iterate(
         width = min(largest, 2 * width)
 
 
+def iterations(size: int, most: int) -> list[int]:
+    """Columns of the block in each step of `_iterate`, where `most` directions are found."""
+    largest = min(size, most + most // 8 + 8)
+    widths, width = [largest], _FIRST_BLOCK
+    while width < largest:
+        widths.append(width)
+        width *= 2
+    return [w for w in sorted(widths) for _ in range(_ROUNDS)]
+
+
 def sink_directions(sinks: torch.Tensor | None, size: int) -> Leading | None:
     """Q [I, s], orthonormal: what sinks read, to 99.9 % of their directions; None: no sinks."""
     if sinks is None:

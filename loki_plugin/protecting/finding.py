@@ -201,7 +201,7 @@ def find_directions(
         stored = wanted.dtype.itemsize if wanted.dtype else itemsize
         most = wanted.most(per_site, stored)
         device = model.get_input_embeddings().weight.device
-        groups = _groups(per_site, itemsize * (3 if kept else 2), budget(device))
+        groups = grouped(per_site, itemsize, 2 if kept else 1, budget(device))
         solved = []
         steps = len(groups) * len(batches + last)
         with tqdm(total=steps, desc="loki: input directions", unit="batch") as bar:
@@ -318,13 +318,14 @@ def _check_tokens(site: Site, count: int, tokens: int, wanted: Wanted) -> None:
     )
 
 
-def _groups(sizes: list[int], itemsize: int, room: int) -> list[list[int]]:
-    """Neighbouring sites whose moments fit `room` together, beside the work on one of them."""
+def grouped(sizes: Sequence[int], itemsize: int, copies: int, room: int) -> list[list[int]]:
+    """Neighbouring sites whose moments fit `room` together, `copies` of each, beside the work on
+    one of them. Those of sinks are not counted: few sites have some."""
     groups: list[list[int]] = []
     taken = 0
     room -= (EXACT_COPIES - 1) * max(sizes) ** 2 * itemsize
     for i, size in enumerate(sizes):
-        one = size * size * itemsize
+        one = copies * size * size * itemsize
         if not groups or taken + one > room:
             groups.append([])
             taken = 0

@@ -23,7 +23,7 @@ from ..model.hooks import removing
 
 SINK = 10.0  # times the median length
 # Tokens that run at once.
-_TOKENS = 2048
+TOKENS = 2048
 
 
 @dataclass
@@ -177,10 +177,10 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def batched(prompts: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
-    """Prompts of like length together, at most `_TOKENS` tokens with padding; one may exceed it."""
+    """Prompts of like length together, at most `TOKENS` tokens with padding; one may exceed it."""
     batches: list[list[torch.Tensor]] = []
     for prompt in sorted(prompts, key=len):
-        if not batches or (len(batches[-1]) + 1) * len(prompt) > _TOKENS:
+        if not batches or (len(batches[-1]) + 1) * len(prompt) > TOKENS:
             batches.append([])
         batches[-1].append(torch.as_tensor(prompt))
     return batches

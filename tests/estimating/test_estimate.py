@@ -23,6 +23,7 @@ from loki_plugin.estimating.training import state_bytes
 from loki_plugin.estimating.work import Work
 from loki_plugin.host.base import look_at
 from loki_plugin.host.estimated import size
+from loki_plugin.host.telling import duration
 from loki_plugin.implanting.adapter import trainable_share
 from loki_plugin.model.anatomy import find_anatomy
 
@@ -236,7 +237,8 @@ def test_a_run_that_analyses_nothing_is_told_what_finding_directions_holds(big, 
     finding = size(facts["analysis"]["finding_directions_bytes"])
     said = asked(big | {"loki": block}, tmp_path, "--card", "80")
     assert "none: no rows are chosen by scores\n" in said
-    assert f"finding directions {finding}, its time is not predicted\n" in said
+    times = facts["analysis"]["finding_directions_seconds"]
+    assert f"finding directions {finding}: RTX 3090 {duration(times['RTX 3090'])}, " in said
     plain = asked(big | {"loki": {"quota": 100}}, tmp_path, "--card", "80")
     assert "finding" not in plain and "none: no rows are chosen by scores\n" in plain
 

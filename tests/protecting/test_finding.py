@@ -105,7 +105,7 @@ def test_what_is_held_of_prompts_that_were_kept_back():
 def test_padding_and_batches_do_not_count(monkeypatch, tokens):
     ids = prompts(lengths=LENGTHS)
     wanted = find_directions(tiny("llama", dtype=torch.float64), ids, Wanted(0.9)).basis
-    monkeypatch.setattr(moments, "_TOKENS", tokens)
+    monkeypatch.setattr(moments, "TOKENS", tokens)
     for side in ("left", "right"):
         model = tiny("llama", dtype=torch.float64)
         found = input_directions(model, *pad(ids, side), energy=0.9)
