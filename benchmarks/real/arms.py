@@ -197,8 +197,13 @@ ARMS: dict[str, Arm] = {
     "lora_soft_anchor_every2": Arm(soft_all(), ROWS, anchor=1.0, every=2),
     "lora_soft_anchor_every4": Arm(soft_all(), ROWS, anchor=1.0, every=4),
     "lora_soft_anchor_w3": Arm(soft_all(), ROWS, anchor=3.0),
-    "lora_soft_anchor_talks": Arm(soft_all(), ROWS, anchor=1.0, anchored="talks"),
-    "lora_soft_anchor_marked": Arm(soft_all(), ROWS, anchor=1.0, marked=True),
+    # A base without a chat template that writes plain text only, as up to 0.9.0; the same with
+    # people's dialogues, and with line breaks taken for beginnings of answers.
+    "lora_soft_anchor_plain": Arm(soft_all(of="both-plain"), ROWS, anchor=1.0, anchored="plain"),
+    "lora_soft_anchor_talks": Arm(soft_all(of="both-plain"), ROWS, anchor=1.0, anchored="talks"),
+    "lora_soft_anchor_marked": Arm(
+        soft_all(of="both-plain"), ROWS, anchor=1.0, anchored="plain", marked=True
+    ),
     # Fewer texts of the base's own, in the directions and in the anchor.
     "lora_soft_anchor_own20": Arm(soft_all(own=20), ROWS, anchor=1.0, own=20),
     "lora_soft_anchor_own60": Arm(soft_all(own=60), ROWS, anchor=1.0, own=60),

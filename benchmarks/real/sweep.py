@@ -102,7 +102,7 @@ def _append(file: Path, rows: list[dict]) -> None:
             return
         new = not file.is_file()
         with file.open("a", newline="") as out:
-            writer = csv.DictWriter(out, FIELDS)
+            writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerows(rows)

@@ -147,7 +147,7 @@ class Estimator:
         return found | {"seconds": times}
 
     def _finding(self, run: Planned, card: int, weights: int, work: Work) -> dict[str, Any]:
-        """Memory and time of finding directions; without that of the texts that the model writes."""
+        """Memory and time of finding directions; the time of the model's writing is not in it."""
         sizes, settings = [each.size for each in self.reads()], self.config.protect
         counts, _ = direction_counts(settings, sizes, self.direction_room(card))
         tokens = sum(self.lengths) + (OWN_TOKENS if settings.text == SELF else 0)

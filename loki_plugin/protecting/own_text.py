@@ -1,9 +1,10 @@
 """What a model writes by itself: text like what it has learned from, and no data is needed.
 
 Dialogues: behind the beginning of a user's turn a chat model writes what a user would say (Magpie,
-arXiv 2406.08464), and then answers. Plain text: behind the token that begins a text. Both are drawn
-from the model's own distribution, at temperature 1 and without a cut. SA-SFT (arXiv 2602.20162)
-replays such dialogues; here they are also what protection can see.
+arXiv 2406.08464), and then answers. Without a chat template it goes on with a list of what people
+ask (see `asking`), and then with each of these. Plain text: behind the token that begins a text.
+Both are drawn from the model's own distribution, at temperature 1 and without a cut. SA-SFT (arXiv
+2602.20162) replays such dialogues; here they are also what protection can see.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..analysing.attribution.quiet import attending
 from ..analysing.calibration.rendering import chat
 from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_TOKENS, TextKind
 from ..model.quantised import evaluating
+from .asking import A_LIST, asked_in, lists
 
 LOG = logging.getLogger("loki_plugin")
 # Two users' words that begin and end differently: what stands around them is what they share.
@@ -93,7 +95,8 @@ def write_texts(
     that fewer than `count` may come.
 
     Args:
-        count: dialogues and texts together, half of each; texts only, where `user_turn` is None.
+        count: dialogues and texts together, half of each; texts only, where the chat template has
+            tokens that are new to the model.
         tokens: at most so many in a text, in a user's words, and in an answer.
         kind: dialogues, text, or both.
         batch_size: how many are written at once; halved where memory runs out.
@@ -106,12 +109,14 @@ def write_texts(
     turn = None if kind == "text" else user_turn(model, tokenizer)
     if turn is None and kind == "dialogues":
         raise ValueError(
-            "the tokenizer has no chat template that begins a user's turn, so the model cannot"
-            " write dialogues; ask for plain text"
+            "the tokenizer has no chat template that begins a user's turn, so dialogues alone would"
+            " have no form to be learned in; leave `--kind` out, or give the tokenizer a template"
         )
-    dialogues = 0 if turn is None else count // (1 + (kind == "both"))
+    talks = kind != "text" and (turn is not None or not has_new_tokens(model, tokenizer))
+    dialogues = count // (1 + (kind == "both")) if talks else 0
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    passes = 2 * dialogues + (count - dialogues)
+    asking = dialogues if turn else -(-dialogues // A_LIST)
+    passes = asking + dialogues + (count - dialogues)
     hidden = not ranks.is_first()
     found: list[dict[str, Any]] = []
     with (
@@ -126,12 +131,8 @@ def write_texts(
         def go_on(starts: Sequence[list[int]], stop: frozenset[int]) -> list[list[int]]:
             return _continued(model, starts, tokens, stop, batch_size, bar.update)
 
-        if turn is not None:
-            stop = marks.ends | turn.marks
-            said = go_on([turn.start] * dialogues, stop)
-            if finished:
-                said = [ids for ids in said if ids[-1] in stop or _passed(tokenizer, ids, turn)]
-            asked = list(dict.fromkeys(filter(None, (_words(tokenizer, i, turn) for i in said))))
+        if dialogues:
+            asked = _asked(tokenizer, dialogues, marks, turn, go_on, finished, seed)
             bar.update(dialogues - len(asked))
             begun = [chat(tokenizer, [("user", words)], "a text of the model") for words in asked]
             for words, ids in zip(asked, go_on(begun, marks.ends), strict=True):
@@ -156,6 +157,26 @@ def write_texts(
     return found
 
 
+def _asked(
+    tokenizer: Any,
+    count: int,
+    marks: Marks,
+    turn: Turn | None,
+    go_on: Callable[[Sequence[list[int]], frozenset[int]], list[list[int]]],
+    finished: bool,
+    seed: int,
+) -> list[str]:
+    """What users say, distinct, at most `count`."""
+    if turn is None:
+        written = go_on(lists(tokenizer, -(-count // A_LIST), seed), marks.ends)
+        return asked_in((_words(tokenizer, ids) for ids in written), count)
+    stop = marks.ends | turn.marks
+    said = go_on([turn.start] * count, stop)
+    if finished:
+        said = [ids for ids in said if ids[-1] in stop or _passed(tokenizer, ids, turn)]
+    return list(dict.fromkeys(filter(None, (_words(tokenizer, i, turn) for i in said))))
+
+
 def lines(written: Sequence[dict[str, Any]]) -> str:
     """The same as the lines of a .jsonl file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
@@ -174,7 +195,7 @@ def user_turn(model: nn.Module, tokenizer: Any) -> Turn | None:
         return None
     one, other = (chat(tokenizer, [("user", words)], "a user's turn") for words in _WORDS)
     start, behind = _common(one, other), _common(one[::-1], other[::-1])[::-1]
-    if max(one) >= model.get_input_embeddings().num_embeddings:
+    if has_new_tokens(model, tokenizer):
         LOG.warning("loki: the chat template has tokens that are new to the model: it writes plain")
         return None
     if not start or len(start) + len(behind) >= len(one):
@@ -183,6 +204,12 @@ def user_turn(model: nn.Module, tokenizer: Any) -> Turn | None:
     first = next((n for n, i in enumerate(behind) if i in added), len(behind))
     letters = tokenizer.decode(behind[:first]).strip()
     return Turn(start, frozenset(added & set(behind)), letters.splitlines()[0] if letters else "")
+
+
+def has_new_tokens(model: nn.Module, tokenizer: Any) -> bool:
+    """Whether a user's turn has tokens for which the model has no embeddings."""
+    ids = chat(tokenizer, [("user", _WORDS[0])], "a user's turn")
+    return max(ids) >= model.get_input_embeddings().num_embeddings
 
 
 def _common(one: list[int], other: list[int]) -> list[int]:

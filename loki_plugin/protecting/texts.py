@@ -22,7 +22,7 @@ from . import own_text
 from .keeping import by_one, key_of, read_kept
 
 LOG = logging.getLogger("loki_plugin")
-_WRITING = 1  # raised when the same model would write other texts
+_WRITING = 2  # raised when the same model would write other texts
 
 
 def protecting_prompts(

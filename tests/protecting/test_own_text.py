@@ -17,7 +17,7 @@ from loki_plugin.analysing.calibration.sources import load_records, record_of
 from loki_plugin.cli import loki
 from loki_plugin.model.fingerprint import fingerprint
 from loki_plugin.model.quantised import quantised_modules
-from loki_plugin.protecting import own_text
+from loki_plugin.protecting import asking, own_text
 from loki_plugin.protecting.own_text import Marks, Turn, user_turn, write_texts
 
 SAID = [
@@ -250,11 +250,46 @@ def test_tokenizers_of_mistral_common_write_too(tmp_path):
     assert write_texts(llama, tokenizer, 4, 5)
 
 
-def test_without_a_users_turn_all_is_plain_text_and_dialogues_are_refused(tmp_path):
-    plain = make_tokenizer(tmp_path, None)
-    assert all("text" in row for row in write_texts(model(), plain, 6, 5))
+def test_without_a_users_turn_a_base_goes_on_with_a_list_of_what_people_ask(tmp_path, monkeypatch):
+    """It answers each in the form that dialogues have without a template: behind a line break."""
+    plain, begun = make_tokenizer(tmp_path, None), []
+    listed = " say the number\n- the answer\nno mark\n- say the number\n- cut of"
+    generate = own_text._generate
+
+    def list_or_generate(model, starts, tokens, stop):
+        begun.extend(plain.decode(ids) for ids in starts)
+        if "Things that people ask" in begun[-1]:
+            return [plain(listed, add_special_tokens=False)["input_ids"]] * len(starts)
+        return generate(model, starts, tokens, stop)
+
+    monkeypatch.setattr(own_text, "_generate", list_or_generate)
+    written = write_texts(model(), plain, 16, 5)
+    lists = [text for text in begun if "Things that people ask" in text]
+    assert len(lists) == 2 and all(text.endswith("\n-") for text in lists)  # four lines of each
+    assert lists[0] != lists[1]  # other examples
+    asked = [row["messages"][0]["content"] for row in written if "messages" in row]
+    assert asked == ["say the number", "the answer"]
+    assert sum(text.strip().endswith("say the number") for text in begun) == 1
+    [first, *_] = load_texts(plain, [record_of(written[0], "here")])
+    assert plain.decode(first).startswith("say the number\n")
     with pytest.raises(ValueError, match="no chat template that begins a user's turn"):
         write_texts(model(), plain, 6, 5, kind="dialogues")
+    assert all("text" in row for row in write_texts(model(), plain, 6, 5, kind="text"))
+
+
+def test_tokens_new_to_the_model_leave_plain_text_only(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(400)] + ["<says>"])
+    tokenizer.chat_template = "{% for m in messages %}<s><says>{{ m.content }}{% endfor %}"
+    assert all("text" in row for row in write_texts(model(), tokenizer, 6, 5))
+
+
+def test_what_was_asked_is_whole_lines_in_turn_of_each_list():
+    longest = "x" * 200
+    lists = [" a\n- b\n- a\n- cut", f" c\n-no\n- {longest}x\n- {longest}\n", "", "cut", "\n- d\n"]
+    assert asking.asked_in(lists, 9) == ["a", "c", "d", "b", longest]
+    assert asking.asked_in(lists, 2) == ["a", "c"]
+    assert asking.asked_in([f" {asking._EXAMPLES[0]}\n- e\n"], 9) == ["e"]
 
 
 def test_a_text_begins_behind_the_token_that_ends_one_where_none_begins_one(tmp_path):
