@@ -42,14 +42,30 @@ def check_registered(cfg) -> None:
     What cannot be read yet is Axolotl's to say.
 
     Raises:
-        ValueError: as `check_base`.
+        ValueError: as `check_base`; a quota that is no row of this base, or a rank that is no less
+            than its rows.
     """
     try:
-        look_at(cfg)
+        _, anatomy = look_at(cfg)
     except Unreadable:
         return
+    _check_quota(cfg, anatomy)
     if Path(cfg["base_model"]).is_dir() and not quantisation_of(read_config(cfg)):
         check_stored(cfg)
+
+
+def _check_quota(cfg, anatomy) -> None:
+    from ..implanting.adapter import check_rank
+    from ..model.linears import chosen_down
+    from ..selecting.select import quota_to_count
+
+    settings = cfg["loki"]
+    if settings.get("rows") or cfg.get("lora_model_dir"):
+        return  # they decide
+    if chosen_down(anatomy, settings["targets"]):
+        count = quota_to_count(settings["quota"], anatomy.hidden_size)
+        if not settings["strategy"].startswith("global"):  # some layers may train more
+            check_rank(settings.get("rank"), count)
 
 
 def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -36,7 +36,7 @@ def quota_to_count(quota: int | float | str | Decimal, hidden_size: int) -> int:
         smallest = Context(prec=4, rounding=ROUND_CEILING).divide(Decimal(100), hidden_size)
         raise ValueError(
             f"quota {quota} % of {hidden_size} rows is no row at all (k = 0); the smallest quota"
-            f" that trains one is {smallest}"
+            f" that trains one is {smallest}. A quota is in percent: 10 is a tenth of the rows"
         )
     return int(count)
 

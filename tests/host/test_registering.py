@@ -45,7 +45,7 @@ def test_a_ray_worker_trains_what_its_driver_registered(run_config, monkeypatch,
 
     seen = []
     monkeypatch.setattr(train, "do_train", lambda cfg, cli_args: seen.append(cfg))
-    run_config["loki"]["quota"] = 2.5
+    run_config["loki"]["quota"] = 12.5
     change = {"load_in_4bit": True, "use_ray": True, **FORMS[form]}
     driver = load(run_config | change | ({"adapter": "qlora"} if form != "dense" else {}))
     train.ray_train_func({"cfg": copy.deepcopy(driver.to_dict()), "cli_args": None})
@@ -60,6 +60,19 @@ def test_a_ray_worker_trains_what_its_driver_registered(run_config, monkeypatch,
 def test_a_form_that_contradicts_the_rank_is_refused(run_config):
     run_config["loki"] |= {"form": "dense", "rank": 4}
     with pytest.raises(ValueError, match="form is dense, but rank is 4; leave `form` out"):
+        load(run_config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quota": 0.1}, "quota 0.1 % of .* rows is no row at all .* 10 is a tenth of the rows"),
+        ({"quota": 20, "rank": 64}, "rank = 64, but .* rows train per layer"),
+    ],
+)
+def test_a_number_of_rows_that_cannot_be_is_refused_before_loading(run_config, settings, message):
+    run_config["loki"] = settings
+    with pytest.raises(ValueError, match=message):
         load(run_config)
 
 

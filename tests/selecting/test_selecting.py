@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from decimal import Decimal
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_bad_quotas_are_named(quota, message):
 def test_the_quota_that_the_error_advises_trains_one_row(hidden):
     with pytest.raises(ValueError, match="trains one is") as caught:
         quota_to_count("0.001", hidden)
-    advised = str(caught.value).rsplit(" ", 1)[1]
+    advised = re.search(r"trains one is ([\d.]+)\. ", str(caught.value))[1]
     assert quota_to_count(advised, hidden) == 1
 
 
