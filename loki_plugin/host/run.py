@@ -22,7 +22,7 @@ from .files import Files, config_file
 from .patches import take_over_sharded_saving
 from .sharding import check_loaded, is_fsdp2, let_anchor_pass, meet
 from .telling import Line, about_rows, about_training, block
-from .tokens import calibration_tokenizer
+from .tokens import calibration_tokenizer, knows_turns
 from .watched import choose_by, watch
 
 LOG = logging.getLogger("loki_plugin")
@@ -64,7 +64,8 @@ class Run:
         anatomy, targets = find_anatomy(model), files.config.targets
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
         tokenizer, unknown = calibration_tokenizer(cfg, model, files)
-        files = _with_what_it_can_write(files, model, tokenizer)
+        known = replace(files.inputs, turns=knows_turns(cfg, tokenizer))
+        files = _with_what_it_can_write(replace(files, inputs=known), model, tokenizer)
         source = files.source
         if files.rows is None and not is_analysed(model, files.config):
             source = "no analysis"
@@ -118,7 +119,9 @@ class Run:
         if settings.anchor or (settings.reads and not found):
             inputs = files.inputs
             if settings.text == SELF:
-                inputs = replace(inputs, texts=own_texts(model, tokenizer, self.config))
+                inputs = replace(
+                    inputs, texts=own_texts(model, tokenizer, self.config, turns=inputs.turns)
+                )
                 self.told.append(("texts", told_of(inputs.texts)))
             texts = protecting_prompts(tokenizer, self.config, inputs, unknown)
             if self.watch:

@@ -59,15 +59,55 @@ def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]
     return own, unknown
 
 
+def knows_turns(cfg, tokenizer) -> bool:
+    """Whether the base's own chat template begins a user's turn as the run's does.
+
+    A base that was never taught a template writes anything behind its marks.
+    """
+    mine = _before_words(tokenizer)
+    own = _own_tokenizer(cfg)[1] if mine is not None else None
+    if mine is None or own is None or own.chat_template == tokenizer.chat_template:
+        return True
+    theirs = _before_words(own)
+    # One of them may tell the model what it is before the user speaks.
+    if theirs is not None and (mine.endswith(theirs) or theirs.endswith(mine)):
+        return True
+    LOG.info(
+        "loki: the base's own tokenizer has %s: where the base writes dialogues, it goes on with a"
+        " list of what people ask, and answers in the template of the run",
+        "no chat template" if theirs is None else "another chat template than the run",
+    )
+    return False
+
+
+def _before_words(tokenizer) -> str | None:
+    """What the chat template puts before a user's words; None where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked = [{"role": "user", "content": "Apples"}]
+    try:
+        text = tokenizer.apply_chat_template(asked, tokenize=False)
+    except Exception as error:  # a template is a program of somebody else; `user_turn` tells
+        LOG.debug("loki: the chat template refuses a user's turn: %s", error)
+        return None
+    return str(text).partition("Apples")[0].replace(tokenizer.bos_token or "<s>", "")
+
+
 def _base_vocabulary(cfg, tokenizer) -> tuple[str, Mapping[str, int]]:
-    """Where the base's own tokenizer lies, and its vocabulary before Axolotl adds to it.
+    """Where the base's own tokenizer lies, and its vocabulary before Axolotl adds to it."""
+    path, own = _own_tokenizer(cfg)
+    return path, (own or tokenizer).get_vocab()
+
+
+def _own_tokenizer(cfg) -> tuple[str, Any]:
+    """Where the base's own tokenizer lies, and it, before Axolotl adds to it; None: there is none.
 
     It lies beside the base, or where `tokenizer_config` says if there is none.
     """
     import transformers
 
     if cfg.tokenizer_use_mistral_common:  # which cannot be added to
-        return cfg.tokenizer_config, tokenizer.get_vocab()
+        return cfg.tokenizer_config, None
     kind = getattr(transformers, cfg.tokenizer_type or "AutoTokenizer")
     given: dict[str, Any] = {"trust_remote_code": bool(cfg.trust_remote_code)}
     if cfg.revision_of_model:
@@ -83,8 +123,8 @@ def _base_vocabulary(cfg, tokenizer) -> tuple[str, Mapping[str, int]]:
         except (OSError, ValueError) as error:
             LOG.debug("loki: '%s' has no tokenizer: %s", path, error)
     else:
-        return cfg.tokenizer_config, tokenizer.get_vocab()
-    return path, own.get_vocab()
+        return cfg.tokenizer_config, None
+    return path, own
 
 
 def _unknown(tokenizer, base: Mapping[str, int], rows: int) -> frozenset[int]:

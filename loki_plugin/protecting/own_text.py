@@ -88,6 +88,7 @@ def write_texts(
     seed: int = 0,
     batch_size: int = TEXT_BATCH,
     finished: bool = False,
+    turns: bool = True,
 ) -> list[dict[str, Any]]:
     """Let `model` write: `{"messages": [...]}`, what a user says and its answer, `{"text": ...}`.
 
@@ -101,6 +102,8 @@ def write_texts(
         kind: dialogues, text, or both.
         batch_size: how many are written at once; halved where memory runs out.
         finished: leave out dialogues that `tokens` cut off: who learns from them learns to stop.
+        turns: whether the model knows the chat template. Behind the beginning of a turn that it
+            does not know it writes anything; a list of what people ask is then begun for it too.
 
     Raises:
         ValueError: no token begins a text, or nothing usable was written.
@@ -112,6 +115,7 @@ def write_texts(
             "the tokenizer has no chat template that begins a user's turn, so dialogues alone would"
             " have no form to be learned in; leave `--kind` out, or give the tokenizer a template"
         )
+    turn = turn if turns else None
     talks = kind != "text" and (turn is not None or not has_new_tokens(model, tokenizer))
     dialogues = count // (1 + (kind == "both")) if talks else 0
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}

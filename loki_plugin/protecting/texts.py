@@ -45,7 +45,12 @@ def protecting_prompts(
 
 
 def own_texts(
-    model: nn.Module, tokenizer, config: LokiConfig, count: int | None = None, seed: int = 0
+    model: nn.Module,
+    tokenizer,
+    config: LokiConfig,
+    count: int | None = None,
+    seed: int = 0,
+    turns: bool = True,
 ) -> list[Record]:
     """What `protect.text: self` stands for: the model writes it once, and the cache keeps it.
 
@@ -54,11 +59,12 @@ def own_texts(
     Args:
         count: how many; None: `protect.count`.
         seed: of what is drawn.
+        turns: whether the model knows the chat template.
 
     Raises:
         ValueError: as `write_texts`.
     """
-    asked = count or config.protect.count, seed
+    asked = count or config.protect.count, seed, turns
     return ranks.broadcast(*by_one(model, lambda: _write(model, tokenizer, config, *asked)))
 
 
@@ -71,13 +77,16 @@ def told_of(texts: Sequence[Record]) -> str:
     return f"{told}; to hold dialogues too set `chat_template`, or give some as `protect.text`"
 
 
-def _write(model: nn.Module, tokenizer, config: LokiConfig, count: int, seed: int) -> list[Record]:
+def _write(
+    model: nn.Module, tokenizer, config: LokiConfig, count: int, seed: int, turns: bool
+) -> list[Record]:
     marks = own_text.Marks.of(model, tokenizer)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     identity = {
         "written": [_WRITING, count, TEXT_TOKENS] + [seed] * (seed > 0),
         "fingerprint": fingerprint(model, unchanged=True),
         "template": getattr(tokenizer, "chat_template", None),
+        "turns": turns,
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "marks": [marks.beginning, sorted(marks.ends)],
     }
@@ -87,7 +96,7 @@ def _write(model: nn.Module, tokenizer, config: LokiConfig, count: int, seed: in
     if kept is not None:
         LOG.info("loki: texts that the model wrote found in the cache (%s)", path)
         return kept
-    rows = own_text.write_texts(model, tokenizer, count, TEXT_TOKENS, seed=seed)
+    rows = own_text.write_texts(model, tokenizer, count, TEXT_TOKENS, seed=seed, turns=turns)
     try:
         write_text(path, own_text.lines(rows))
         LOG.info("loki: the model wrote %d texts (%s)", len(rows), path)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from axolotl.loaders import load_tokenizer
 from helpers.axolotl import load
 from helpers.tokenizers import make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.host.files import Files
-from loki_plugin.host.tokens import calibration_tokenizer
+from loki_plugin.host.tokens import calibration_tokenizer, knows_turns
 from loki_plugin.protecting.texts import protecting_prompts
 
 RESERVED = ["<|reserved_0|>", "<|reserved_1|>"]
@@ -138,3 +140,34 @@ def test_a_run_reads_no_row_that_was_never_trained(
     assert read and not any(set(ids) & new for ids in read)
     assert not any("embed" in name for name in load_file(out / "adapter_model.safetensors"))
     assert json.loads((out / "loki_report.json").read_text())["forgetting"]
+
+
+TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+SYSTEM = "{{ bos_token }}[system] be kind\n" + TURNS
+
+
+@pytest.mark.parametrize(
+    ("own", "run", "known"),
+    [
+        (None, TURNS, False),  # a base that was never taught any
+        (TURNS, TURNS, True),
+        (SYSTEM, TURNS, True),  # the same turn behind another beginning
+        (TURNS, SYSTEM, True),
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", TURNS, False),
+        ("{{ raise_exception('no') }}", TURNS, False),
+        (TURNS, None, True),  # the run has the base's own
+    ],
+)
+def test_a_base_knows_the_turns_of_its_own_template(
+    run_config, padded_base, tmp_path, our_log, own, run, known
+):
+    folder = tmp_path / "base"
+    shutil.copytree(padded_base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(folder)
+    given = {"chat_template": "jinja", "chat_template_jinja": run} if run else {}
+    cfg = load(run_config | {"base_model": str(folder)} | given)
+    with our_log.at_level("INFO", "loki_plugin"):
+        assert knows_turns(cfg, load_tokenizer(cfg)) is known
+    assert ("goes on with a list" in our_log.text) is not known

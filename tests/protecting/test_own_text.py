@@ -277,6 +277,24 @@ def test_without_a_users_turn_a_base_goes_on_with_a_list_of_what_people_ask(tmp_
     assert all("text" in row for row in write_texts(model(), plain, 6, 5, kind="text"))
 
 
+def test_turns_that_the_model_does_not_know_are_not_begun_for_it(tokenizer, monkeypatch):
+    """What people ask comes from a list; what it answers stands in the template."""
+    begun, generate = [], own_text._generate
+
+    def listing(model, starts, tokens, stop):
+        begun.extend(tokenizer.decode(ids) for ids in starts)
+        if "Things that people ask" in begun[-1]:
+            return [tokenizer(" say the number\n- cut", add_special_tokens=False)["input_ids"]]
+        return generate(model, starts, tokens, stop)
+
+    monkeypatch.setattr(own_text, "_generate", listing)
+    written = write_texts(model(), tokenizer, 4, 5, kind="dialogues", turns=False)
+    assert len(begun) == 2 and begun[0].endswith("\n-")
+    asked = [{"role": "user", "content": "say the number"}]
+    whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert begun[1] == whole and written[0]["messages"][0] == asked[0]
+
+
 def test_tokens_new_to_the_model_leave_plain_text_only(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.add_tokens([f"<new{i}>" for i in range(400)] + ["<says>"])
