@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from .dialogues import CALLS, THOUGHTS
 
 Messages = Sequence[dict[str, Any]]
+_THEN = datetime(2025, 1, 1)
 
 
 def chat(tokenizer, said: Sequence[tuple[str, str]], where: str) -> list[int]:
@@ -54,6 +56,8 @@ def dialogue(
             tokenize=tokenize,
             return_dict=tokenize,
             enable_thinking=False,
+            # Some tell today's date, and prompts must not be others tomorrow.
+            strftime_now=_THEN.strftime,
         )
 
     faults, refused = [], []

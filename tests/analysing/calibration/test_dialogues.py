@@ -347,3 +347,11 @@ def test_where_answers_begin(make, tmp_path, template):
     (prompt,) = read_dialogues(tokenizer, load_records(write(tmp_path, {"prompt": "say"})))
     assert prompt.starts == (len(prompt.ids) - 1,)
     assert read_dialogues(tokenizer, load_records(write(tmp_path, {"text": "say"})))[0].starts == ()
+
+
+def test_a_template_that_tells_the_date_gives_the_same_prompts_on_any_day(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer(tmp_path, "Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML)
+    file = tmp_path / "said.jsonl"
+    file.write_text(json.dumps({"messages": [ASKED, ANSWER]}) + "\n")
+    [prompt] = load_prompts(tokenizer, str(file)).prompts
+    assert tokenizer.decode(prompt.ids).startswith("Today is 01 January 2025.")
