@@ -32,6 +32,8 @@ from ..model.loading import is_sharded
 from ..model.quantised import evaluating
 
 TOP = 64  # likeliest tokens of the base that are kept one by one
+# Bytes of what the base said that are kept on the host; the oldest goes first, and is asked again.
+KEPT = 10**9
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,16 @@ class Said:
     """What the base says behind every token of a text, on the CPU.
 
     Attributes:
-        tokens: [T, K] its likeliest next tokens.
+        tokens: [T, K] its likeliest next tokens, int32.
         logs: [T, K + 1] log-probabilities of these, and of all others together.
     """
 
     tokens: torch.Tensor
     logs: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.logs.nbytes
 
 
 class Anchor:
@@ -72,6 +78,7 @@ class Anchor:
         self.last: torch.Tensor | None = None
         self._step, self._micro = -1, 0
         self._said: dict[int, Said] = {}
+        self._held = 0  # bytes of it
 
     def attach(self, trainer: Trainer) -> None:
         """Wrap `trainer.compute_loss`; evaluation stays as it is.
@@ -114,13 +121,18 @@ class Anchor:
         sharded model every pass is shared by the ranks, whose draws differ: there each text is
         asked about each time.
         """
-        asked = [i for i in drawn if is_sharded(model) or i not in self._said]
+        if is_sharded(model):
+            self._said, self._held = {}, 0
+        asked = [i for i in drawn if i not in self._said]
         with evaluating(model):
             for i in asked:
                 self._said[i] = said(model, self.prompts[i])
+                self._held += self._said[i].nbytes
             texts, kept = [self.prompts[i] for i in drawn], [self._said[i] for i in drawn]
             tuned = _logits(model, texts)
-        tokens = torch.cat([k.tokens for k in kept]).to(tuned.device)
+        while self._held > KEPT:
+            self._held -= self._said.pop(next(iter(self._said))).nbytes
+        tokens = torch.cat([k.tokens for k in kept]).to(tuned.device, torch.int64)
         logs = torch.cat([k.logs for k in kept]).to(tuned.device, _wide(tuned))
         kl = Lumped.apply(tuned, tokens, logs)
         before = accumulate([0, *map(len, texts)])
@@ -173,7 +185,7 @@ def said(model: PeftModel, text: Sequence[int]) -> Said:
         logits = _logits(model, [text])
     logits = logits.to(_wide(logits))
     tokens = logits.topk(min(TOP, logits.shape[-1] - 1)).indices
-    return Said(tokens.to("cpu", torch.int64), _lumped(logits, tokens).cpu())
+    return Said(tokens.to("cpu", torch.int32), _lumped(logits, tokens).cpu())
 
 
 def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -185,6 +185,18 @@ def test_the_base_is_asked_once_and_what_is_lumped_is_a_lower_bound(rank, monkey
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(coarse, parameters))
 
 
+def test_what_the_base_said_is_kept_within_bounds(monkeypatch):
+    model, drawn = tuned(None), list(range(len(PROMPTS)))
+    anchor = Anchor(PROMPTS, 1.0, 4)
+    first = float(anchor.divergence(model, drawn).detach())
+    each = [anchor._said[i].nbytes for i in drawn]
+    assert anchor._held == sum(each)
+    monkeypatch.setattr(anchoring, "KEPT", each[-1] + each[-2])
+    assert float(anchor.divergence(model, drawn).detach()) == first
+    assert list(anchor._said) == drawn[-2:] and anchor._held == sum(each[-2:])
+    assert float(anchor.divergence(model, drawn).detach()) == pytest.approx(first, rel=1e-6)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_no_matrix_of_the_adapter_is_made_whole(rank, monkeypatch):
     def expanded(self):
