@@ -114,6 +114,13 @@ def refuse(cfg, config: LokiConfig) -> None:
         faults.append(
             "  tensor_parallel_size: it spreads the rows of a layer over the GPUs; remove it"
         )
+    held_out = cfg.get("val_set_size") or cfg.get("test_datasets")
+    cut = cfg.get("context_parallel_size") or cfg.get("sequence_parallel_degree") or 1
+    if str(cut) != "1" and (config.protect.anchor or held_out):
+        faults.append(
+            "  context_parallel_size: it cuts every text into parts, the anchor's and those of"
+            " what is measured at evaluations too; remove it, or `protect` and the evaluations"
+        )
     if cfg.get("optimizer") == "polora":
         faults.append(
             "  optimizer: polora works on pairs of A and B; take another, such as adamw_torch"

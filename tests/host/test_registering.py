@@ -115,6 +115,14 @@ def test_a_refused_configuration_is_left_as_it_was():
         ({"spectrum_top_fraction": 0.5}, "spectrum_top_fraction: Spectrum trains layers"),
         ({"lora_exclude_modules": ["0"]}, "lora_exclude_modules: use `loki.exclude`"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: it spreads the rows"),
+        (
+            {"context_parallel_size": 2, "val_set_size": 0.1},
+            "context_parallel_size: it cuts every text into parts, .* remove it, or `protect`",
+        ),
+        (
+            {"context_parallel_size": 2, "loki": {"protect": "auto"}},
+            "context_parallel_size: it cuts every text",
+        ),
         ({"optimizer": "polora"}, "optimizer: polora works on pairs"),
         ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp: it replaces the MLPs.*; remove it"),
         (
