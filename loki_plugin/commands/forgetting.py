@@ -90,6 +90,7 @@ def forgetting_command(
             base, tuned = base or of_base, tuned or of_tuned
         options["revision"] = run.get("revision_of_model")
         options["trust_remote_code"] = bool(run.get("trust_remote_code"))
+        options["overrides"] = run.get("overrides_of_model_config")
     if base is None or tuned is None:
         raise ValueError("give a CONFIG, or --base and --tuned")
     if picture:

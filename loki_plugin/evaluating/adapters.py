@@ -84,7 +84,9 @@ def losses_onto(base: Base, adapter: Path) -> tuple[dict[str, float], str]:
     prompts = load_questions(tokenizer, CalibrationArgs(source=SOURCE))
     prompts = prompts[:: -(-len(prompts) // QUICK_PROMPTS)]
     dtype, mark = found.first(selection.linears).torch_dtype, selection.fingerprint
-    plain = load(str(found.folder), mark, dtype=dtype, trust_remote_code=trust)
+    plain = load(
+        str(found.folder), mark, trust_remote_code=trust, overrides=base.overrides, dtype=dtype
+    )
     plain = with_adapter(plain, adapter).to("cuda" if gpu else "cpu")
     first = _losses(plain, prompts, _SECONDS)
     del plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def measure(
     noise_floor: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     device: str | None = None,
     dtype: str = "auto",
     **options: Any,
@@ -96,6 +97,7 @@ def measure(
         prompts: a calibration source; where its records have answers, those are asked for.
         noise_floor: evaluate the base a second time.
         revision, trust_remote_code: of the base, as the run's YAML has them.
+        overrides: of its configuration, under which it was trained.
         options: see `evaluate_tasks`.
 
     Raises:
@@ -110,10 +112,18 @@ def measure(
     idle = [k for k in ("include", "limit") if options.get(k)] + ["noise_floor"] * noise_floor
     if idle and not tasks:
         raise ValueError(f"{', '.join(idle)} need lm-eval tasks; name some with --tasks")
+    if tasks and overrides:
+        raise ValueError(
+            "lm-eval loads models without `overrides_of_model_config`, so that tasks would tell of"
+            " a model that was not trained; leave --tasks out, or give a --base and a --tuned whose"
+            " config.json has them"
+        )
     if tasks:
         unsafe = bool(options.get("confirm_run_unsafe_code"))
         check_tasks(tasks, options.get("include"), unsafe)  # before anything is loaded
-    on_prompts = _on_prompts(base, tuned, prompts, device, dtype, of_base, of_tuned)
+    on_prompts = _on_prompts(
+        base, tuned, prompts, device, dtype, of_base, of_tuned, overrides or {}
+    )
     if not tasks:
         return ForgettingReport(on_prompts)
     before = evaluate_tasks(base, tasks, loading=of_base, **settings)
@@ -198,6 +208,7 @@ def _on_prompts(
     dtype: str,
     of_base: dict[str, Any],
     of_tuned: dict[str, Any],
+    overrides: Mapping[str, Any],
 ) -> Forgetting:
     from transformers import AutoTokenizer
 
@@ -206,10 +217,11 @@ def _on_prompts(
     )
     ids = [p.ids for p in found]
     # One model at a time in memory; its answers wait on the CPU.
-    before = log_probabilities(load_model(base, None, device, dtype, **of_base), ids)
+    changed = {"overrides": overrides}  # a merged model has them in its own configuration
+    before = log_probabilities(load_model(base, None, device, dtype, **of_base, **changed), ids)
     adapter = (Path(tuned) / ADAPTER).is_file()
     name, saved = (base, tuned) if adapter else (tuned, None)
-    model = load_model(name, saved, device, dtype, **of_tuned)
+    model = load_model(name, saved, device, dtype, **of_tuned, **changed)
     return compare(before, log_probabilities(model, ids), [p.target for p in found])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from ..model.linears import row_dim
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What a base folder brings along besides weights.
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
-_FETCHED = ("*.safetensors", *COMPANIONS)
+TEMPLATES = "additional_chat_templates/*.jinja"  # by name, beside the usual one
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.py", "*.tiktoken")
+COMPANIONS = (*_BESIDE, TEMPLATES)
+_FETCHED = ("*.safetensors", *_BESIDE)
 # Other forms of the weights that some models carry beside them, in folders or under other names.
 _NOT_FETCHED = ("*/*", "consolidated*.safetensors")
 _NEOX_HEAD = "embed_out.weight"  # what transformers holds as lm_head, and stores as it was
@@ -117,12 +120,21 @@ class Base:
                 allow_patterns=list(_FETCHED),
                 ignore_patterns=list(_NOT_FETCHED),
             )
+            snapshot_download(str(self.name), revision=self.revision, allow_patterns=[TEMPLATES])
         except Exception as error:
             raise ValueError(
                 f"'{self.name}' is neither a local folder nor a model that can be fetched"
                 f" ({type(error).__name__}: {error})"
             ) from error
         return Path(found)
+
+
+def copy_files(folder: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a folder that one of the patterns names, to the same places."""
+    for file in (f for pattern in patterns for f in folder.glob(pattern) if f.is_file()):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def shards(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from ..model.writing import write_text
 from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
 from ..rows import FILE_NAME, Made, RowSelection
 from .adapters import CONFIG, Adapter, Opened, opened
-from .checkpoint import open_tensors
+from .checkpoint import copy_files, open_tensors
 from .merge import removing
 from .saved import WEIGHTS
 from .tokenizer_files import FILES as TOKENIZER_FILES
@@ -113,7 +113,7 @@ def export(
         partial.mkdir(parents=True)
         save_file(state, partial / WEIGHTS, {"format": "pt"})
         _write_config(folder, partial, rank)
-        _copy(folder, partial, (DIRECTIONS_NAME, *TOKENIZER_FILES))
+        copy_files(folder, partial, (DIRECTIONS_NAME, *TOKENIZER_FILES))
         lost = {name: errors[name] / u if u else 0.0 for name, u in updates.items()}
         whole = sum(updates.values())
         lost_share = sum(errors.values()) / whole if whole else 0.0
@@ -214,12 +214,6 @@ def _write_config(folder: Path, output: Path, rank: int) -> None:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     write_text(output / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def _copy(folder: Path, output: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        for file in folder.glob(pattern):
-            shutil.copyfile(file, output / file.name)
 
 
 def _save_rows(selection: RowSelection, output: Path, facts: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
 from .rounded import Advice
 from .tokenizer_files import write_tokenizer
-from .vocabulary import check_tokenizer, copy_model, new_rows
+from .vocabulary import check_tokenizer, copy_model, new_rows, write_overrides
 
 _MUCH = 0.1  # of the update
 
@@ -175,6 +175,7 @@ def merge_adapters(
         partial.mkdir(parents=True)
         copy_model(found, partial, grown, progress)
         companions = write_tokenizer(found.folder, source, partial, base.trust_remote_code)
+        companions += write_overrides(partial, base.overrides)
         stored = tensors(partial)
         layers = [i for i, rows in enumerate(selection.rows) if len(rows)]
         for i in tqdm(layers, desc="loki: merging layers", disable=not progress):

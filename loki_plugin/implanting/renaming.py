@@ -25,7 +25,7 @@ from ..model.writing import write_text
 from ..rows import FILE_NAME, Made
 from .adapter import shortest_targets
 from .adapters import CONFIG, Adapter, tail
-from .checkpoint import Base, open_tensors
+from .checkpoint import Base, copy_files, open_tensors
 from .merge import check_output, removing
 from .naming import by_parameter, misnamed
 from .saved import WEIGHTS
@@ -100,8 +100,7 @@ def rename(adapter: str | Path, output: str | Path, to: str, base: Base) -> Rena
     shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted run
     with removing(partial):
         partial.mkdir(parents=True)
-        for file in (f for pattern in TOKENIZER_FILES for f in folder.glob(pattern)):
-            shutil.copyfile(file, partial / file.name)
+        copy_files(folder, partial, TOKENIZER_FILES)
         state = {PREFIX + new + key.removeprefix(PREFIX + old): t for key, t in state.items()}
         save_file(state, partial / WEIGHTS, {"format": "pt"})
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -15,9 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .checkpoint import TEMPLATES, copy_files
+
 _CONFIG, _FAST, _MAP = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
 _ADDED, _JINJA = "added_tokens.json", "chat_template.jinja"
-FILES = ("tokenizer*", _MAP, _ADDED, "vocab.*", "merges.txt", _JINJA, "*.model")
+FILES = ("tokenizer*", _MAP, _ADDED, "vocab.*", "merges.txt", _JINJA, "*.model", TEMPLATES)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
           "mask_token")  # fmt: skip
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -35,7 +37,7 @@ class Seen:
     added: dict[int, dict[str, Any]]
     named: dict[str, str]  # special tokens by their names
     extra: list[str]  # special tokens without names
-    template: str | None
+    template: str | dict[str, str] | None  # one, or several by their names
     pipeline: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -138,9 +140,15 @@ def write_tokenizer(
         return [*told, *_align(target, ["eos_token", "bos_token"], new)]
     change = Change.between(old, new)
     if not change:
+        held = _load(target, trust_remote_code)
+        if isinstance(held, str) or Change.between(held, new):
+            return _take_whole(run, target, "the base has parts of its own in other files")
         return ["tokenizer: every byte is the base's"]
     told = []
-    if all(new.vocabulary.get(i) == token or i in new.added for i, token in old.vocabulary.items()):
+    same = (new.vocabulary.get(i) == t or i in new.added for i, t in old.vocabulary.items())
+    if change.template and isinstance(new.template, dict):
+        told = _take_whole(run, target, "it has other chat templates, several of them")
+    elif all(same):
         told = _edit(run, target, change, old, new)
         written = _load(target, trust_remote_code)
         if isinstance(written, str) or Change.between(written, new):
@@ -207,7 +215,7 @@ def _edit(run: Path, target: Path, change: Change, old: Seen, new: Seen) -> list
         ),
     )
     if change.template and (target / _JINJA).is_file():
-        (target / _JINJA).write_text(new.template or "", encoding="utf-8")
+        (target / _JINJA).write_text(str(new.template or ""), encoding="utf-8")
         told[_JINJA] = ["the run's"]
     return [f"tokenizer: {name} has changed: {', '.join(what)}" for name, what in told.items()] + [
         "tokenizer: every other byte is the base's"
@@ -295,10 +303,7 @@ def _take_whole(run: Path, target: Path, why: str) -> list[str]:
     for pattern in FILES:
         for file in target.glob(pattern):
             file.unlink()  # of the base; a vocabulary of both would be neither
-    for pattern in FILES:
-        for file in run.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    copy_files(run, target, FILES)
     if (target / _CONFIG).is_file():
         held = _read(target / _CONFIG)
         wanted = {k: v for k, v in held.items() if k not in _ONLY_NEW}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -121,16 +122,19 @@ def verify(
             if key not in linears:
                 report.faults.append(f"{key} changed")
     report.linears = (len(linears), changed_linears)
-    _compare_configurations(report, base, found, Path(tuned))
+    trained = replace(base, overrides=_overrides(base, selection))
+    _compare_configurations(report, trained, found, Path(tuned))
     return report
 
 
 def open_as_trained(base: Base, selection: RowSelection) -> Checkpoint:
     """The base, under the overrides that the rows file beside a merged model names."""
-    if not base.overrides:
-        merge = selection.made.get("merge") or {}
-        base = replace(base, overrides=merge.get("overrides") or {})
-    return open_checkpoint(base, selection.fingerprint)
+    trained = replace(base, overrides=_overrides(base, selection))
+    return open_checkpoint(trained, selection.fingerprint)
+
+
+def _overrides(base: Base, selection: RowSelection) -> dict[str, Any]:
+    return base.overrides or (selection.made.get("merge") or {}).get("overrides") or {}
 
 
 def _see_base(
@@ -150,14 +154,19 @@ def _grown(a: Stored, b: Stored) -> bool:
 
 
 def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint, tuned: Path):
-    """All but what loading and tokenizers change; `vocab_size` may follow grown embeddings."""
+    """All but what loading and tokenizers change; `vocab_size` may follow grown embeddings.
+
+    Both under the run's overrides: merged models of up to 0.9.0 do not say them themselves.
+    """
     from transformers import AutoConfig
 
-    trust = base.trust_remote_code
-    old, new = (
-        stable(AutoConfig.from_pretrained(f, trust_remote_code=trust).to_dict())
-        for f in (found.folder, tuned)
-    )
+    def read(folder: Path) -> dict[str, Any]:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        for key, value in base.overrides.items():
+            setattr(config, key, value)
+        return stable(config.to_dict())
+
+    old, new = read(found.folder), read(tuned)
     sizes = {found.stored[key].shape[0] + count for key, count in report.new_rows.items()}
     if len(sizes) > 1:
         report.faults.append(f"the embeddings have grown to different sizes: {report.new_rows}")

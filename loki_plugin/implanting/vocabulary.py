@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..model.linears import PREFIX
-from .checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, Stored, Vocabulary, shards, tensors
+from .checkpoint import (
+    COMPANIONS,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Stored,
+    Vocabulary,
+    copy_files,
+    shards,
+    tensors,
+)
 
 _CHUNK = 4096  # rows
 
@@ -122,11 +134,9 @@ def copy_model(
             write_grown(file, target / file.name, inside)
         else:
             shutil.copyfile(file, target / file.name)
-    skip = {INDEX} if (folder / SINGLE).is_file() else set()  # its shards stay behind
-    for pattern in COMPANIONS:
-        for file in folder.glob(pattern):
-            if file.is_file() and file.name not in skip:
-                shutil.copyfile(file, target / file.name)
+    copy_files(folder, target, COMPANIONS)
+    if (folder / SINGLE).is_file():  # the shards of an index beside it stay behind
+        (target / INDEX).unlink(missing_ok=True)
     if grown:
         key, rows = next(iter(grown.items()))
         more = sum(new.numel() for new in grown.values())
@@ -169,6 +179,16 @@ def _copy_bytes(source, target, count: int) -> None:
         data = source.read(min(count, 64 << 20))
         target.write(data)
         count -= len(data)
+
+
+def write_overrides(folder: Path, overrides: Mapping[str, Any]) -> list[str]:
+    """Let config.json say what a run was trained under; returns a line that tells it."""
+    if not overrides:
+        return []
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | dict(overrides)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return [f"config.json: has the run's overrides_of_model_config ({', '.join(overrides)})"]
 
 
 def grow_companions(folder: Path, size: int, more: int) -> None:

@@ -137,9 +137,13 @@ def load(
     made_for: Mapping[str, str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     **loading: Any,
 ) -> Any:
     """`from_pretrained` of the class that `build_empty` builds.
+
+    Args:
+        overrides: of its configuration, as `overrides_of_model_config` has them.
 
     Raises:
         ValueError: as `build_empty`.
@@ -148,6 +152,9 @@ def load(
 
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **where)
+    for key, value in (overrides or {}).items():
+        setattr(config, key, value)
+    loading |= {"config": config} if overrides else {}
     known = kinds(config, None, trust_remote_code)
     kind = known[0] if len(known) == 1 else _choose(config, None, trust_remote_code, made_for)[0]
     return kind.loader.from_pretrained(name, **where, **loading)

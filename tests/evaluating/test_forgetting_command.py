@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from helpers.prompts import LM_EVAL_TASK
 
@@ -238,3 +239,33 @@ def test_faulty_thresholds_are_named_before_the_models_load(folder, options, mes
     command += ["--prompts", str(folder / "prompts.jsonl"), *options]
     result = CliRunner().invoke(loki, command)
     assert result.exit_code in (1, 2) and message in " ".join(result.output.split())
+
+
+def test_a_run_under_overrides_is_measured_under_them(folder, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from loki_plugin.evaluating import forgetting
+
+    seen, load = [], forgetting.load
+
+    def watched(*args, **more):
+        model = load(*args, **more)
+        seen.append(model.config.rms_norm_eps)
+        return model
+
+    monkeypatch.setattr(forgetting, "load", watched)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    implant(model, [[0, 1]] * 2).save_pretrained(tmp_path / "out")
+    run = {
+        "base_model": str(folder / "base"),
+        "output_dir": str(tmp_path / "out"),
+        "overrides_of_model_config": {"rms_norm_eps": 0.5},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    asked = ["forgetting", str(tmp_path / "run.yaml"), "--prompts", str(folder / "prompts.jsonl")]
+    result = CliRunner().invoke(loki, [*asked, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert seen == [0.5, 0.5]
+    result = CliRunner().invoke(loki, [*asked, "--tasks", "colours"])
+    assert result.exit_code and "lm-eval loads models without `overrides" in result.output
+    assert len(seen) == 2

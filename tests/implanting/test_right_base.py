@@ -198,10 +198,10 @@ def test_revision_and_code_of_the_run_are_honoured(tmp_path, monkeypatch):
     import huggingface_hub
 
     make(tmp_path)
-    asked = {}
+    calls = []
 
     def snapshot_download(name, **kwargs):
-        asked.update(name=name, **kwargs)
+        calls.append({"name": name, **kwargs})
         return str(tmp_path / "base")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -209,13 +209,16 @@ def test_revision_and_code_of_the_run_are_honoured(tmp_path, monkeypatch):
     base = Base.of_run(run | {"overrides_of_model_config": {"rms_norm_eps": 0.5}})
     assert open_checkpoint(base).folder == tmp_path / "base"
     assert open_checkpoint(base).model.config.rms_norm_eps == 0.5
-    assert (asked["name"], asked["revision"], base.trust_remote_code) == ("some/model", "abc", True)
+    assert base.trust_remote_code and len(calls) == 4
+    assert all((asked["name"], asked["revision"]) == ("some/model", "abc") for asked in calls)
     wanted = [
         "config.json",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "tokenizer.model",
         "modeling_own.py",
+        "tokenizer.model.v3",
+        "additional_chat_templates/tool_use.jinja",
     ]
     unwanted = [
         "original/consolidated.00.pth",
@@ -226,12 +229,16 @@ def test_revision_and_code_of_the_run_are_honoured(tmp_path, monkeypatch):
         "pytorch_model.bin",
         "onnx/model.onnx",
     ]
-    chosen = huggingface_hub.utils.filter_repo_objects(
-        wanted + unwanted,
-        allow_patterns=asked["allow_patterns"],
-        ignore_patterns=asked["ignore_patterns"],
-    )
-    assert list(chosen) == wanted
+    chosen = [
+        file
+        for asked in calls[:2]
+        for file in huggingface_hub.utils.filter_repo_objects(
+            wanted + unwanted,
+            allow_patterns=asked["allow_patterns"],
+            ignore_patterns=asked.get("ignore_patterns"),
+        )
+    ]
+    assert chosen == wanted
 
 
 def test_code_of_the_checkpoint_runs_only_where_the_run_trusts_it(tmp_path, monkeypatch):
@@ -353,3 +360,38 @@ def test_a_run_with_overrides_is_verified_with_the_merged_rows_file(tmp_path):
     assert report.ok, report.text()
     report = verify(tmp_path / "base", tmp_path / "out", rows, False)
     assert not report.ok and "overrides_of_model_config" in report.text()
+    # Of an earlier version, whose merged models did not say it themselves.
+    shutil.copyfile(tmp_path / "base" / "config.json", tmp_path / "out" / "config.json")
+    assert verify(tmp_path / "base", tmp_path / "out", kept, False).ok
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rms_norm_eps": 0.5},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+    ids=["number", "rope"],
+)
+def test_a_merged_model_computes_what_trained_under_overrides(tmp_path, overrides):
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rows = make(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", config=config)
+    rows = RowSelection(rows.rows, 48, fingerprint(model))
+    base = Base(tmp_path / "base", overrides=overrides)
+    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "out", rows, False)
+    assert f"overrides_of_model_config ({', '.join(overrides)})" in report.text()
+    trained = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted, found, without = (m(input_ids=ids).logits for m in (trained, merged, plain))
+    assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(
+        without, wanted, atol=0.1
+    )

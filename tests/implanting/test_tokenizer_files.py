@@ -10,6 +10,7 @@ import pytest
 from helpers.pages import TEXTS as PAGES
 from transformers import AddedToken, AutoTokenizer
 
+from loki_plugin.implanting import checkpoint
 from loki_plugin.implanting.tokenizer_files import write_tokenizer
 
 STYLES = {
@@ -254,3 +255,29 @@ def test_an_adapter_without_a_tokenizer_leaves_the_bases(tmp_path):
     (tmp_path / "run").mkdir()
     told, changed = write(tmp_path)
     assert told == [] and changed == set()
+
+
+def test_several_chat_templates_come_along(tmp_path):
+    """transformers 5 keeps them in a folder of their own."""
+    make_base(tmp_path / "base", "qwen", jinja=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": CHATML}
+    tokenizer.save_pretrained(tmp_path / "base")
+    named = tmp_path / "base" / "additional_chat_templates" / "tool_use.jinja"
+    assert named.is_file()
+    run_of(tmp_path, lambda tokenizer: None)
+    checkpoint.copy_files(tmp_path / "base", tmp_path / "out", checkpoint.COMPANIONS)
+    told = write_tokenizer(tmp_path / "base", tmp_path / "run", tmp_path / "out")
+    assert told == ["tokenizer: every byte is the base's"]
+    place = named.relative_to(tmp_path / "base")
+    assert (tmp_path / "out" / place).read_bytes() == named.read_bytes()
+    # What was left behind before is seen, and one that the run changed is the run's.
+    (tmp_path / "out" / place).unlink()
+    told = write_tokenizer(tmp_path / "base", tmp_path / "run", tmp_path / "out")
+    assert told[0].startswith("tokenizer: the files are the run's")
+    run = AutoTokenizer.from_pretrained(tmp_path / "run")
+    run.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE}
+    run.save_pretrained(tmp_path / "run")
+    write_tokenizer(tmp_path / "base", tmp_path / "run", tmp_path / "out")
+    held = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert held == {"default": TEMPLATE, "tool_use": TEMPLATE}
