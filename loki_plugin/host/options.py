@@ -114,6 +114,11 @@ def refuse(cfg, config: LokiConfig) -> None:
         faults.append(
             "  tensor_parallel_size: it spreads the rows of a layer over the GPUs; remove it"
         )
+    if cfg.get("nf4_backend") == "torchao":
+        faults.append(
+            "  nf4_backend: torchao stores 4-bit weights in a form that loki does not read; take"
+            " bitsandbytes, the default"
+        )
     if cfg.get("optimizer") == "polora":
         faults.append(
             "  optimizer: polora works on pairs of A and B; take another, such as adamw_torch"
