@@ -8,6 +8,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginMan
 
 from .host import base, patches, settings
 from .host.files import Files
+from .host.listed import wanted
 from .host.proof import Proof
 from .host.run import Run, leave_alone
 from .host.telling import block
@@ -62,10 +63,11 @@ class LokiPlugin(BasePlugin):
 
     @staticmethod
     def of(cfg) -> LokiPlugin | None:
-        """The plugin that acts for a configuration; None where it does not list us."""
-        known = PluginManager.get_instance().plugins.items()
-        listed = [p for n, p in known if n in (cfg.get("plugins") or [])]
-        return next((p for p in listed if isinstance(p, LokiPlugin)), None)
+        """The plugin that acts for a configuration; None where it does not ask for us."""
+        known = PluginManager.get_instance().plugins
+        names = wanted(cfg)
+        found = [p for n, p in known.items() if n in names and isinstance(p, LokiPlugin)]
+        return next(iter(found), None)
 
     def get_input_args(self):
         # Axolotl makes one class of all plugins' arguments; a base must not stand there twice.
@@ -129,12 +131,17 @@ class LokiPlugin(BasePlugin):
         if self.run is not None and not cfg.rl:  # with `rl:` the trainer is still to wrap it
             self.run.install(cfg, model)
 
+    def post_model_load(self, cfg, model):
+        """Since 0.20 Axolotl draws every lora_A again after `post_lora_load`."""
+        if self._acts_on(cfg) and self.run is not None and not cfg.rl:
+            self.run.start_at_zero(cfg, model)
+
     def post_trainer_create(self, cfg, trainer):
         """The optimizer phase."""
         if self._acts_on(cfg):
             self.run.prepare_trainer(cfg, trainer)
 
     def post_train(self, cfg, model):
-        """Fires twice in 0.19: before Axolotl saves the adapter, and after it."""
+        """Fires twice since 0.19: before Axolotl saves the adapter, and after it."""
         if self._acts_on(cfg):
             self.proof.finish(cfg, model)

@@ -271,13 +271,17 @@ class Watch(TrainerCallback):
 
 
 def path(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Step, KL and share kept of every evaluation that a trainer has logged; None for NaN."""
+    """Step, KL, share kept and loss of every evaluation that a trainer has logged; None for NaN."""
     return [
-        {"step": e["step"], "kl": e[WATCH_KL] if isfinite(e[WATCH_KL]) else None}
-        | {"kept": e.get(WATCH_KEPT)}
+        {"step": e["step"], "kl": _finite(e[WATCH_KL]), "kept": e.get(WATCH_KEPT)}
+        | {"loss": _finite(e.get("eval_loss"))}
         for e in history
         if WATCH_KL in e
     ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and isfinite(value) else None
 
 
 def under_limit(limit: float, history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:

@@ -121,6 +121,11 @@ def refuse(cfg, config: LokiConfig) -> None:
             "  context_parallel_size: it cuts every text into parts, the anchor's and those of"
             " what is measured at evaluations too; remove it, or `protect` and the evaluations"
         )
+    if cfg.get("nf4_backend") == "torchao":
+        faults.append(
+            "  nf4_backend: torchao stores 4-bit weights in a form that loki does not read; take"
+            " bitsandbytes, the default"
+        )
     if cfg.get("optimizer") == "polora":
         faults.append(
             "  optimizer: polora works on pairs of A and B; take another, such as adamw_torch"

@@ -48,6 +48,7 @@ def take_over_merge() -> bool:
     method rounds the whole base to `torch_dtype`: both change frozen rows.
     """
     from axolotl.cli import merge_lora
+    from axolotl.integrations.base import PluginManager
 
     original = merge_lora.do_merge_lora
     if getattr(original, "merges_loki", False):
@@ -62,6 +63,9 @@ def take_over_merge() -> bool:
         adapters = [Path(cfg.lora_model_dir)]
         merged, proof = merge_run(cfg, adapters, Path(cfg.output_dir) / "merged")
         write_merged_card(str(cfg.base_model), adapters, merged, proof)
+        manager = PluginManager.get_instance()
+        if hasattr(manager, "post_lora_merge"):  # since 0.21: for other plugins
+            manager.post_lora_merge(cfg, str(cfg.lora_model_dir), str(merged.output))
 
     do_merge_lora.merges_loki = True  # type: ignore[attr-defined]
     do_merge_lora.original = original  # type: ignore[attr-defined]

@@ -182,6 +182,13 @@ class Run:
         told = about_training(self.selection, self.config.rank, trainable, base)
         LOG.info(block("training", told))
 
+    def start_at_zero(self, cfg, model) -> None:
+        """A fresh adapter that was drawn anew behind our back starts as the base again."""
+        from ..implanting.adapter import start_at_zero
+
+        if not cfg.lora_model_dir:
+            start_at_zero(model)
+
     def prepare_trainer(self, cfg, trainer) -> None:
         from ..implanting.recording import record
         from ..implanting.training import prepare_trainer, save_whole_checkpoints

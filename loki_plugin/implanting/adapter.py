@@ -257,6 +257,16 @@ def install(model: PeftModel, selection: RowSelection, rank: int | None, fresh: 
     model.add_adapter = types.MethodType(_add_adapter, model)
 
 
+def start_at_zero(model: nn.Module) -> None:
+    """Set the update of a fresh adapter to zero: in the dense form that is lora_A, in the others
+    lora_B, which is zero until it trains."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, b in module.lora_B.items():
+                if isinstance(b, RowSelector):
+                    nn.init.zeros_(module.lora_A[name].weight)
+
+
 def _add_adapter(self: PeftModel, adapter_name: str, peft_config, *args, **kwargs) -> None:
     """A second adapter of the same configuration is confined to the same rows, and frozen.
 

@@ -27,6 +27,7 @@ WEIGHTS = "adapter_model.safetensors"
 FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be used
 REPORT_NAME = "loki_report.json"
 PAGE_NAME, FIGURES_NAME = "loki_report.html", "loki_figures.json"
+PICTURE_NAME = "loki_forgetting.svg"  # beside the model card, which shows it
 
 
 def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
@@ -112,8 +113,8 @@ def embeddings_grew(model: PeftModel) -> bool:
 
 def _withdraw_report(folder: Path) -> None:
     """The report of an adapter that is overwritten now must not vouch for the new one, nor its
-    page and the figures that it was drawn from."""
-    for name in (PAGE_NAME, FIGURES_NAME):
+    page and pictures and the figures that they were drawn from."""
+    for name in (PAGE_NAME, FIGURES_NAME, PICTURE_NAME):
         (folder / name).unlink(missing_ok=True)
     card.withdraw(folder)
     report = folder / REPORT_NAME

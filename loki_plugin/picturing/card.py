@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from ..implanting import card
 from ..implanting.merge import MergeReport
-from ..implanting.saved import FAILED_NAME
+from ..implanting.saved import FAILED_NAME, PICTURE_NAME
 from ..implanting.verify import VerifyReport
+from ..model.writing import write_text
 from ..rows import FILE_NAME as ROWS_NAME
 from ..rows import RowSelection
 from . import telling
+from .drawing.forgetting import forgetting_figure
+from .drawing.style import svg_file
 from .page import read_report
 from .telling import Report, Section
 
@@ -109,6 +113,7 @@ def _section(
         rows = [(k, v) for k, v in section["rows"] if v not in (None, "")]
         table = "\n".join(f"| {plain(k)} | {plain(v)} |" for k, v in rows)
         parts.append(f"### {section['title']}\n\n| | |\n|---|---|\n{table}")
+    parts += _picture(report, folder)
     lines = list(_LOAD[kind])
     if kind == "adapter":
         lines[0] = f"{lines[0]}; from transformers import {{kind}}"
@@ -121,6 +126,51 @@ def _section(
             " alone needs them as `loki export ADAPTER OUT --names text` writes them."
         )
     return "\n\n".join(parts)
+
+
+def _picture(report: Report, folder: Path) -> list[str]:
+    """Forgetting along the run as a picture in `folder`, and the Markdown that shows it.
+
+    Nothing, and no picture of an earlier run, where no evaluation has measured it.
+    """
+    (folder / PICTURE_NAME).unlink(missing_ok=True)
+    found = report.get("forgetting_while_training") or {}
+    path = [e for e in found.get("path") or () if e.get("kl") is not None]
+    if not path:
+        return []
+    loss = [e["loss"] if e.get("loss") is not None else math.nan for e in path]
+    stopped = found.get("stopped") or {}
+    limit = stopped.get("threshold")
+    try:
+        figure = forgetting_figure([e["step"] for e in path], [e["kl"] for e in path], loss, limit)
+        write_text(folder / PICTURE_NAME, svg_file(figure, PICTURE_NAME))
+    except Exception as error:  # a picture must not cost the card, whatever is wrong with it
+        LOG.warning("loki: %s could not be drawn: %s", folder / PICTURE_NAME, error)
+        return []
+    texts = f"{found.get('prompts')} prompts and {found.get('own_texts')} texts of the model"
+    way = [path[0], path[-1]] if len(path) > 1 else path
+    told = " to ".join(_point(e) for e in way)
+    alt = f"KL to the base while it trained, nats per token: {told}"
+    parts = [
+        "### Forgetting while it trained",
+        f"![{plain(alt)}]({PICTURE_NAME})",
+        f"{alt}. Measured at every evaluation on {texts} that were held back: another figure than"
+        " that above.",
+    ]
+    if limit is not None:
+        saved = stopped.get("saved")
+        kept = f"what is saved is {saved}, with {stopped['saved_kl']:.4f}" if saved else ""
+        parts.append(
+            f"The training stopped above {limit:g} nats (dashed);"
+            f" {kept or 'no checkpoint under that was kept'}."
+        )
+    return ["\n\n".join(parts)]
+
+
+def _point(evaluation: dict[str, Any]) -> str:
+    loss = evaluation.get("loss")
+    more = "" if loss is None else f" (evaluation loss {loss:.4f})"
+    return f"{evaluation['kl']:.4f} at step {evaluation['step']}{more}"
 
 
 def _loader(report: Report) -> str:

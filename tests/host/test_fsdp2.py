@@ -306,6 +306,7 @@ def test_its_evaluations_measure_what_the_saved_adapter_has_forgotten(runs, base
     truth = measure(tuned, *([Text(tuple(ids)) for ids in part] for part in texts))
     report = json.loads((out / "loki_report.json").read_text())["forgetting_while_training"]
     before, after = report["path"]
+    assert before.pop("loss") > after["loss"] > 0
     assert before == {"step": 0, "kl": 0.0, "kept": 1.0} and after["step"] == 3
     assert after["kl"] == pytest.approx(truth.kl, rel=1e-3) and truth.kl > 1e-6
     assert after["kept"] == truth.kept

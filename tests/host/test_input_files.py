@@ -109,12 +109,12 @@ def test_a_faulty_calibration_file_ends_training_before_the_model_loads(
 
 def test_the_caller_of_axolotls_train_function_gets_the_same_faults(run_config, no_model):
     """Notebooks call `axolotl.train.train`, which is not preceded by the hook `load_datasets`."""
-    from axolotl.loaders.model import PLUGIN_MANAGER
+    from axolotl.integrations.base import PluginManager
 
     run_config["loki"] = {"calibration": {"source": "nowhere.jsonl"}}
     cfg = load(run_config)
     with pytest.raises(ValueError, match="'nowhere.jsonl' does not exist"):
-        PLUGIN_MANAGER.pre_model_load(cfg)
+        PluginManager.get_instance().pre_model_load(cfg)
 
 
 def adapter_with_rows(folder: Path, first: int) -> str:

@@ -124,6 +124,7 @@ def test_a_refused_configuration_is_left_as_it_was():
             "context_parallel_size: it cuts every text",
         ),
         ({"optimizer": "polora"}, "optimizer: polora works on pairs"),
+        ({"nf4_backend": "torchao"}, "nf4_backend: torchao stores .*; take bitsandbytes"),
         ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp: it replaces the MLPs.*; remove it"),
         (
             {"plugins": ["loki", "axolotl.integrations.diffusion.DiffusionPlugin"]},

@@ -97,7 +97,8 @@ def test_a_run_that_forgets_too_much_is_stopped_and_saves_the_checkpoint_that_it
     assert distance(base, out, watch)[0] == pytest.approx(truth[0], rel=1e-3)
     entry = logged(kept)[2]
     assert (entry["eval_loki_kl"], entry["eval_loki_kept"]) == pytest.approx(truth, rel=1e-3)
-    assert found["path"][1] == {"step": 2, "kl": entry["eval_loki_kl"], "kept": truth[1]}
+    loss = {"loss": entry["eval_loss"]}
+    assert found["path"][1] == {"step": 2, "kl": entry["eval_loki_kl"], "kept": truth[1]} | loss
     said = f"stopped at step 4: eval_loki_kl is {at[4]:.4f} nats, more than stop_forgetting"
     assert said in our_log.text and f"saved is checkpoint-2, with {at[2]:.4f}" in our_log.text
     assert found["evaluations"] == 3 and 0 < found["percent_of_training"] < 100

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import markdown
+import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 from helpers.analyses import analysed
+from helpers.browser import find_browser, shoot
+from matplotlib.colors import to_rgb
 from test_page import EVIL, Reader, put, report_of
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +23,7 @@ from loki_plugin import RowSelection, implant
 from loki_plugin.cli import loki
 from loki_plugin.implanting import card
 from loki_plugin.picturing.card import write_adapter_card
+from loki_plugin.picturing.drawing import style
 
 CONFIG = ["tables", "fenced_code"]
 
@@ -105,6 +110,7 @@ def test_a_run_and_its_merge_leave_cards_that_say_what_the_report_says(
     """Axolotl writes its own card after the adapter is saved; ours comes after that."""
     out = Path(run_config["output_dir"])
     run_config["loki"]["protect"] = {"inputs": 0.5}
+    run_config |= {"val_set_size": 0.2, "eval_steps": 2}
     train(run_config)
     report = json.loads((out / "loki_report.json").read_text())
     fields, body, section = parts(out)
@@ -125,6 +131,18 @@ def test_a_run_and_its_merge_leave_cards_that_say_what_the_report_says(
     exec(code.replace(json.dumps(out.name), repr(str(out))), names)
     assert names["model"].peft_config
 
+    watched = report["forgetting_while_training"]["path"]
+    first, last = watched[0], watched[-1]
+    told = " to ".join(
+        f"{e['kl']:.4f} at step {e['step']} (evaluation loss {e['loss']:.4f})"
+        for e in (first, last)
+    )
+    assert last["step"] == run_config["max_steps"] and last["loss"] < first["loss"]
+    alt = f"KL to the base while it trained, nats per token: {told}"
+    assert shown_in(section) == [("loki_forgetting.svg", alt)]
+    assert f"{last['kl']:.4f} at step {last['step']}" in texts(out / "loki_forgetting.svg")
+    picture = (out / "loki_forgetting.svg").read_bytes()
+
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"base_model": str(base), "output_dir": str(out)}))
     done = CliRunner().invoke(loki, ["merge", str(config), "--json"])
@@ -140,8 +158,155 @@ def test_a_run_and_its_merge_leave_cards_that_say_what_the_report_says(
     assert found["KL(base ‖ tuned)"] == f"{forgotten['kl']:.4f} nats per answer"
     assert found["Merged"] == f"{merged['rows']} rows of {merged['layers']} layers"
     assert found["Rounded away"].startswith(f"{100 * merged['rounded_away']:.1f} % of the update")
+    assert shown_in(section) == [("loki_forgetting.svg", alt)]
+    assert (out / "merged" / "loki_forgetting.svg").read_bytes() == picture
     assert "**Verified:** nothing outside the selected rows has changed." in section
     (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
     names = {}
     exec(code.replace('"merged"', repr(str(out / "merged"))), names)
     assert names["tokenizer"] and names["model"].config.num_hidden_layers == 3
+
+
+WATCHED = {
+    "prompts": 3,
+    "own_texts": 5,
+    "path": [
+        {"step": 0, "kl": 0.0, "kept": 1.0, "loss": 2.5},
+        {"step": 20, "kl": None, "kept": None, "loss": 2.0},
+        {"step": 40, "kl": 0.03125, "kept": 0.75, "loss": 1.25},
+        {"step": 60, "kl": 0.021234, "kept": 0.75, "loss": 1.125},
+    ],
+    "stopped": None,
+}
+TOLD = (
+    "KL to the base while it trained, nats per token: 0.0000 at step 0 (evaluation loss 2.5000) to"
+    " 0.0212 at step 60 (evaluation loss 1.1250)"
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(the folder of a finished run, its selection)."""
+    torch.manual_seed(0)
+    folder = tmp_path / "out"
+    _, selection = analysed(tmp_path / "cache", torch.randn(20, 3, 40))
+    selection.save(folder / "loki_rows.json")
+    return folder, selection
+
+
+def shown_in(section):
+    """(address, alt text) of every image, as a browser has them."""
+    tags = Reader(markdown.markdown(section, extensions=CONFIG)).tags
+    return [(found["src"], found["alt"]) for tag, found in tags if tag == "img"]
+
+
+def texts(picture):
+    """What can be read in an SVG."""
+    return [e.text for e in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def places(picture, line):
+    """Where the dots of the `line`-th curve of an SVG are, x and y in its own unit."""
+    groups = [g for g in ElementTree.parse(picture).iter() if _is_curve(g)]
+    dots = [e for e in groups[line].iter() if e.tag.endswith("}use")]
+    return [(float(e.get("x")), float(e.get("y"))) for e in dots]
+
+
+def _is_curve(element):
+    """A line with a dot for each of several evaluations; marks of an axis have one each."""
+    uses = [e for e in element.iter() if e.tag.endswith("}use")]
+    return element.get("id", "").startswith("line2d") and len(uses) > 1
+
+
+def test_a_picture_beside_the_card_shows_forgetting_as_the_report_has_it(run):
+    folder, selection = run
+    put(folder, report_of(selection, forgetting_while_training=WATCHED))
+    write_adapter_card(folder)
+    section = parts(folder)[2]
+    assert shown_in(section) == [("loki_forgetting.svg", TOLD)]
+    assert f"{TOLD}. Measured at every evaluation on 3 prompts and 5 texts of the model" in section
+    picture = folder / "loki_forgetting.svg"
+    said = texts(picture)
+    assert "0.0212 at step 60" in said and "1.1250 at step 60" in said
+    assert "optimizer step" in said and "evaluation loss" in said
+    # What was not a number is left out; the others stand where their figures are.
+    (x0, y0), (x1, y1), (x2, y2) = places(picture, 0)
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(40 / 60, rel=1e-4)
+    assert (y1 - y0) / (y2 - y0) == pytest.approx(0.03125 / 0.021234, rel=1e-4) and y1 < y0
+    (x0, _), (x1, _), (x2, _) = places(picture, 1)
+    assert x0 < x1 < x2  # what was learned goes to the right
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(1.25 / 1.375, rel=1e-4)
+    before = picture.read_bytes()
+    write_adapter_card(folder)
+    assert picture.read_bytes() == before
+
+
+def test_a_run_that_was_stopped_says_where_and_what_is_saved(run):
+    folder, selection = run
+    stopped = {"step": 60, "kl": 0.021, "threshold": 0.02, "saved": "checkpoint-40"}
+    path = [{"step": s, "kl": k} for s, k in ((40, 0.015), (60, 0.021))]  # of an older version
+    found = {**WATCHED, "path": path, "stopped": stopped | {"saved_kl": 0.015}}
+    put(folder, report_of(selection, forgetting_while_training=found))
+    write_adapter_card(folder)
+    section = parts(folder)[2]
+    said = "stopped above 0.02 nats (dashed); what is saved is checkpoint-40, with 0.0150."
+    assert said in section
+    ((_, alt),) = shown_in(section)
+    assert alt.endswith("0.0150 at step 40 to 0.0210 at step 60")
+    assert "evaluation loss" not in texts(folder / "loki_forgetting.svg")
+
+
+@pytest.mark.parametrize("found", [None, {}, {**WATCHED, "path": []}, "broken"])
+def test_without_figures_or_a_drawing_there_is_no_picture_and_no_link(run, monkeypatch, found):
+    folder, selection = run
+    (folder / "loki_forgetting.svg").write_text("of an earlier run")
+    if found == "broken":
+        monkeypatch.setattr("loki_plugin.picturing.card.svg_file", lambda *given: 1 / 0)
+        found = WATCHED
+    put(folder, report_of(selection, forgetting_while_training=found))
+    write_adapter_card(folder)
+    section = parts(folder)[2]
+    assert "**Verified:**" in section and "while it trained" not in section
+    assert shown_in(section) == [] and not (folder / "loki_forgetting.svg").exists()
+
+
+def test_the_picture_of_an_adapter_that_is_overwritten_goes(tmp_path, base):
+    model = implant(AutoModelForCausalLM.from_pretrained(base), [[1], [2], [3]])
+    model.save_pretrained(tmp_path)
+    selection = RowSelection.load(tmp_path / "loki_rows.json")
+    put(tmp_path, report_of(selection, forgetting_while_training=WATCHED))
+    write_adapter_card(tmp_path)
+    assert (tmp_path / "loki_forgetting.svg").exists()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "loki_forgetting.svg").exists()
+    assert "loki_forgetting" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_card_with_its_picture(run, tmp_path):
+    """In a page that is dark as in one that is light: the picture has paper of its own."""
+    browser = find_browser()
+    if browser is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    folder, selection = run
+    put(folder, report_of(selection, forgetting_while_training=WATCHED))
+    write_adapter_card(folder)
+    page = folder / "card.html"
+    (address,) = [a for a, _ in shown_in(parts(folder)[2])]
+    picture = f'<body style="margin: 0; background: #123"><img src="{address}">'
+    page.write_text(picture, encoding="utf-8")
+    shot = shoot(browser, page, "dark", tmp_path, (900, 400))
+    assert shot.asked == set()
+    drawn = (shot.pixels != np.array([0x11, 0x22, 0x33])).any(-1)
+    rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
+    inside = shot.pixels[: rows[-1], : columns[-1]].astype(int)
+    assert rows[-1] > 200 and columns[-1] > 600
+    assert (inside.min(-1) > 250).mean() > 0.8  # its paper
+    for colour in (style.HIGH, style.CHOSEN):
+        wanted = 255 * np.array(to_rgb(colour))
+        assert (np.abs(inside - wanted).max(-1) < 12).sum() > 100, colour
+    whole = folder / "whole.html"
+    whole.write_text(markdown.markdown(parts(folder)[2], extensions=CONFIG), encoding="utf-8")
+    shot = shoot(browser, whole, "light", tmp_path, (1000, 2000))
+    seen = np.abs(shot.pixels - 255 * np.array(to_rgb(style.HIGH))).max(-1) < 12
+    assert seen.sum() > 100 and shot.asked == set()

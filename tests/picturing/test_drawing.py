@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 
 from loki_plugin.picturing.drawing import style
 from loki_plugin.picturing.drawing.change import change_figure
+from loki_plugin.picturing.drawing.forgetting import forgetting_figure
 from loki_plugin.picturing.drawing.rows import density_figure, scores_figure
 from loki_plugin.picturing.drawing.stability import stability_figure
 from loki_plugin.picturing.drawing.style import to_pixels, to_svg
@@ -31,6 +32,7 @@ def figures():
         "training": training_figure([5, 10], [2.0, 1.0], [0.1, 0.2], [0.0, 0.1]),
         "tradeoff": tradeoff_figure(["a", "b"], [30, 90], [99, 40]),
         "way": tradeoff_figure(["a"], [30], [99], way=[(-5, 100), (20, 97)]),
+        "forgetting": forgetting_figure([1, 2], [0.0, 0.1], [2.0, np.nan], 0.05),
         "change": change_figure(["x", "y"], [0.5, 0.6], [0.4, 0.6]),
     }
 

@@ -136,17 +136,30 @@ def to_pixels(figure: Figure) -> np.ndarray:
     return pixels
 
 
+def svg_file(figure: Figure, name: str) -> str:
+    """The figure on white paper as the text of an SVG file, the same for the same figure.
+
+    Args:
+        name: ids are made of it.
+    """
+    return _svg(figure, name, PAPER)
+
+
+def _svg(figure: Figure, name: str, paper: str) -> str:
+    buffer = StringIO()
+    # The only way to set these two.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", facecolor=paper, metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """An `<svg>` element to stand inside a page: its text is text, its ink the page's.
 
     Args:
         name: prefixed to every id, which must be one of its kind in a page.
     """
-    buffer = StringIO()
-    # The only way to set these two.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", facecolor="none")
-    svg = buffer.getvalue()
+    svg = _svg(figure, name, "none")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Inside HTML the namespaces go without saying.
