@@ -32,7 +32,12 @@ from .asking import Probes, load
 BASE = "smollm2-135m-instruct"
 BATCH, LENGTH = 4, 160
 STEPS = {"lora": 30, "loki": 25}  # until each has learned the job as well
-SCHEDULE = {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5}
+# With checkpoints a process stays under 4 GB.
+SCHEDULE = {
+    "lr_scheduler": "constant_with_warmup",
+    "warmup_steps": 5,
+    "gradient_checkpointing": True,
+}
 CALIBRATION = {"samples_per_subject": 4}  # the other questions are asked as multiple choice
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
 LORA |= {"lora_target_linear": True, "learning_rate": 3e-4, **running.NO_KERNELS}

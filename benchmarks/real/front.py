@@ -35,13 +35,16 @@ _OTHERS = "the best of all other ways, without old data"
 # Arms of this package, the most wanted first; the paper's own and those with old data stand apart.
 _OURS = (
     "lora_soft_anchor",
-    "lora_soft_anchor_talks",
     "loki_soft_anchor_q90",
     "lora_anchor",
     "lora_soft",
     "loki_soft_q90",
 )
 _PAPERS, _OLD_DATA = "loki_q30", "lora_replay5"
+_WAYS = {
+    "lora_selfreplay": "LoRA + 5 % own text", "dora": "DoRA", "corda": "CorDA",
+    "freeze_bottom": "lower half frozen", "lora_eaft": "LoRA, EAFT's loss",
+}  # fmt: skip
 _NAMES = {
     "smollm2-135m-instruct": "SmolLM2-135M",
     "gemma-3-270m": "Gemma-3-270M",
@@ -138,7 +141,7 @@ def in_short(rows: list[Row]) -> str:
             for key in columns
         }
         if any(cells.values()):
-            found.append({"way to train": SHOWN.get(arm, (arm,))[0], **cells})
+            found.append({"way to train": _name(arm), **cells})
     lora = "; ".join(f"{_title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
     seeds = [int(known[*k, RIVAL]["seeds"]) for k in columns]
     theirs = [known[*k, RIVAL]["rates"] for k in columns]
@@ -191,8 +194,11 @@ def _best_other(lines: list[Row], key: tuple[str, str]) -> str:
     if not others:
         return ""
     best = min(others, key=lambda x: x["of_lora"])
-    name = SHOWN.get(best["arm"], (best["arm"],))[0]
-    return f"{best['of_lora']:.2g} ({name})"
+    return f"{best['of_lora']:.2g} ({_name(best['arm'])})"
+
+
+def _name(arm: str) -> str:
+    return SHOWN[arm][0] if arm in SHOWN else _WAYS.get(arm, arm)
 
 
 def is_others(arm: str) -> bool:

@@ -18,7 +18,7 @@ SHOWN = {
     "loki_q30": ("LoKI as in the paper, 30 % of the rows", "tab:blue"),
     "loki_soft_anchor_q90": ("90 % of the rows, `protect: auto`", "tab:green"),
     "lora_soft": ("all linears, soft inputs alone", "tab:orange"),
-    "lora_soft_anchor_talks": ("the same, people's dialogues as `protect.text`", "tab:pink"),
+    "lora_selfreplay50": ("LoRA + 50 % own text", "tab:pink"),
     "lora_soft_anchor": ("all linears, `protect: auto`", "tab:red"),
 }
 _LEARNED = {
