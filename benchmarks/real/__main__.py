@@ -42,7 +42,7 @@ def main() -> None:
         "what",
         choices=["bases", "data", "run", "report", "through", *_REPORTS],
     )
-    parser.add_argument("--base", default="", help=f"of: {', '.join(bases.SOURCES)}")
+    parser.add_argument("--base", default="", help=f"of: {', '.join(bases.NAMES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
     parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
     parser.add_argument("--seeds", default="0", help="numbers by commas")
@@ -66,7 +66,7 @@ def main() -> None:
     if options.repositories and not options.repositories.is_dir():
         parser.error(f"--repositories {options.repositories}: no such folder")
     if options.what == "bases":
-        for name in options.base.split(",") if options.base else bases.SOURCES:
+        for name in options.base.split(",") if options.base else bases.NAMES:
             print(bases.path(name))
         return
     if options.what == "data":
@@ -80,7 +80,7 @@ def main() -> None:
         return
     arms = _names(options.arms, ARMS, "--arms", parser)
     chosen = _names(options.tasks, TASKS, "--tasks", parser)
-    names = _names(options.base or next(iter(bases.SOURCES)), bases.SOURCES, "--base", parser)
+    names = _names(options.base or bases.NAMES[0], bases.NAMES, "--base", parser)
     given = tuple(float(r) for r in options.rates.split(",") if r)
     data = Data(options.data)
     labs = {n: Lab(n, data, options.amount, options.device, options.work) for n in names}

@@ -197,9 +197,11 @@ ARMS: dict[str, Arm] = {
     "lora_soft_anchor_every2": Arm(soft_all(), ROWS, anchor=1.0, every=2),
     "lora_soft_anchor_every4": Arm(soft_all(), ROWS, anchor=1.0, every=4),
     "lora_soft_anchor_w3": Arm(soft_all(), ROWS, anchor=3.0),
-    # A base without a chat template that writes plain text only, as up to 0.9.0; the same with
-    # people's dialogues, and with line breaks taken for beginnings of answers.
+    # What a base writes that knows no turns, as up to 0.9.0: without a chat template plain text
+    # only, with one anything behind the beginning of a turn. Plain text with people's dialogues,
+    # and with line breaks taken for beginnings of answers.
     "lora_soft_anchor_plain": Arm(soft_all(of="both-plain"), ROWS, anchor=1.0, anchored="plain"),
+    "lora_soft_anchor_begun": Arm(soft_all(of="both-begun"), ROWS, anchor=1.0, anchored="begun"),
     "lora_soft_anchor_talks": Arm(soft_all(of="both-plain"), ROWS, anchor=1.0, anchored="talks"),
     "lora_soft_anchor_marked": Arm(
         soft_all(of="both-plain"), ROWS, anchor=1.0, anchored="plain", marked=True

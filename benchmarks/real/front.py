@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from benchmarks.real import matching
-from benchmarks.real.bases import SOURCES
+from benchmarks.real.bases import NAMES
 from benchmarks.real.matching import CHOSEN_BY, RIVAL, Row
 from benchmarks.real.picture import SHOWN, draw
 from benchmarks.real.report import is_ours
@@ -163,8 +163,8 @@ def _span(numbers: list[int]) -> str:
 def _wanted(rows: list[Row]) -> list[tuple[str, str]]:
     """Bases and tasks that ran, the first base's first; then in the order of the tasks."""
     ran = {(r["base"], r["task"]) for r in rows}
-    order = [(base, task) for base in SOURCES for task in TASKS if (base, task) in ran]
-    first = [key for key in order if key[0] == next(iter(SOURCES))]
+    order = [(base, task) for base in NAMES for task in TASKS if (base, task) in ran]
+    first = [key for key in order if key[0] == NAMES[0]]
     others = [key for key in order if key not in first]
     # Two tasks of the first base and one of another say more than three of the first.
     return first[: COLUMNS - 1] + others[:1] + first[COLUMNS - 1 :] + others[1:]

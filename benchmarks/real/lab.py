@@ -118,17 +118,18 @@ class Lab(Base):
         return self._kept("raw", find)
 
     def _moments(self, of: str, own: int | None = None) -> list[tuple[Site, Moments]]:
-        """The product's own moments of `prompts`, of what is `written` or `plain`, or of `both`:
-        the prompts and what is written."""
-        if of in ("both", "both-plain"):
-            written = "written" if of == "both" else "plain"
+        """The product's own moments of `prompts`, of what is `written`, `plain` or `begun`, or of
+        `both`: the prompts and what is written."""
+        if of.startswith("both"):
+            written = of.partition("-")[2] or "written"
             pairs = zip(self._moments("prompts"), self._moments(written, own), strict=True)
             return [(site, _added(a, b)) for (site, a), (_, b) in pairs]
 
         def find():
             modules = targeted(self.known, ALL)
             reader = Reader(self.known, find_anatomy(self.known), modules)
-            texts = self.plain if of == "plain" else self.texts(of, own)
+            alone = of in ("plain", "begun")
+            texts = getattr(self, of) if alone else self.texts(of, own)
             every = batched(texts)
             sites = reader.sites(batched(self.prompts)[0])  # the lengths of sinks are theirs
             moments: dict[int, Moments] = {}

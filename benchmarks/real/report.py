@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.real import matching, tasks
 from benchmarks.real.arms import ARMS
-from benchmarks.real.bases import SOURCES
+from benchmarks.real.bases import NAMES
 from benchmarks.real.matching import CHOSEN_BY, RIVAL, Row
 from benchmarks.real.picture import plot
 from benchmarks.writer import command, table
@@ -144,7 +144,7 @@ def is_ours(arm: str) -> bool:
 def _not_run(rows: list[Row]) -> str:
     ran = {(r["base"], r["task"], r["arm"]) for r in rows}
     lines = []
-    for base in SOURCES:
+    for base in NAMES:
         for task in tasks.TASKS:
             missing = [a for a in ARMS if (base, task, a) not in ran]
             if len(missing) == len(ARMS):

@@ -47,6 +47,20 @@ def test_the_bases_are_made_and_read_english(name):
 
 
 @pytest.mark.slow
+def test_a_base_gets_turns_that_it_was_never_taught(tmp_path, monkeypatch):
+    plain = real("gemma-3-270m")
+    monkeypatch.setattr(bases, "folder", lambda: tmp_path)
+    (tmp_path / "gemma-3-270m").symlink_to(plain)
+    folder = real("gemma-3-270m-turns")
+    asked = [{"role": "user", "content": "Apples"}]
+    text = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<bos><start_of_turn>user\nApples<end_of_turn>\n<start_of_turn>model\n"
+    assert (folder / "config.json").read_text() == (plain / "config.json").read_text()
+
+
+@pytest.mark.slow
 def test_on_a_real_base_protection_keeps_what_lora_loses(tmp_path):
     """The benchmark in small: the pipeline, and one ordering that is far outside noise."""
     real(NAME)
