@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from .shared import Answer, Command, make_room, read_run, write_json
 
@@ -22,6 +23,10 @@ def _number(low: float, high: float, expected: str):
 
 
 _ANY = "a number of at least 0"
+# What has no meaning for the texts that a run held back.
+_NOT_HELD_BACK = ("tasks", "include", "limit", "batch_size", "prompts", "noise_floor", "max_drop",
+                  "confirm_run_unsafe_code", "picture")  # fmt: skip
+_GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 @click.command(
@@ -40,6 +45,11 @@ _ANY = "a number of at least 0"
 @click.option("--limit", type=click.IntRange(min=1), help="items per task")
 @click.option("--batch-size", default="auto", show_default=True)
 @click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
+@click.option(
+    "--held-back",
+    is_flag=True,
+    help="what the run's evaluations measured (eval_loki_kl), on the texts that they did it on",
+)
 @click.option("--noise-floor", is_flag=True, help="evaluate the base a second time")
 @click.option(
     "--confirm-run-unsafe-code",
@@ -70,8 +80,9 @@ _ANY = "a number of at least 0"
 @click.option("--output", type=click.Path(dir_okay=False), help="write the figures as JSON")
 @click.option("--plot", "picture", type=click.Path(dir_okay=False), help="draw them")
 def forgetting_command(
-    config, base, tuned, tasks, prompts, output, picture, max_kl, min_kept, max_drop, **options
-):
+    config, base, tuned, tasks, prompts, output, picture, max_kl, min_kept, max_drop, held_back,
+    **options,
+):  # fmt: skip
     """How much did a fine-tuned model forget? KL and answers on prompts, lm-eval tasks, flips.
 
     CONFIG is the Axolotl YAML of the run; without it, give --base and --tuned. With thresholds it
@@ -83,6 +94,8 @@ def forgetting_command(
     gate = Gate(max_kl, min_kept, max_drop)
 
     make_room(output, picture)
+    if held_back:
+        return _held_back(config, base, tuned, output, gate, options)
     if config is not None:
         run = read_run(Path(config))
         if base is None or tuned is None:
@@ -110,6 +123,41 @@ def forgetting_command(
     if picture:
         lines.append(f"figure in {forgetting.plot(report, picture)}")
     facts = {"base": str(base), "tuned": str(tuned), **report.to_json(), **judged}
+    return Answer("\n".join(lines), facts, ok=judged.get("passed", True))
+
+
+def _held_back(config, base, tuned, output, gate, options):
+    """The run's own figures again: of its adapter, or of the checkpoint that --tuned names."""
+    from ..evaluating.again import measure_again
+
+    context = click.get_current_context()
+    others = [n for n in _NOT_HELD_BACK if context.get_parameter_source(n) in _GIVEN]
+    if others or config is None:
+        names = ", ".join(f"--{n.replace('_', '-')}" for n in others)
+        raise ValueError(
+            "--held-back needs the CONFIG of the run"
+            if config is None
+            else f"--held-back is about the texts of the run; leave {names} out"
+        )
+    run = read_run(Path(config))
+    folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
+    report, told = measure_again(
+        base or run["base_model"],
+        folder,
+        Path(tuned or folder),
+        options["device"],
+        options["dtype"],
+        revision=run.get("revision_of_model"),
+        trust_remote_code=bool(run.get("trust_remote_code")),
+        overrides=run.get("overrides_of_model_config"),
+    )
+    judged = gate.to_json(report)
+    lines = [told, *((judged["broken"] or ["every threshold is kept"]) if judged else ())]
+    found = report.prompts
+    kept = None if math.isnan(found.same_answer) else found.same_answer
+    facts = {"eval_loki_kl": found.kl, "eval_loki_kept": kept, **judged}
+    if output:
+        lines.append(f"figures in {write_json(output, facts)}")
     return Answer("\n".join(lines), facts, ok=judged.get("passed", True))
 
 

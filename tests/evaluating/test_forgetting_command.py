@@ -269,3 +269,23 @@ def test_a_run_under_overrides_is_measured_under_them(folder, tmp_path, monkeypa
     result = CliRunner().invoke(loki, [*asked, "--tasks", "colours"])
     assert result.exit_code and "lm-eval loads models without `overrides" in result.output
     assert len(seen) == 2
+
+
+def test_texts_that_no_run_held_back_cannot_be_measured_again(folder, tmp_path):
+    run = {"base_model": str(folder / "base"), "output_dir": str(tmp_path / "out")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    (tmp_path / "out").mkdir()
+
+    def said(*asked):
+        result = CliRunner().invoke(loki, ["forgetting", *asked, "--held-back"])
+        assert result.exit_code
+        return result.output
+
+    config = str(tmp_path / "run.yaml")
+    assert "needs the CONFIG of the run" in said("--base", "a", "--tuned", "b")
+    assert "leave --tasks, --max-drop out" in said(config, "--tasks", "a", "--max-drop", "1")
+    assert "no evaluation of the run in" in said(config)
+    texts = {"prompts": [[3, 4, 5]], "own": []}
+    report = {"forgetting_while_training": {"texts": texts}}
+    (tmp_path / "out" / "loki_report.json").write_text(json.dumps(report))
+    assert "has no adapter_model.safetensors; the adapter is measured" in said(config)

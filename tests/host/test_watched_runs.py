@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from helpers.axolotl import load
 from helpers.torchrun import two_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from loki_plugin.cli import loki
 from loki_plugin.host.files import Files
 from loki_plugin.rows import RowSelection
 
@@ -21,6 +24,12 @@ EVALUATED = {"val_set_size": 0.2, "eval_steps": 2, "save_strategy": "steps", "sa
 
 def run_report(config):
     return json.loads((Path(config["output_dir"]) / "loki_report.json").read_text())
+
+
+def written_config(config, folder):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
 
 
 def logged(folder):
@@ -65,7 +74,7 @@ def distance(base, adapter, watch):
 @pytest.mark.slow
 @pytest.mark.parametrize("protect", [{}, {"directions": 5, "soft": True, "anchor": 0.1}])
 def test_a_run_that_forgets_too_much_is_stopped_and_saves_the_checkpoint_that_it_names(
-    run_config, train, base, started, our_log, protect
+    run_config, train, base, started, our_log, protect, tmp_path
 ):
     run_config |= EVALUATED | {"max_steps": 12, "use_tensorboard": True, "save_total_limit": 1}
     run_config["loki"]["protect"] = protect
@@ -99,6 +108,21 @@ def test_a_run_that_forgets_too_much_is_stopped_and_saves_the_checkpoint_that_it
     assert (entry["eval_loki_kl"], entry["eval_loki_kept"]) == pytest.approx(truth, rel=1e-3)
     loss = {"loss": entry["eval_loss"]}
     assert found["path"][1] == {"step": 2, "kl": entry["eval_loki_kl"], "kept": truth[1]} | loss
+    # And by the command, of the checkpoint as of what was saved.
+    for tuned in (["--tuned", str(kept)], []):
+        asked = [
+            "forgetting",
+            written_config(run_config, tmp_path),
+            "--held-back",
+            "--json",
+            *tuned,
+        ]
+        result = CliRunner().invoke(loki, asked)
+        assert result.exit_code == 0, result.output
+        again = json.loads(result.stdout)
+        assert (again["eval_loki_kl"], again["eval_loki_kept"]) == pytest.approx(truth, rel=1e-3)
+    gate = CliRunner().invoke(loki, [*asked, "--max-kl", str(truth[0] / 2)])
+    assert gate.exit_code == 1 and "more than --max-kl" in gate.output
     said = f"stopped at step 4: eval_loki_kl is {at[4]:.4f} nats, more than stop_forgetting"
     assert said in our_log.text and f"saved is checkpoint-2, with {at[2]:.4f}" in our_log.text
     assert found["evaluations"] == 3 and 0 < found["percent_of_training"] < 100

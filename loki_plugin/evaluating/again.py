@@ -1,0 +1,57 @@
+"""What evaluations measured while a run trained, measured once more on what was saved."""
+
+from __future__ import annotations
+
+import json
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from ..analysing.calibration.prompts import Text
+from ..implanting.saved import REPORT_NAME, WEIGHTS
+from .forgetting import ForgettingReport, load_model
+from .quick import Forgetting
+from .watching import measure
+
+
+def measure_again(
+    base: str,
+    run: Path,
+    adapter: Path,
+    device: str | None = None,
+    dtype: str = "auto",
+    **of_base: Any,
+) -> tuple[ForgettingReport, str]:
+    """`eval_loki_kl` and `eval_loki_kept` of a saved adapter, on the texts that its run held back;
+    and the same in words.
+
+    Args:
+        run: the run's folder, whose report has the texts.
+        adapter: it, or a checkpoint in it.
+        of_base: how the base is loaded, as the run's YAML has it.
+
+    Raises:
+        ValueError: a run whose evaluations measured nothing, or no adapter.
+    """
+    file = run / REPORT_NAME
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    texts = (report.get("forgetting_while_training") or {}).get("texts")
+    if not texts:
+        raise ValueError(
+            f"--held-back: no evaluation of the run in '{run}' has measured what was forgotten, or"
+            " an earlier version did; set `val_set_size` and `eval_steps`, or leave it out"
+        )
+    if not (adapter / WEIGHTS).is_file():
+        raise ValueError(
+            f"--held-back: '{adapter}' has no {WEIGHTS}; the adapter is measured, by switching it"
+            " off, not a merged model"
+        )
+    prompts, own = ([Text(tuple(ids)) for ids in texts[kind]] for kind in ("prompts", "own"))
+    model = load_model(base, str(adapter), device, dtype, **of_base)
+    found = measure(model, prompts, own)
+    told = f"eval_loki_kl {found.kl:.4g} nats"
+    if found.kept is not None:
+        told += f", eval_loki_kept {100 * found.kept:.4g} %"
+    told += f" on {len(prompts)} prompts and {len(own)} texts of the model, held back in the run"
+    kept = nan if found.kept is None else found.kept
+    return ForgettingReport(Forgetting(len(prompts), found.kl, kept)), told
