@@ -22,11 +22,11 @@ _DIRECTORY = click.option("--dir", "folder", help="default: the user cache folde
 @_DIRECTORY
 def list_command(folder: str | None):
     """List the analyses, directions and texts that are kept, with size and age."""
-    from ..analysing.scores.cache import DIRECTIONS, TEXTS, cache_folder, entries, kept, strangers
+    from ..analysing.scores.cache import PLACES, cache_folder, entries, kept, strangers
 
     place = cache_folder(folder)
     found, foreign = entries(place), strangers(place)
-    files = {each: kept(place, each) for each in (DIRECTIONS, TEXTS)}
+    files = {each: kept(place, each) for each in PLACES}
     lines = [f"{len(found)} analyses in {place}"]
     for e in found:
         state = "complete" if e.complete else f"{e.shards} shards so far"

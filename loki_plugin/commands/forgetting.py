@@ -147,6 +147,7 @@ def _held_back(config, base, tuned, output, gate, options):
         Path(tuned or folder),
         options["device"],
         options["dtype"],
+        (run.get("loki") or {}).get("cache_dir"),
         revision=run.get("revision_of_model"),
         trust_remote_code=bool(run.get("trust_remote_code")),
         overrides=run.get("overrides_of_model_config"),

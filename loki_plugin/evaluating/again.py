@@ -7,9 +7,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from ..analysing.calibration.prompts import Text
 from ..implanting.saved import REPORT_NAME, WEIGHTS
 from .forgetting import ForgettingReport, load_model
+from .held_back import kept_texts
 from .quick import Forgetting
 from .watching import measure
 
@@ -20,23 +20,25 @@ def measure_again(
     adapter: Path,
     device: str | None = None,
     dtype: str = "auto",
+    cache_dir: str | None = None,
     **of_base: Any,
 ) -> tuple[ForgettingReport, str]:
     """`eval_loki_kl` and `eval_loki_kept` of a saved adapter, on the texts that its run held back;
     and the same in words.
 
     Args:
-        run: the run's folder, whose report has the texts.
+        run: the run's folder, whose report names the texts, which the cache keeps.
         adapter: it, or a checkpoint in it.
         of_base: how the base is loaded, as the run's YAML has it.
 
     Raises:
-        ValueError: a run whose evaluations measured nothing, or no adapter.
+        ValueError: a run whose evaluations measured nothing, no adapter, or texts that the cache
+            no longer has.
     """
     file = run / REPORT_NAME
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    texts = (report.get("forgetting_while_training") or {}).get("texts")
-    if not texts:
+    key = (report.get("forgetting_while_training") or {}).get("texts")
+    if not key:
         raise ValueError(
             f"--held-back: no evaluation of the run in '{run}' has measured what was forgotten, or"
             " an earlier version did; set `val_set_size` and `eval_steps`, or leave it out"
@@ -46,7 +48,7 @@ def measure_again(
             f"--held-back: '{adapter}' has no {WEIGHTS}; the adapter is measured, by switching it"
             " off, not a merged model"
         )
-    prompts, own = ([Text(tuple(ids)) for ids in texts[kind]] for kind in ("prompts", "own"))
+    prompts, own = kept_texts(key, cache_dir)
     model = load_model(base, str(adapter), device, dtype, **of_base)
     found = measure(model, prompts, own)
     told = f"eval_loki_kl {found.kl:.4g} nats"

@@ -7,6 +7,7 @@ calibration, so that runs can be compared.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..analysing.calibration.prompts import Text, read_dialogues
 from ..analysing.calibration.sources import Record
+from ..analysing.scores.cache import HELD_BACK, cache_folder, kept_file, prune
 from ..args import LokiConfig
 from ..inputs import Inputs
+from ..model.writing import write_text
+from ..protecting.keeping import key_of
 from ..protecting.texts import own_texts, protecting_prompts
 
 LOG = logging.getLogger("loki_plugin")
@@ -64,6 +68,39 @@ def _written(model: nn.Module, tokenizer: Any, config: LokiConfig, turns: bool) 
     except Exception as error:  # what is measured must not cost the training
         LOG.warning("loki: forgetting is measured on calibration prompts only: %s", error)
         return []
+
+
+def keep(prompts: Sequence[Text], own: Sequence[Text], config: LokiConfig) -> str | None:
+    """Keep the texts in the cache, not beside an adapter that may be published; returns their key.
+
+    None where the cache cannot be written: they are then gone when the run ends.
+    """
+    ids = {"prompts": [list(t.ids) for t in prompts], "own": [list(t.ids) for t in own]}
+    folder, key = cache_folder(config.cache_dir), key_of(ids)
+    try:
+        write_text(kept_file(folder, HELD_BACK, key), json.dumps(ids) + "\n")
+        prune(folder, config.cache_limit, keep=key)
+    except OSError as error:
+        LOG.warning("loki: the texts that were held back could not be kept: %s", error)
+        return None
+    return key
+
+
+def kept_texts(key: str, cache_dir: str | None) -> tuple[list[Text], list[Text]]:
+    """What `keep` kept.
+
+    Raises:
+        ValueError: it is not there any more.
+    """
+    file = kept_file(cache_folder(cache_dir), HELD_BACK, key)
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--held-back: the texts that the run held back are not in the cache any more ({error})"
+        ) from error
+    prompts, own = ([Text(tuple(i)) for i in ids[kind]] for kind in ("prompts", "own"))
+    return prompts, own
 
 
 def evaluations(args: Any, state: Any) -> float:

@@ -249,9 +249,7 @@ class Watch(TrainerCallback):
 
     def report(self, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What `loki_report.json` says: on what, at what cost, and every evaluation."""
-        texts = {"prompts": self.prompts, "own": self.own}
-        ids = {kind: [list(text.ids) for text in some] for kind, some in texts.items()}
-        return {**self.cost, "path": path(history), "stopped": self.stopped, "texts": ids}
+        return {**self.cost, "path": path(history), "stopped": self.stopped}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What it has cost."""

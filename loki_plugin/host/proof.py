@@ -79,6 +79,10 @@ class Proof:
         trainer = run.trainer() if run.trainer else None
         if run.watch and trainer:
             found = run.watch.report(trainer.state.log_history)
+            if ranks.is_first():
+                from ..evaluating.held_back import keep
+
+                found["texts"] = keep(run.watch.prompts, run.watch.own, run.config)
             run.facts["forgetting_while_training"] = found
 
     def _look_at(self, model) -> None:

@@ -272,6 +272,8 @@ def test_a_run_under_overrides_is_measured_under_them(folder, tmp_path, monkeypa
 
 
 def test_texts_that_no_run_held_back_cannot_be_measured_again(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
     run = {"base_model": str(folder / "base"), "output_dir": str(tmp_path / "out")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     (tmp_path / "out").mkdir()
@@ -285,7 +287,9 @@ def test_texts_that_no_run_held_back_cannot_be_measured_again(folder, tmp_path):
     assert "needs the CONFIG of the run" in said("--base", "a", "--tuned", "b")
     assert "leave --tasks, --max-drop out" in said(config, "--tasks", "a", "--max-drop", "1")
     assert "no evaluation of the run in" in said(config)
-    texts = {"prompts": [[3, 4, 5]], "own": []}
-    report = {"forgetting_while_training": {"texts": texts}}
+    report = {"forgetting_while_training": {"texts": "0" * 20}}
     (tmp_path / "out" / "loki_report.json").write_text(json.dumps(report))
     assert "has no adapter_model.safetensors; the adapter is measured" in said(config)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    implant(model, [[0, 1]] * 2).save_pretrained(tmp_path / "out")
+    assert "are not in the cache any more" in said(config)

@@ -24,10 +24,11 @@ from .log import MANIFEST, ScoreLog, remove_log, shards_of
 LOG = logging.getLogger("loki_plugin")
 
 # Folders beside the analyses: what a file in them is, and how its name ends.
-DIRECTIONS, TEXTS = "directions", "texts"
-_PLACES = {
+DIRECTIONS, TEXTS, HELD_BACK = "directions", "texts", "held_back"
+PLACES = {
     DIRECTIONS: ("protected directions", ".safetensors"),
     TEXTS: ("texts of the model's own", ".jsonl"),
+    HELD_BACK: ("texts that runs held back", ".json"),
 }
 # Raised when the same model, prompts and settings get other scores, not with every release.
 _SCORES, _SCORES_8_BIT = "0.1.1", "0.2.0"
@@ -57,7 +58,7 @@ class Kept:
     """One file of protected directions, or of texts, in the cache; attributes as `Entry` has them.
 
     Attributes:
-        place: the folder that it is in, `DIRECTIONS` or `TEXTS`.
+        place: the folder that it is in, `DIRECTIONS`, `TEXTS` or `HELD_BACK`.
     """
 
     place: str
@@ -68,7 +69,7 @@ class Kept:
 
     @property
     def what(self) -> str:
-        return _PLACES[self.place][0]
+        return PLACES[self.place][0]
 
 
 def cache_folder(given: str | None = None) -> Path:
@@ -202,14 +203,14 @@ def entries(folder: Path) -> list[Entry]:
 
 def kept_file(folder: Path, place: str, key: str) -> Path:
     """Where a file of protected directions or of texts is kept."""
-    return folder / place / f"{key}{_PLACES[place][1]}"
+    return folder / place / f"{key}{PLACES[place][1]}"
 
 
 def kept(folder: Path, place: str | None = None) -> list[Kept]:
     """Every file of protected directions and of texts in a cache folder, the newest first."""
     found = [
         Kept(each, p.stem, s.st_size, time.time() - s.st_mtime, max(s.st_mtime, s.st_atime))
-        for each, (_, suffix) in _PLACES.items()
+        for each, (_, suffix) in PLACES.items()
         if place in (None, each)
         for p in (folder / each).glob(f"*{suffix}")
         if _KEY.fullmatch(p.stem)
