@@ -33,6 +33,7 @@ FLOORS = [
         "loki_plugin.evaluating.gate",
         "loki_plugin.evaluating.held_back",
         "loki_plugin.evaluating.watching",
+        "loki_plugin.evaluating.again",
         "loki_plugin.reporting",
         "loki_plugin.picturing",
     },
