@@ -64,7 +64,9 @@ class Run:
         anatomy, targets = find_anatomy(model), files.config.targets
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
         tokenizer, unknown = calibration_tokenizer(cfg, model, files)
-        known = replace(files.inputs, turns=knows_turns(cfg, tokenizer))
+        known = replace(
+            files.inputs, turns=knows_turns(cfg, tokenizer, files.config.protect.text == SELF)
+        )
         files = _with_what_it_can_write(replace(files, inputs=known), model, tokenizer)
         source = files.source
         if files.rows is None and not is_analysed(model, files.config):

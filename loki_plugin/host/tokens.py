@@ -59,10 +59,11 @@ def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]
     return own, unknown
 
 
-def knows_turns(cfg, tokenizer) -> bool:
+def knows_turns(cfg, tokenizer, writes: bool) -> bool:
     """Whether the base's own chat template begins a user's turn as the run's does.
 
-    A base that was never taught a template writes anything behind its marks.
+    A base that was never taught a template writes anything behind its marks. If it `writes` what
+    protects it, that is told.
     """
     mine = _before_words(tokenizer)
     own = _own_tokenizer(cfg)[1] if mine is not None else None
@@ -72,11 +73,12 @@ def knows_turns(cfg, tokenizer) -> bool:
     # One of them may tell the model what it is before the user speaks.
     if theirs is not None and (mine.endswith(theirs) or theirs.endswith(mine)):
         return True
-    LOG.info(
-        "loki: the base's own tokenizer has %s: where the base writes dialogues, it goes on with a"
-        " list of what people ask, and answers in the template of the run",
-        "no chat template" if theirs is None else "another chat template than the run",
-    )
+    if writes:
+        LOG.info(
+            "loki: the base's own tokenizer has %s: to write dialogues the base goes on with a list"
+            " of what people ask, and answers in the template of the run",
+            "no chat template" if theirs is None else "another chat template than the run",
+        )
     return False
 
 

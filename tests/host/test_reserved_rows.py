@@ -169,5 +169,7 @@ def test_a_base_knows_the_turns_of_its_own_template(
     given = {"chat_template": "jinja", "chat_template_jinja": run} if run else {}
     cfg = load(run_config | {"base_model": str(folder)} | given)
     with our_log.at_level("INFO", "loki_plugin"):
-        assert knows_turns(cfg, load_tokenizer(cfg)) is known
+        assert knows_turns(cfg, load_tokenizer(cfg), writes=False) is known
+        assert "goes on with a list" not in our_log.text
+        assert knows_turns(cfg, load_tokenizer(cfg), writes=True) is known
     assert ("goes on with a list" in our_log.text) is not known
