@@ -22,7 +22,7 @@ from .files import Files, config_file
 from .patches import take_over_sharded_saving
 from .sharding import check_loaded, is_fsdp2, let_anchor_pass, meet
 from .telling import Line, about_rows, about_training, block
-from .tokens import calibration_tokenizer, knows_turns
+from .tokens import calibration_tokenizer
 from .watched import choose_by, watch
 
 LOG = logging.getLogger("loki_plugin")
@@ -63,11 +63,10 @@ class Run:
             check_base(cfg, downloaded=True)
         anatomy, targets = find_anatomy(model), files.config.targets
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
-        tokenizer, unknown = calibration_tokenizer(cfg, model, files)
-        known = replace(
-            files.inputs, turns=knows_turns(cfg, tokenizer, files.config.protect.text == SELF)
-        )
-        files = _with_what_it_can_write(replace(files, inputs=known), model, tokenizer)
+        made = calibration_tokenizer(cfg, model, files)
+        tokenizer, unknown = made.tokenizer, made.unknown
+        files = replace(files, inputs=replace(files.inputs, turns=made.turns))
+        files = _with_what_it_can_write(files, model, tokenizer)
         source = files.source
         if files.rows is None and not is_analysed(model, files.config):
             source = "no analysis"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..choices import SELF
@@ -14,8 +15,23 @@ LOG = logging.getLogger("loki_plugin")
 _ADDING = ("tokens", "special_tokens", "added_tokens_overrides", "chat_template")
 
 
-def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]]:
-    """The tokenizer of the calibration prompts, and the ids in it that the base does not know.
+@dataclass(frozen=True)
+class Calibrating:
+    """What calibration prompts, and what the base writes, are made with.
+
+    Attributes:
+        tokenizer: it.
+        unknown: the ids in it that the base does not know.
+        turns: whether the base knows how its chat template begins a user's turn.
+    """
+
+    tokenizer: Any
+    unknown: frozenset[int]
+    turns: bool
+
+
+def calibration_tokenizer(cfg, model, files: Files) -> Calibrating:
+    """The tokenizer of the calibration prompts, and what the base knows of it.
 
     It is the run's, unless a prompt would hold a new token (by its chat template, say): then it is
     the base's own, with its own template, for that is how the base shows what it knows. A token is
@@ -30,10 +46,12 @@ def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]
 
     tokenizer = load_tokenizer(cfg)
     rows = model.get_input_embeddings().num_embeddings
-    path, base = _base_vocabulary(cfg, tokenizer)
+    path, before = _own_tokenizer(cfg)
+    base = (before or tokenizer).get_vocab()
     unknown = _unknown(tokenizer, base, rows)
+    writes = files.config.protect.text == SELF
     if not unknown:
-        return tokenizer, unknown
+        return Calibrating(tokenizer, unknown, _knows_turns(tokenizer, before, writes))
     names = sorted(t for t, i in tokenizer.get_vocab().items() if i in unknown)
     grown = sum(i >= rows for i in unknown)
     if grown and is_fsdp2(cfg):
@@ -43,7 +61,7 @@ def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]
         )
     _tell(cfg, names, grown)
     if unknown.isdisjoint(_read(tokenizer, files)):
-        return tokenizer, unknown
+        return Calibrating(tokenizer, unknown, _knows_turns(tokenizer, before, writes))
     LOG.info(
         "loki: calibration prompts would hold new tokens; they are made with the base's own"
         " tokenizer and chat template"
@@ -56,28 +74,33 @@ def calibration_tokenizer(cfg, model, files: Files) -> tuple[Any, frozenset[int]
             " prompts hold some of them: give the tokenizer that belongs to the base, or"
             " calibration prompts without them"
         )
-    return own, unknown
+    return Calibrating(own, unknown, True)
 
 
-def knows_turns(cfg, tokenizer, writes: bool) -> bool:
+def _knows_turns(tokenizer, own, writes: bool) -> bool:
     """Whether the base's own chat template begins a user's turn as the run's does.
 
     A base that was never taught a template writes anything behind its marks. If it `writes` what
     protects it, that is told.
+
+    Args:
+        own: the base's own tokenizer; None: there is none besides the run's.
     """
-    mine = _before_words(tokenizer)
-    own = _own_tokenizer(cfg)[1] if mine is not None else None
-    if mine is None or own is None or own.chat_template == tokenizer.chat_template:
+    if own is None or own.chat_template == tokenizer.chat_template:
         return True
-    theirs = _before_words(own)
+    mine, theirs = _before_words(tokenizer), _before_words(own)
+    if mine is None:
+        return True  # nothing is begun for it
     # One of them may tell the model what it is before the user speaks.
-    if theirs is not None and (mine.endswith(theirs) or theirs.endswith(mine)):
+    if theirs and (mine.endswith(theirs) or theirs.endswith(mine)):
         return True
     if writes:
         LOG.info(
             "loki: the base's own tokenizer has %s: to write dialogues the base goes on with a list"
             " of what people ask, and answers in the template of the run",
-            "no chat template" if theirs is None else "another chat template than the run",
+            "another chat template than the run"
+            if theirs
+            else "no chat template that begins a turn",
         )
     return False
 
@@ -92,13 +115,8 @@ def _before_words(tokenizer) -> str | None:
     except Exception as error:  # a template is a program of somebody else; `user_turn` tells
         LOG.debug("loki: the chat template refuses a user's turn: %s", error)
         return None
-    return str(text).partition("Apples")[0].replace(tokenizer.bos_token or "<s>", "")
-
-
-def _base_vocabulary(cfg, tokenizer) -> tuple[str, Mapping[str, int]]:
-    """Where the base's own tokenizer lies, and its vocabulary before Axolotl adds to it."""
-    path, own = _own_tokenizer(cfg)
-    return path, (own or tokenizer).get_vocab()
+    before, begins = str(text).partition("Apples")[0], tokenizer.bos_token
+    return before.replace(begins, "") if begins else before
 
 
 def _own_tokenizer(cfg) -> tuple[str, Any]:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from axolotl.loaders import load_tokenizer
 from helpers.axolotl import load
 from helpers.tokenizers import make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.host.files import Files
-from loki_plugin.host.tokens import calibration_tokenizer, knows_turns
+from loki_plugin.host.tokens import calibration_tokenizer
 from loki_plugin.protecting.texts import protecting_prompts
 
 RESERVED = ["<|reserved_0|>", "<|reserved_1|>"]
@@ -54,7 +53,8 @@ def asked(run_config, padded_base, more):
     cfg = load(run_config | {"base_model": str(padded_base)} | more)
     model = LlamaForCausalLM.from_pretrained(padded_base)
     files = Files.read(cfg)
-    return (*calibration_tokenizer(cfg, model, files), files)
+    made = calibration_tokenizer(cfg, model, files)
+    return made.tokenizer, made.unknown, files
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -155,6 +155,8 @@ SYSTEM = "{{ bos_token }}[system] be kind\n" + TURNS
         (TURNS, SYSTEM, True),
         ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", TURNS, False),
         ("{{ raise_exception('no') }}", TURNS, False),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", TURNS, False),  # begins none
+        (TURNS, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", True),  # nor the run's
         (TURNS, None, True),  # the run has the base's own
     ],
 )
@@ -167,9 +169,11 @@ def test_a_base_knows_the_turns_of_its_own_template(
     tokenizer.chat_template = own
     tokenizer.save_pretrained(folder)
     given = {"chat_template": "jinja", "chat_template_jinja": run} if run else {}
-    cfg = load(run_config | {"base_model": str(folder)} | given)
-    with our_log.at_level("INFO", "loki_plugin"):
-        assert knows_turns(cfg, load_tokenizer(cfg), writes=False) is known
-        assert "goes on with a list" not in our_log.text
-        assert knows_turns(cfg, load_tokenizer(cfg), writes=True) is known
-    assert ("goes on with a list" in our_log.text) is not known
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for protect in ({}, {"anchor": 1.0, "text": "self"}):  # what it writes is not read, and is
+        run_config["loki"]["protect"] = protect
+        cfg = load(run_config | {"base_model": str(folder)} | given)
+        with our_log.at_level("INFO", "loki_plugin"):
+            assert calibration_tokenizer(cfg, model, Files.read(cfg)).turns is known
+        told = not known and bool(protect)
+        assert ("to write dialogues the base goes on with a list" in our_log.text) is told
