@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,17 +157,20 @@ def _grown(a: Stored, b: Stored) -> bool:
 def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint, tuned: Path):
     """All but what loading and tokenizers change; `vocab_size` may follow grown embeddings.
 
-    Both under the run's overrides: merged models of up to 0.9.0 do not say them themselves.
+    The tuned model says the run's overrides, or, as those merged before 0.10.0, what the base says.
     """
     from transformers import AutoConfig
 
-    def read(folder: Path) -> dict[str, Any]:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
-        for key, value in base.overrides.items():
-            setattr(config, key, value)
-        return stable(config.to_dict())
+    def read(folder: Path) -> Any:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
 
-    old, new = read(found.folder), read(tuned)
+    plain, new = read(found.folder), stable(read(tuned).to_dict())
+    old = stable(plain.to_dict())
+    if base.overrides and any(
+        w.rpartition(".")[2] != "vocab_size" for w, *_ in _differences(old, new)
+    ):
+        said = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+        old = stable(type(plain).from_dict(said | base.overrides).to_dict())
     sizes = {found.stored[key].shape[0] + count for key, count in report.new_rows.items()}
     if len(sizes) > 1:
         report.faults.append(f"the embeddings have grown to different sizes: {report.new_rows}")

@@ -363,6 +363,11 @@ def test_a_run_with_overrides_is_verified_with_the_merged_rows_file(tmp_path):
     # Of an earlier version, whose merged models did not say it themselves.
     shutil.copyfile(tmp_path / "base" / "config.json", tmp_path / "out" / "config.json")
     assert verify(tmp_path / "base", tmp_path / "out", kept, False).ok
+    # Another value than either has.
+    said = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 0.4}))
+    report = verify(tmp_path / "base", tmp_path / "out", kept, False)
+    assert report.faults == ["config.json: rms_norm_eps is 0.4, in the base 0.5"]
 
 
 @pytest.mark.parametrize(
@@ -386,6 +391,9 @@ def test_a_merged_model_computes_what_trained_under_overrides(tmp_path, override
     base = Base(tmp_path / "base", overrides=overrides)
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "out", rows, False)
     assert f"overrides_of_model_config ({', '.join(overrides)})" in report.text()
+    kept = RowSelection.load(tmp_path / "out" / "loki_rows.json")
+    proof = verify(tmp_path / "base", tmp_path / "out", kept, False)
+    assert proof.ok, proof.text()
     trained = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
