@@ -129,6 +129,7 @@ def load_quantised(
         dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         trust_remote_code=base.trust_remote_code,
+        overrides=base.overrides,
     )
 
 
