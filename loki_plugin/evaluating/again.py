@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from math import nan
 from pathlib import Path
 from typing import Any
 
-from ..implanting.saved import REPORT_NAME, WEIGHTS
+from ..implanting.saved import WEIGHTS
+from ..picturing.page import read_report
 from .forgetting import ForgettingReport, load_model
 from .held_back import kept_texts
 from .quick import Forgetting
@@ -35,13 +35,12 @@ def measure_again(
         ValueError: a run whose evaluations measured nothing, no adapter, or texts that the cache
             no longer has.
     """
-    file = run / REPORT_NAME
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    key = (report.get("forgetting_while_training") or {}).get("texts")
+    key = (read_report(run).get("forgetting_while_training") or {}).get("texts")
     if not key:
         raise ValueError(
-            f"--held-back: no evaluation of the run in '{run}' has measured what was forgotten, or"
-            " an earlier version did; set `val_set_size` and `eval_steps`, or leave it out"
+            f"--held-back: the report in '{run}' names no texts that were held back: no evaluation"
+            " measured what was forgotten (`val_set_size` and `eval_steps` make some), the cache"
+            " could not be written, or an earlier version trained it"
         )
     if not (adapter / WEIGHTS).is_file():
         raise ValueError(

@@ -286,7 +286,7 @@ def test_texts_that_no_run_held_back_cannot_be_measured_again(folder, tmp_path):
     config = str(tmp_path / "run.yaml")
     assert "needs the CONFIG of the run" in said("--base", "a", "--tuned", "b")
     assert "leave --tasks, --max-drop out" in said(config, "--tasks", "a", "--max-drop", "1")
-    assert "no evaluation of the run in" in said(config)
+    assert "names no texts that were held back: no evaluation" in said(config)
     report = {"forgetting_while_training": {"texts": "0" * 20}}
     (tmp_path / "out" / "loki_report.json").write_text(json.dumps(report))
     assert "has no adapter_model.safetensors; the adapter is measured" in said(config)
