@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from loki_plugin import attribute, implant
 from loki_plugin.choices import ALL, DOWN
 from loki_plugin.implanting import naming
-from loki_plugin.implanting.adapter import check_adaptable
+from loki_plugin.implanting.carrier import check_adaptable
 from loki_plugin.implanting.checkpoint import Base, open_checkpoint
 from loki_plugin.implanting.merge import merge_adapter
 from loki_plugin.implanting.verify import verify

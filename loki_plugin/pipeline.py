@@ -20,7 +20,7 @@ from .analysing.pace import Pace, duration, why_elsewhere
 from .analysing.scores.cache import cache_folder, open_log, prune
 from .analysing.scores.log import ScoreLog, fill
 from .args import AttributionArgs, LokiConfig
-from .implanting.adapter import check_rank
+from .implanting.carrier import check_rank
 from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint

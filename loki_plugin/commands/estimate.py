@@ -64,7 +64,7 @@ def estimate_command(config: Path, card: int):
 
 def _counts(given: dict[str, Any], block, model, anatomy, assumed: list[str]) -> list[int]:
     """Rows of every layer that train."""
-    from ..implanting.adapter import check_rank
+    from ..implanting.carrier import check_rank
     from ..rows import FILE_NAME, RowSelection
     from ..selecting.select import quota_to_count
 

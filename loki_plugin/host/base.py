@@ -55,7 +55,7 @@ def check_registered(cfg) -> None:
 
 
 def _check_quota(cfg, anatomy) -> None:
-    from ..implanting.adapter import check_rank
+    from ..implanting.carrier import check_rank
     from ..model.linears import chosen_down
     from ..selecting.select import quota_to_count
 
@@ -80,7 +80,7 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
             down-projections; a family whose rows no standard adapter can hold; `targets` that it
             does not have.
     """
-    from ..implanting.adapter import check_adaptable
+    from ..implanting.carrier import check_adaptable
     from ..model.anatomy import find_anatomy
     from ..model.building import build_empty
     from ..model.linears import chosen, chosen_down

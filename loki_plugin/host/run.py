@@ -48,7 +48,7 @@ class Run:
     def start(cls, cfg, model, files: Files) -> Run:
         """Rows from the adapter to continue, from the rows file, or from the analysis."""
         from ..evaluating.forgetting import load_questions
-        from ..implanting.adapter import check_adaptable
+        from ..implanting.carrier import check_adaptable
         from ..model.anatomy import find_anatomy
         from ..model.linears import chosen, has_routed_experts
         from ..model.loading import is_loaded
@@ -149,7 +149,7 @@ class Run:
 
     def apply_to(self, cfg, model) -> None:
         """Set the LoRA keys that Axolotl reads when it builds the adapter."""
-        from ..implanting.adapter import lora_settings
+        from ..implanting.carrier import lora_settings
         from ..model.anatomy import find_anatomy
 
         config = self.config

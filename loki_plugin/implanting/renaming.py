@@ -23,8 +23,8 @@ from ..model.building import empty_as
 from ..model.linears import PREFIX
 from ..model.writing import write_text
 from ..rows import FILE_NAME, Made
-from .adapter import shortest_targets
 from .adapters import CONFIG, Adapter, tail
+from .carrier import shortest_targets
 from .checkpoint import Base, copy_files, open_tensors
 from .merge import check_output, removing
 from .naming import by_parameter, misnamed
