@@ -274,7 +274,8 @@ def options() -> str:
         *(f"| `{key}` | {why} |" for key, why in NOT_WITH_FSDP2.items()),
         "",
         "Values of `rl`, `optimizer`, `deepspeed`, `fsdp_config`, `lr_groups`, `nf4_backend`,"
-        " `context_parallel_size` and `tensor_parallel_size` that cannot be used are refused with a line of their own.",
+        " `context_parallel_size` and `tensor_parallel_size` that cannot be used are refused with a"
+        " line of their own.",
     ]
     return "\n".join(parts) + "\n"
 

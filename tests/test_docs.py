@@ -131,3 +131,16 @@ def test_the_stages_import_and_run_without_axolotl_and_bitsandbytes():
         cwd=Path(__file__).parent,
     )
     assert done.returncode == 0 and done.stdout.split()[-1:] == ["ran"], done.stderr
+
+
+def test_no_page_names_a_folder_of_the_machine_that_wrote_it():
+    texts = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    results = (f for f in (ROOT / "benchmarks" / "results").iterdir() if f.suffix != ".png")
+    found = {
+        f"{path.name}: {place}"
+        for path in [*texts, *results]
+        for place in re.findall(
+            r"(?<![\w.])/(?:data|home|mnt|opt|root|tmp|work)/[\w./-]+", path.read_text("utf-8")
+        )
+    }
+    assert not found

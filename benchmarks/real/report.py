@@ -10,7 +10,7 @@ from benchmarks.real.arms import ARMS
 from benchmarks.real.bases import NAMES
 from benchmarks.real.matching import CHOSEN_BY, RIVAL, Row
 from benchmarks.real.picture import plot
-from benchmarks.writer import command, table
+from benchmarks.writer import table
 
 # At most this share of what LoRA forgets was aimed at.
 AIMS = {("smollm2-135m-instruct", "snips"): 0.05, ("smollm2-135m-instruct", "bfcl"): 0.05}
@@ -61,11 +61,12 @@ _NOISE = (
 
 def _head(folder: Path, rows: list[Row]) -> str:
     machines = [m for f in sorted(folder.glob("real_*.json")) for m in json.loads(f.read_text())]
-    hours = sum(c[-1]["seconds"] for c in matching.curves(rows).values()) / 3600
+    runs = matching.curves(rows)
+    hours = sum(c[-1]["seconds"] for c in runs.values()) / 3600
     precisions = ", ".join(dict.fromkeys(r["precision"] for r in rows))
     return (
-        f"# Forgetting of real pretrained models\n\nWritten by `{command('real')}` from"
-        f" `real_*.csv`. {'; '.join(dict.fromkeys(machines))}. {len(matching.curves(rows))} runs,"
+        "# Forgetting of real pretrained models\n\nWritten by `python -m benchmarks.real report`"
+        f" from `real_*.csv`. {'; '.join(dict.fromkeys(machines))}. {len(runs)} runs,"
         f" {hours:.1f} hours of training (precision: {precisions}; measured in float32), four"
         " sequences a step, AdamW, the rate constant after five steps.\n\n"
         "A run is measured on its way. Arms are compared where their curves first reach the same"
