@@ -9,17 +9,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.estimating.finding import finding
 from loki_plugin.protecting import eigen
-from loki_plugin.protecting import finding as real
 from loki_plugin.protecting.finding import Wanted, find_directions, targeted
 
 
 @pytest.fixture
 def small_budget(monkeypatch):
-    """So small that a matrix of 48 takes the block iteration, and that sites stand in groups."""
+    """So small that sites stand in groups, or that a matrix takes the block iteration."""
 
     def limit(count):
-        for module in (eigen, real):
-            monkeypatch.setattr(module, "BUDGET", count, raising=False)
+        monkeypatch.setattr(eigen, "BUDGET", count)
         monkeypatch.setattr("loki_plugin.estimating.finding.BUDGET", count)
 
     return limit

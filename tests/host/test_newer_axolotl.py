@@ -99,9 +99,10 @@ def test_plugins_are_told_of_our_merge_where_axolotl_tells_them_of_its_own(tmp_p
     cfg = SimpleNamespace(
         loki={}, lora_model_dir="adapter", output_dir=str(tmp_path), base_model="base"
     )
-    assert patches.take_over_merge()
+    new = patches.take_over_merge()  # an earlier run of this process may have taken it over
     try:
         merge_lora.do_merge_lora(cfg=cfg)
     finally:
-        patches.give_back_merge()
+        if new:
+            patches.give_back_merge()
     assert told == [("adapter", str(tmp_path / "merged"))]

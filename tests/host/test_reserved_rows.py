@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.host.files import Files
 from loki_plugin.host.tokens import calibration_tokenizer
+from loki_plugin.protecting import own_text
 from loki_plugin.protecting.texts import protecting_prompts
 
 RESERVED = ["<|reserved_0|>", "<|reserved_1|>"]
@@ -177,3 +178,28 @@ def test_a_base_knows_the_turns_of_its_own_template(
             assert calibration_tokenizer(cfg, model, Files.read(cfg)).turns is known
         told = not known and bool(protect)
         assert ("to write dialogues the base goes on with a list" in our_log.text) is told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [None, TURNS], ids=["taught none", "taught the run's"])
+def test_a_run_lets_the_base_write_in_turns_that_it_knows_only(
+    run_config, train, padded_base, tmp_path, monkeypatch, own
+):
+    """What protects, and what is held back to measure."""
+    seen, write = [], own_text.write_texts
+
+    def watched(*given, **more):
+        seen.append(more["turns"])
+        return write(*given, **more)
+
+    monkeypatch.setattr(own_text, "write_texts", watched)
+    folder = tmp_path / "base"
+    shutil.copytree(padded_base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(folder)
+    run_config |= {"base_model": str(folder), "max_steps": 2, "val_set_size": 0.2, "eval_steps": 2}
+    run_config |= {"chat_template": "jinja", "chat_template_jinja": TURNS}
+    run_config["loki"]["protect"] = {"anchor": 0.1, "text": "self", "count": 8}
+    train(run_config)
+    assert seen == [own is not None] * 2

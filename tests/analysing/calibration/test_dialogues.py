@@ -349,7 +349,7 @@ def test_where_answers_begin(make, tmp_path, template):
     assert read_dialogues(tokenizer, load_records(write(tmp_path, {"text": "say"})))[0].starts == ()
 
 
-def test_a_template_that_tells_the_date_gives_the_same_prompts_on_any_day(tmp_path, monkeypatch):
+def test_a_template_that_tells_the_date_gives_the_same_prompts_on_any_day(tmp_path):
     tokenizer = make_tokenizer(tmp_path, "Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML)
     file = tmp_path / "said.jsonl"
     file.write_text(json.dumps({"messages": [ASKED, ANSWER]}) + "\n")
