@@ -220,6 +220,8 @@ ARMS: dict[str, Arm] = {
     "random_soft_q30": Arm(soft_rows(30, "random"), ROWS),
     "random_soft_q90": Arm(soft_rows(90, "random"), ROWS),
     "loki_soft_anchor_q90": Arm(soft_rows(90), ROWS, anchor=1.0),
+    "loki_soft_anchor_q30": Arm(soft_rows(30), ROWS, anchor=1.0),
+    "loki_soft_anchor_q10": Arm(soft_rows(10), ROWS, anchor=1.0),
     # Protection as it was in 0.6.0: moments that are not normalised, of the prompts alone.
     "loki_soft_q90_0.6": Arm(blind_rows, ROWS),
     # The mend's parts alone: moments of the prompts, or of what the base writes.

@@ -72,8 +72,8 @@ def _head(folder: Path, rows: list[Row]) -> str:
         "A run is measured on its way. Arms are compared where their curves first reach the same"
         " held-out task loss, or the same share of answers that are exactly right; values between"
         " two points are linear. Of each arm the rate with the lowest KL on dialogues counts, and"
-        " for every arm alike. KL is KL(base || tuned) in nats per token. `-`: the run ended"
-        " before, or it was not measured. *spread*: largest minus smallest seed of the KL on"
+        " for every arm alike. KL is KL(base || tuned) in nats per token. `-`: not measured."
+        " *spread*: largest minus smallest seed of the KL on"
         " dialogues."
     )
 
@@ -91,10 +91,10 @@ def _tables(rows: list[Row], axis: str, title: str) -> list[str]:
     parts = []
     for base, task in dict.fromkeys((x["base"], x["task"]) for x in lines):
         some = [x for x in lines if (x["base"], x["task"]) == (base, task)]
-        parts += [
-            f"### {base}, {task}: at a {title} of {some[0]['goal']:g}",
-            table([_plain({new: x[old] for old, new in _SHOWN.items()}) for x in some]),
-        ]
+        reached = [x for x in some if x["rate"] is not None]
+        parts += [f"### {base}, {task}: at a {title} of {some[0]['goal']:g}"]
+        if reached:
+            parts += [table([_plain({new: x[old] for old, new in _SHOWN.items()}) for x in reached])]
         missed = [f"{x['arm']} ({x['best']:.3g})" for x in some if x["rate"] is None]
         if missed:
             parts += [f"Ended before, with its best {title}: {', '.join(missed)}."]
