@@ -55,7 +55,7 @@ def estimator(name: str, rank: int | None) -> Estimator:
     shape, heads, tied = MODELS[name]
     with torch.device("meta"):
         model = llama(*shape, heads=heads, tied=tied)
-    config = LokiConfig(quota=QUOTA, rank=rank)
+    config = LokiConfig(quota=QUOTA, rank=rank, protect="off")
     counts = [quota_to_count(QUOTA, shape[1])] * shape[0]
     return Estimator(model, find_anatomy(model), config, counts, [PROMPT] * 256, analysed=True)
 

@@ -21,7 +21,8 @@ EPOCHS, BATCH = 8, 20
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 LORA |= {"learning_rate": 5e-4, **running.NO_KERNELS}
 LOKI: dict[str, Any] = {"plugins": ["loki"], "adapter": "loki", "learning_rate": 2e-3}
-LOKI["loki"] = {"quota": 30, "calibration": {"source": "knowledge.jsonl"}, "cache_dir": "cache"}
+LOKI["loki"] = {"quota": 30, "protect": "off", "cache_dir": "cache"}
+LOKI["loki"] |= {"calibration": {"source": "knowledge.jsonl"}}
 
 
 def main(work: Path, fresh: bool = False) -> None:

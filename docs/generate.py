@@ -55,11 +55,13 @@ def fields() -> str:
         NOTE + "# Every field of the `loki:` block\n\n"
         "Read from the model that checks your YAML (`loki_plugin/args.py`). An unknown field is an"
         " error. All faults of a block are shown at once.\n\n"
-        "The whole block, each field with its default; what you leave out has it too:\n\n"
+        "The whole block, each field with its default; what you leave out has it too (of `protect`"
+        " this is what `auto` stands for):\n\n"
         f"```yaml\n{_full_block()}```\n\n"
         "`quota` may be a decimal such as 2.5; it is exact. `protect` also takes one word:"
-        f" `protect: auto` is `protect: {{{_flow(AUTO)}}}`, and what stands beside `auto: true` in"
-        " the block counts; `protect: off`, the default, protects nothing.\n\n"
+        f" `protect: auto`, the default, is `protect: {{{_flow(AUTO)}}}`, and what stands beside"
+        " `auto: true` in the block counts; a block without it has only what stands in it;"
+        " `protect: off` protects nothing.\n\n"
         "## `loki`\n\n" + _table(LokiConfig)
     ]
     for name, field in LokiConfig.model_fields.items():
@@ -78,8 +80,8 @@ def _full_block() -> str:
         if name in INTERNAL:
             continue
         if _is_block(field):
-            inner = {n: _default(f) for n, f in field.annotation.model_fields.items()}  # type: ignore[union-attr]
-            lines += [f"  {name}:", *(f"    {n}: {_yaml(value)}" for n, value in inner.items())]
+            lines.append(f"  {name}:")
+            lines += [f"    {n}: {_yaml(value)}" for n, value in dict(_default(field)).items()]
         else:
             lines.append(f"  {name}: {_yaml(_default(field))}")
     return "\n".join(lines) + "\n"

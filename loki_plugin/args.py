@@ -279,7 +279,7 @@ class LokiConfig(_Block):
     )
     calibration: CalibrationArgs = Field(default_factory=CalibrationArgs)
     attribution: AttributionArgs = Field(default_factory=AttributionArgs)
-    protect: ProtectArgs = Field(default_factory=ProtectArgs)
+    protect: ProtectArgs = Field(default_factory=lambda: ProtectArgs(auto=True))
     cache_dir: str | None = Field(
         None,
         description="where score logs are kept; null = $LOKI_CACHE_DIR, else the platform's user"

@@ -77,7 +77,7 @@ def test_axolotl_accepts_it_and_knows_every_key(name):
     version = torch.__version__.partition("+")[0]
     valid = validate_config(cfg, dict(CARD), {"torch_version": version})
     assert valid.adapter == ("qlora" if given.get("load_in_4bit") else "lora")
-    assert given.keys() - valid.keys() == set()
+    assert given.keys() - valid.keys() - {"lora_target_linear"} == set()  # it is in our block now
     for entry, kept in zip(given["datasets"], valid.datasets, strict=True):
         assert entry.keys() - kept.keys() == set()  # Axolotl drops what it does not know
     if given.get("sample_packing"):  # other attention lets packed samples see each other
@@ -258,6 +258,8 @@ def miniature(folder, base_of, data, questions, tmp_path):
         block = config["loki"]
         block["calibration"] = {"source": str(questions)}
         block["cache_dir"] = str(folder / "cache")
+        if block.get("protect") == "auto":
+            block["protect"] = {"auto": True, "count": 8}  # 160 in earnest
         for key in ("rows", "exclude"):
             if key in block:
                 path = folder / "rows.json"
@@ -295,8 +297,12 @@ def assert_trained(config: dict) -> Path:
     before, after = checkpoint(config["base_model"]), checkpoint(out / "merged")
     changed = {k: (old != after[k]).any(-1).nonzero() for k, old in before.items()}
     changed = {k: rows[:, 0] for k, rows in changed.items() if len(rows)}
-    linears = {f"{name}.weight" for name in selection.linears}
-    assert linears <= changed.keys() and bool(linears) == (block.get("targets") == "all")
+    # A wrapper's checkpoint says `language_model.model.layers`, the loaded one has it otherwise.
+    ends = {f"layers.{name.partition('layers.')[2]}.weight" for name in selection.linears}
+    linears = {k for k in changed if k[k.find("layers.") :] in ends and "vision" not in k}
+    assert len(linears) == len(ends)
+    every = block.get("targets") == "all" or bool(config.get("lora_target_linear"))
+    assert bool(linears) == every
     changed = {k: rows for k, rows in changed.items() if k not in linears}
     assert len(changed) == selection.num_layers
     for layer, key in enumerate(sorted(changed)):

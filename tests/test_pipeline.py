@@ -311,7 +311,7 @@ def test_rows_that_no_score_decides_need_no_analysis(tmp_path, monkeypatch, bloc
     from loki_plugin.selecting.select import select_rows
 
     monkeypatch.setattr(pipeline, "analyse", lambda *a: pytest.fail("analysed"))
-    config = configure("no/such/file.jsonl", tmp_path, **block)
+    config = configure("no/such/file.jsonl", tmp_path, **block, protect="off")
     rows = choose_rows(model(), None, config, Inputs.read(config, analysed=config.needs_scores))
     expected = select_rows(torch.randn(2, 3, 48), config.quota, config.strategy)
     assert [r.tolist() for r in rows.rows] == [r.tolist() for r in expected]

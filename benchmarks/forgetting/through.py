@@ -33,7 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "lora_qkv_kernel": False,
         "lora_o_kernel": False,
     },
-    "loki_q30": {"loki": {"quota": 30}},
+    "loki_q30": {"loki": {"quota": 30, "protect": "off"}},
     "loki_anchor_q30": {"loki": {"quota": 30, "protect": {"anchor": 1.0, "anchor_batch": 16}}},
     "loki_protect90_q60": {"loki": {"quota": 60, "protect": {"inputs": 0.9}}},
     "loki_soft99_q30": {"loki": {"quota": 30, "protect": {"inputs": 0.99, "soft": True}}},

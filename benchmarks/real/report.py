@@ -91,10 +91,10 @@ def _tables(rows: list[Row], axis: str, title: str) -> list[str]:
     parts = []
     for base, task in dict.fromkeys((x["base"], x["task"]) for x in lines):
         some = [x for x in lines if (x["base"], x["task"]) == (base, task)]
-        reached = [x for x in some if x["rate"] is not None]
         parts += [f"### {base}, {task}: at a {title} of {some[0]['goal']:g}"]
+        reached = [{_SHOWN[k]: x[k] for k in _SHOWN} for x in some if x["rate"] is not None]
         if reached:
-            parts += [table([_plain({new: x[old] for old, new in _SHOWN.items()}) for x in reached])]
+            parts += [table([_plain(x) for x in reached])]
         missed = [f"{x['arm']} ({x['best']:.3g})" for x in some if x["rate"] is None]
         if missed:
             parts += [f"Ended before, with its best {title}: {', '.join(missed)}."]

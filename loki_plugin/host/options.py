@@ -119,7 +119,8 @@ def refuse(cfg, config: LokiConfig) -> None:
     if str(cut) != "1" and (config.protect.anchor or held_out):
         faults.append(
             "  context_parallel_size: it cuts every text into parts, the anchor's and those of"
-            " what is measured at evaluations too; remove it, or `protect` and the evaluations"
+            " what is measured at evaluations too; remove it, or set `protect: off` and take the"
+            " evaluations out"
         )
     if cfg.get("nf4_backend") == "torchao":
         faults.append(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -79,10 +80,10 @@ def prepare(cfg) -> list[Line]:
     Raises:
         ValueError: a setting that contradicts LoKI, before anything is loaded.
     """
-    config = parse(_with_targets(cfg))
-    adapter, rank = _adapter(cfg, config)
-    sharding, lines = fsdp2_overrides(cfg) if is_fsdp2(cfg) else ({}, [])
     about: list[Line] = []
+    config = parse(_with_protect(_with_targets(cfg), cfg.get("lora_model_dir"), about))
+    adapter, rank = _adapter(cfg, config)
+    sharding, lines = fsdp2_overrides(cfg, config.protect) if is_fsdp2(cfg) else ({}, [])
     config = _aim(cfg, config, rank, about)
     refuse({**cfg, **sharding}, config)
     form = "dense" if rank is None else "low-rank"
@@ -162,6 +163,22 @@ def _with_targets(cfg) -> Any:
     if isinstance(found, list):
         found = known_targets(cfg, found)
     return {"loki": {**block, "targets": found}}
+
+
+def _with_protect(cfg, adapter: str | None, lines: list[Line]) -> Any:
+    """The configuration with `protect: off` in its block, where it says nothing and goes on from
+    an adapter that was trained without `auto`: the adapter decides, as it does about the rows."""
+    from ..protecting.directions import FILE_NAME, has_default
+
+    block = cfg.get("loki") or {}
+    if not adapter or not isinstance(block, dict) or "protect" in block:
+        return cfg
+    if has_default(Path(str(adapter)) / FILE_NAME):
+        return cfg
+    lines.append(
+        ("protect", f"as '{adapter}' was trained, not `auto`, the default; set it for an anchor")
+    )
+    return {**cfg, "loki": {**block, "protect": "off"}}
 
 
 def _lora_targets(cfg) -> tuple[str | None, str | list[str]]:

@@ -71,7 +71,8 @@ OVERRIDDEN_WITH_FSDP2 = {
     "fsdp_config": "`cpu_ram_efficient_loading` and `reshard_after_forward`, where they are not"
     " set, are true; `activation_checkpointing` becomes `gradient_checkpointing`",
     "gradient_checkpointing": "true, where `fsdp_config.activation_checkpointing` is",
-    "gradient_checkpointing_kwargs": "then `{use_reentrant: false}`, where it is not set",
+    "gradient_checkpointing_kwargs": "then, and where `loki.protect` has an anchor,"
+    " `{use_reentrant: false}`, if it is not set",
     "save_only_model": "true where checkpoints are saved: they hold the adapter alone",
 }
 
@@ -83,10 +84,13 @@ def is_fsdp2(cfg) -> bool:
     return bool(given) and str(version) == "2"
 
 
-def fsdp2_overrides(cfg) -> tuple[dict[str, Any], list[Line]]:
+def fsdp2_overrides(cfg, protect: ProtectArgs) -> tuple[dict[str, Any], list[Line]]:
     """The keys that an FSDP2 run gets, as they were proved, and lines that say so.
 
     Where a key is set to something else, `fsdp_faults` refuses it.
+
+    Args:
+        protect: of the `loki:` block.
     """
     changes: dict[str, Any] = {}
     given, inside, lines = _fsdp_config(cfg), dict(cfg["fsdp_config"]), []
@@ -106,6 +110,13 @@ def fsdp2_overrides(cfg) -> tuple[dict[str, Any], list[Line]]:
         told(
             "fsdp_config.activation_checkpointing", True,
             "now `gradient_checkpointing: true`, as it was proved",
+        )  # fmt: skip
+    kwargs = {**(cfg.get("gradient_checkpointing_kwargs") or {})}
+    if cfg.get("gradient_checkpointing") and protect.anchor and "use_reentrant" not in kwargs:
+        changes["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
+        told(
+            "gradient_checkpointing_kwargs.use_reentrant", None,
+            "now False, for `loki.protect`'s anchor is a second pass",
         )  # fmt: skip
     if inside != dict(cfg["fsdp_config"]):
         changes["fsdp_config"] = inside
@@ -158,17 +169,12 @@ def fsdp_faults(cfg, protect: ProtectArgs) -> list[str]:
             f"  gradient_checkpointing: {checkpointing} was not proved under FSDP2; set true"
         )
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
-    if protect.anchor and checkpointing and kwargs.get("use_reentrant") is not False:
+    if protect.anchor and checkpointing and kwargs.get("use_reentrant") is True:
         # Measured: with reentrant checkpoints the gradient of the first pass is lost.
         faults.append(
-            "  loki.protect.anchor: under FSDP2 gradient checkpointing must not be reentrant, for"
-            " the anchor is a second pass; set"
-            " `gradient_checkpointing_kwargs: {use_reentrant: false}`"
-        )
-    if protect.soft:
-        faults.append(
-            "  loki.protect.soft: soft directions were not proved under FSDP2;"
-            " take `inputs` or `directions` without it"
+            "  gradient_checkpointing_kwargs: under FSDP2 checkpoints must not be reentrant, for"
+            " `loki.protect`'s anchor is a second pass; set `{use_reentrant: false}`, or"
+            " `protect: {auto: true, anchor: 0}`"
         )
     if not _saver_is_known():
         faults.append(

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..choices import AUTO
 from ..model.anatomy import find_anatomy, linear_sizes
 from ..model.fingerprint import fingerprint, same_model
 from ..model.linears import PREFIX
@@ -207,6 +208,19 @@ class Directions:
             )
         basis = [tensors[name] for name in names]
         return cls(basis, header["fingerprint"], header["made"], header.get("sites"))
+
+
+def has_default(path: str | os.PathLike) -> bool:
+    """Whether a file of `Directions` is there, with directions as `protect: auto` finds them."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            made = json.loads((file.metadata() or {}).get("loki", "{}")).get("made", {})
+            soft = any(is_soft(file.get_tensor(key)) for key in sorted(file.keys())[:1])
+    except (OSError, SafetensorError, ValueError):
+        return False  # `load` says what is wrong with it
+    return soft and made.get("inputs") == AUTO["inputs"]
 
 
 def is_soft(basis: torch.Tensor) -> bool:

@@ -44,8 +44,9 @@ def earlier_directions(
         if folder and config.protect.reads:
             raise ValueError(
                 f"'{folder}' has no {FILE_NAME}: it was trained without protected inputs, and"
-                " protecting them now would change what it has learned. Leave `loki.protect`'s"
-                " `inputs` and `directions` out, or merge it and start from the merged model"
+                " protecting them now (`loki.protect: auto` is the default) would change what it"
+                " has learned. Set `protect: off`, or `protect: {anchor: 1.0, text: self}`, or"
+                " merge it and start from the merged model"
             )
         return None
     found = Directions.load(file)

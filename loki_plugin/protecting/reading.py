@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -89,10 +90,10 @@ class ProtectedA(nn.Linear):
         """What is saved: A P [r, I]. A becomes what loading that gives, in place.
 
         The running model then goes on exactly as one that is resumed from what was saved. Until it
-        trains again, folding gives the same bytes.
+        trains again, folding gives the same bytes. Of a sharded weight these are the rows that
+        this rank holds.
         """
-        weight = self.weight.detach()
-        weight = weight.to_local() if hasattr(weight, "to_local") else weight
+        weight = self._held()
         if weight.is_meta:
             return weight
         if not self.soft:
@@ -103,6 +104,11 @@ class ProtectedA(nn.Linear):
             self._keep(outside(weight.double(), v).to(weight.dtype))
         assert self._folded is not None
         return self._folded.to(weight.device)
+
+    def _held(self) -> torch.Tensor:
+        """The weight, or of a sharded one the rows that this rank holds."""
+        weight = self.weight.detach()
+        return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def _take_out(self, weight: torch.Tensor) -> None:
         """The part inside span(U), which has no effect, goes; a folded weight keeps its bytes."""
@@ -126,18 +132,23 @@ class ProtectedA(nn.Linear):
             apart = torch.linalg.solve(left, seen, left=False)
         else:
             apart = seen / (1 - v.square().sum(0))
-        self.weight.detach().copy_(wide + apart @ v.T)
-        self._folded, self._version = folded, self.weight._version
+        weight = self._held()
+        weight.copy_(wide + apart @ v.T)
+        self._folded, self._version = folded, weight._version
 
     def take_folded(self) -> None:
         """The weight is one that was saved: undo what was folded into it."""
         if self.soft and not self.weight.is_meta:
-            self._keep(self.weight.detach().clone())
+            self._keep(self._held().clone())
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         folded = self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.soft:
+        if self.soft and not folded.is_meta:
+            if isinstance(self.weight, DTensor):
+                mesh, placements = self.weight.device_mesh, self.weight.placements
+                shape, stride = self.weight.shape, self.weight.stride()
+                folded = DTensor.from_local(folded, mesh, placements, shape=shape, stride=stride)
             destination[prefix + "weight"] = folded
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):

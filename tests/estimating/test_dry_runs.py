@@ -161,7 +161,7 @@ def test_an_8b_model_trains_on_the_card_that_its_form_asks_for(rank, bits, gigab
     """By the formula, which the tests above hold to dry runs of both forms."""
     with torch.device("meta"):
         model = llama(*LLAMA_8B)
-    counts, config = [409] * 32, LokiConfig(quota=10, rank=rank)
+    counts, config = [409] * 32, LokiConfig(quota=10, rank=rank, protect="off")
     estimator = Estimator(model, find_anatomy(model), config, counts, [200], analysed=False)
     stored, optimizer = Stored(torch.bfloat16, bits), "adamw_bnb_8bit"
     run = Planned(stored, 1, 2048, 1, True, optimizer, torch.bfloat16)

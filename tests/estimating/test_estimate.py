@@ -155,7 +155,7 @@ def big(tmp_path):
         "base_model": str(tmp_path / "8b"),
         "plugins": ["loki"],
         "adapter": "loki",
-        "loki": {"quota": 10},
+        "loki": {"quota": 10, "protect": "off"},
         "sequence_len": 2048,
         "micro_batch_size": 1,
         "bf16": True,
@@ -172,7 +172,8 @@ def test_what_does_not_fit_is_told_with_what_to_change(big, tmp_path):
     changed = big | {"load_in_4bit": True}
     assert asked(changed, tmp_path, "--json", "--card", "12")["card"]["training"]
     # Several changes together, where none alone is enough; and a card too small for any.
-    wide = big | {"gradient_checkpointing": False, "micro_batch_size": 8, "loki": {"quota": 30}}
+    wide = big | {"gradient_checkpointing": False, "micro_batch_size": 8}
+    wide["loki"] = {"quota": 30, "protect": "off"}
     card = asked(wide, tmp_path, "--json", "--card", "12", code=1)["card"]
     assert card["then_fits"] and {"micro_batch_size: 1", "load_in_4bit: true"} <= {*card["change"]}
     card = asked(big, tmp_path, "--json", "--card", "4", code=1)["card"]
@@ -205,7 +206,8 @@ def test_a_folder_without_a_tokenizer_gives_none_that_knows_no_word(big, tmp_pat
 
 
 def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
-    counts = {q: asked(big | {"loki": {"quota": q}}, tmp_path, "--json") for q in (10, 20, 30)}
+    blocks = {q: {"quota": q, "protect": "off"} for q in (10, 20, 30)}
+    counts = {q: asked(big | {"loki": block}, tmp_path, "--json") for q, block in blocks.items()}
     trained = [round(c["trainable_parameters"] / 1e6) for c in counts.values()]
     assert trained == [188, 376, 563]  # millions, in the paper's table
     assert counts[10]["assumed"] == ["the tokenizer is not here: prompts of 200 tokens"]
@@ -239,7 +241,7 @@ def test_a_run_that_analyses_nothing_is_told_what_finding_directions_holds(big, 
     assert "none: no rows are chosen by scores\n" in said
     times = facts["analysis"]["finding_directions_seconds"]
     assert f"finding directions {finding}: RTX 3090 {duration(times['RTX 3090'])}, " in said
-    plain = asked(big | {"loki": {"quota": 100}}, tmp_path, "--card", "80")
+    plain = asked(big | {"loki": {"quota": 100, "protect": "off"}}, tmp_path, "--card", "80")
     assert "finding" not in plain and "none: no rows are chosen by scores\n" in plain
 
 
@@ -287,7 +289,7 @@ def test_a_fused_loss_makes_no_logits_and_what_is_left_out_is_said(big, tmp_path
         "quantize_moe_experts": True,
         "deepspeed": {"zero_optimization": {"stage": 2}},
     }
-    run["loki"] = {"attribution": {"path": "sequence"}}
+    run["loki"] = {"attribution": {"path": "sequence"}, "protect": "off"}
     assumed = asked(run, tmp_path, "--json")["assumed"]
     assert [line.split(":")[0] for line in assumed] == [
         "deepspeed", "rl", "quantize_moe_experts", "attribution.path", "the tokenizer is not here",

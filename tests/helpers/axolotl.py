@@ -32,6 +32,7 @@ def short_run(base, dataset, questions, folder) -> dict:
         "adapter": "loki",
         "loki": {
             "quota": 10,
+            "protect": "off",  # `auto` lets the model write, in every run
             "calibration": {"source": str(questions)},
             "cache_dir": str(folder / "cache"),
         },

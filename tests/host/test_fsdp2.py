@@ -108,12 +108,9 @@ def sharded(run_config):
         ({"dp_replicate_size": 2}, "dp_replicate_size: it was not proved"),
         ({"gradient_checkpointing": "offload"}, "gradient_checkpointing: offload was not proved"),
         (
-            {"gradient_checkpointing": True, "loki": {"protect": {"anchor": 1.0}}},
-            "loki.protect.anchor: .*`gradient_checkpointing_kwargs: {use_reentrant: false}`",
-        ),
-        (
-            {"loki": {"protect": {"inputs": 0.9, "soft": True}}},
-            "loki.protect.soft: soft directions",
+            {"gradient_checkpointing": True, "loki": {}}
+            | {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "gradient_checkpointing_kwargs: .* set `{use_reentrant: false}`",
         ),
         ({"fsdp": ["full_shard"]}, "fsdp: the settings of FSDP2 stand in `fsdp_config`"),
         ({"fsdp_version": 1}, "fsdp_config: FSDP1 hides what trains; use `fsdp_version: 2`"),
@@ -245,6 +242,8 @@ def runs(base, tied, dataset, questions, tmp_path_factory):
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     }
+    auto = plain | {"loki": plain["loki"] | {"protect": {"auto": True, "count": 4}}}
+    auto["gradient_checkpointing"] = True  # what is sharded gets no reentrant ones
     saving = sharding() | {"save_strategy": "steps", "save_steps": 2}
     reentrant = {"gradient_checkpointing": True}
     configs = {
@@ -252,6 +251,8 @@ def runs(base, tied, dataset, questions, tmp_path_factory):
         "dense-ddp": plain,
         "rank2-ddp": low_rank,
         "rank2-fsdp2": low_rank | saving,  # finds the analysis of both ranks in the cache
+        "auto-ddp": auto,
+        "auto-fsdp2": auto | sharding(),
         "watched-fsdp2": plain | sharding() | {"val_set_size": 0.2, "eval_steps": 3},
     }
     files = []
@@ -268,7 +269,7 @@ def seen(runs: Path, name: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "rank"), [("dense", None), ("rank2", 2)])
+@pytest.mark.parametrize(("form", "rank"), [("dense", None), ("rank2", 2), ("auto", None)])
 def test_it_trains_the_model_that_ddp_trains(runs, base, tied, form, rank):
     for found in seen(runs, f"{form}-fsdp2"):
         assert 0.4 < found["part"] < 0.6  # each rank holds a half

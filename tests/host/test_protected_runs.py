@@ -160,6 +160,18 @@ def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on
 
 
 @pytest.mark.slow
+def test_an_adapter_of_the_default_goes_on_under_it(run_config, train, tmp_path):
+    del run_config["loki"]["protect"]  # `auto`
+    train(run_config)
+    first, more = Path(run_config["output_dir"]), tmp_path / "more"
+    train(run_config | {"lora_model_dir": str(first), "output_dir": str(more)})
+    assert Directions.load(more / FILE_NAME) == Directions.load(first / FILE_NAME)
+    for folder in (first, more):
+        report = json.loads((folder / "loki_report.json").read_text())
+        assert report["protection"]["soft"] is True and "anchor_kl_last_step" in report
+
+
+@pytest.mark.slow
 def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
     run_config, train, tmp_path
 ):
@@ -180,7 +192,10 @@ def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
     for layer, u in enumerate(directions.basis):
         delta = update(tmp_path / "more", layer)
         assert leakage(delta, u) < 1e-6 and not torch.equal(delta, update(first, layer))
+    report = json.loads((tmp_path / "more" / "loki_report.json").read_text())
+    assert "anchor_kl_last_step" not in report
     (first / FILE_NAME).unlink()
+    assert load(more).loki["protect"]["anchor"] == 0  # trained without any, and goes on so
     more["loki"] = more["loki"] | {"protect": {"inputs": 0.9}}
     with pytest.raises(ValueError, match="was trained without protected inputs"):
         train(more)
@@ -213,6 +228,7 @@ def test_faulty_blocks_are_named_before_anything_is_loaded(run_config, protect, 
 def test_with_a_rows_file_the_calibration_is_still_read_early(run_config, tmp_path):
     rows = RowSelection([[1], [2], [3]], 64).save(tmp_path / "rows.json")
     run_config["loki"] = {"rows": str(rows), "calibration": {"source": "none.jsonl"}}
+    run_config["loki"]["protect"] = "off"
     Files.read(load(run_config))
     run_config["loki"]["protect"] = {"inputs": 0.9}
     with pytest.raises(ValueError, match="'none.jsonl' does not exist"):

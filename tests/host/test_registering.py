@@ -117,7 +117,7 @@ def test_a_refused_configuration_is_left_as_it_was():
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: it spreads the rows"),
         (
             {"context_parallel_size": 2, "val_set_size": 0.1},
-            "context_parallel_size: it cuts every text into parts, .* remove it, or `protect`",
+            "context_parallel_size: it cuts every text .* remove it, or set `protect: off`",
         ),
         (
             {"context_parallel_size": 2, "loki": {"protect": "auto"}},
