@@ -112,24 +112,32 @@ def prepare(cfg) -> list[Line]:
 
 
 def _about_rate(cfg, config: LokiConfig) -> list[Line]:
-    """A word where the dense form would train at a rate that was meant for a LoRA."""
+    """A word where the dense form would train at a rate that was meant for something else.
+
+    Dense rows train as in full fine-tuning. Through soft directions they read less, and learn more
+    slowly.
+    """
     try:
         given = float(cfg.get("learning_rate") or 0)  # YAML takes 1e-4 for text
     except (TypeError, ValueError):
         return []  # Axolotl's to say
     optimizer, scale = str(cfg.get("optimizer") or "adamw"), config.lr_scale
-    if config.targets != DOWN or "adam" not in optimizer or given * scale < _RATE_OF_LORA:
+    fast, soft = given * scale >= _RATE_OF_LORA, config.protect.soft
+    if config.targets != DOWN or "adam" not in optimizer or not given or fast is soft:
         return []
-    scaled = f" x lr_scale {scale:g}" if scale != 1 else ""
-    return [
-        (
-            "rate",
-            f"learning_rate = {given:g}{scaled} is kept, a rate of LoRA; dense rows train as in"
-            " full fine-tuning, and forget more at higher rates: about 1e-5 is advised"
-            " (docs/choosing.md). Set it, or `loki.lr_scale`"
-            + ("; protected, they need a higher one" if config.protect.reads else ""),
+    kept = f"learning_rate = {given:g}{f' x lr_scale {scale:g}' if scale != 1 else ''} is kept"
+    if soft:
+        said = (
+            f"{kept}, a rate of full fine-tuning; protected rows read less, and learn more slowly:"
+            " small models took 1e-3"
         )
-    ]
+    else:
+        said = (
+            f"{kept}, a rate of LoRA; dense rows train as in full fine-tuning, and forget more at"
+            " higher rates: about 1e-5 is advised"
+        )
+        said += "; protected, they need a higher one" if config.protect.reads else ""
+    return [("rate", f"{said} (docs/choosing.md). Set it, or `loki.lr_scale`")]
 
 
 def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiConfig:
@@ -168,11 +176,11 @@ def _with_targets(cfg) -> Any:
 def _with_protect(cfg, adapter: str | None, lines: list[Line]) -> Any:
     """The configuration with `protect: off` in its block, where it says nothing and goes on from
     an adapter that was trained without `auto`: the adapter decides, as it does about the rows."""
-    from ..protecting.directions import FILE_NAME, has_default
-
     block = cfg.get("loki") or {}
     if not adapter or not isinstance(block, dict) or "protect" in block:
         return cfg
+    from ..protecting.directions import FILE_NAME, has_default
+
     if has_default(Path(str(adapter)) / FILE_NAME):
         return cfg
     lines.append(

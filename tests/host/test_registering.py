@@ -184,14 +184,18 @@ def test_parameters_of_the_base_do_not_train_though_the_yaml_says_so(run_config,
         ({"learning_rate": 1e-5, "loki": {"lr_scale": 20}}, "1e-05 x lr_scale 20 is kept"),
         ({"learning_rate": 1e-5}, None),
         ({"learning_rate": 2e-4, "loki": {"lr_scale": 0.05}}, None),
+        ({"learning_rate": 1e-3, "loki": {"protect": "auto"}}, None),
+        ({"learning_rate": 1e-5, "loki": {"protect": "auto"}}, "small models took 1e-3"),
+        ({"learning_rate": 1e-5, "loki": {"protect": "auto", "lr_scale": 9}}, None),
         ({"learning_rate": 2e-4, "loki": {"rank": 8}}, None),
         ({"learning_rate": 2e-4, "adapter": "lora", "lora_r": 8}, None),
         ({"learning_rate": 2e-4, "optimizer": "sgd"}, None),
         ({}, None),
     ],
 )
-def test_a_rate_of_lora_in_the_dense_form_is_said(change, said):
+def test_a_rate_of_something_else_in_the_dense_form_is_said(change, said):
     config = {"adapter": "loki", "optimizer": "adamw_torch"} | change
+    config["loki"] = {"protect": "off"} | config.get("loki", {})
     rate = config.get("learning_rate")
     told = [text for about, text in settings.prepare(config) if about == "rate"]
     assert config.get("learning_rate") == rate
