@@ -17,7 +17,7 @@ from . import orders, real, running
 from .asking import Probes, load
 
 TARGET = 0.7
-EVERY, MOST = 5, 40  # steps from one point to the next, and at most
+EVERY, MOST = 5, 80  # steps from one point to the next, and at most
 KEPT = Path(__file__).parent / "data" / "rates.csv"
 FIELDS = ("way", "rate", "step", "orders", "loss_orders", "kl_answers", "kl_text")
 DOWN = {"targets": "down", "quota": 90, "protect": "auto", "calibration": real.CALIBRATION}

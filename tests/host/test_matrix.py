@@ -152,7 +152,7 @@ def test_only_the_selected_rows_move(case, short, train, bases, watched):
         "load_in_8bit" in settings or watched["model"].get_input_embeddings().weight.dtype == stored
     )
     assert_optimizer(watched["trainer"].optimizer, settings["optimizer"])
-    if "protect" in loki:
+    if "protect" in settings.get("loki", {}):
         report = json.loads((out / "loki_report.json").read_text())
         assert report["anchor_kl_last_step"] > 0
         assert max(report["protection"]["leakage_per_layer"]) < 1e-6
