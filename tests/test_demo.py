@@ -281,7 +281,7 @@ def test_multiple_choice_is_of_questions_that_the_run_does_not_see(small):
 def test_protection_is_auto_and_nothing_else():
     protected = {name for name in real.LOKI["loki"] if name.startswith("protect")}
     assert protected == {"protect"} and real.LOKI["loki"]["protect"] == "auto"
-    shared = {"base_model", "learning_rate", "adapter", "plugins", "loki"}
+    shared = {"base_model", "learning_rate", "adapter", "plugins", "loki", "gradient_checkpointing"}
     assert real.LOKI.keys() <= shared and real.LORA["lora_r"] == real.LOKI["loki"]["rank"]
 
 
