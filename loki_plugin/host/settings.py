@@ -83,7 +83,7 @@ def prepare(cfg) -> list[Line]:
     about: list[Line] = []
     config = parse(_with_protect(_with_targets(cfg), cfg.get("lora_model_dir"), about))
     adapter, rank = _adapter(cfg, config)
-    sharding, lines = fsdp2_overrides(cfg, config.protect) if is_fsdp2(cfg) else ({}, [])
+    sharding, lines = fsdp2_overrides(cfg) if is_fsdp2(cfg) else ({}, [])
     config = _aim(cfg, config, rank, about)
     refuse({**cfg, **sharding}, config)
     form = "dense" if rank is None else "low-rank"
@@ -123,13 +123,13 @@ def _about_rate(cfg, config: LokiConfig) -> list[Line]:
         return []  # Axolotl's to say
     optimizer, scale = str(cfg.get("optimizer") or "adamw"), config.lr_scale
     fast, soft = given * scale >= _RATE_OF_LORA, config.protect.soft
-    if config.targets != DOWN or "adam" not in optimizer or not given or fast is soft:
+    if config.targets != DOWN or "adam" not in optimizer or not given or fast == soft:
         return []
     kept = f"learning_rate = {given:g}{f' x lr_scale {scale:g}' if scale != 1 else ''} is kept"
     if soft:
         said = (
             f"{kept}, a rate of full fine-tuning; protected rows read less, and learn more slowly:"
-            " small models took 1e-3"
+            " a small model took 1e-3"
         )
     else:
         said = (
@@ -184,7 +184,11 @@ def _with_protect(cfg, adapter: str | None, lines: list[Line]) -> Any:
     if has_default(Path(str(adapter)) / FILE_NAME):
         return cfg
     lines.append(
-        ("protect", f"as '{adapter}' was trained, not `auto`, the default; set it for an anchor")
+        (
+            "protect",
+            f"its directions or none, as '{adapter}' was trained, and no anchor; for one set"
+            " `protect: {anchor: 1.0, text: self}`",
+        )
     )
     return {**cfg, "loki": {**block, "protect": "off"}}
 

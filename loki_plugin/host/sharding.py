@@ -71,8 +71,7 @@ OVERRIDDEN_WITH_FSDP2 = {
     "fsdp_config": "`cpu_ram_efficient_loading` and `reshard_after_forward`, where they are not"
     " set, are true; `activation_checkpointing` becomes `gradient_checkpointing`",
     "gradient_checkpointing": "true, where `fsdp_config.activation_checkpointing` is",
-    "gradient_checkpointing_kwargs": "then, and where `loki.protect` has an anchor,"
-    " `{use_reentrant: false}`, if it is not set",
+    "gradient_checkpointing_kwargs": "then `{use_reentrant: false}`, where it is not set",
     "save_only_model": "true where checkpoints are saved: they hold the adapter alone",
 }
 
@@ -84,13 +83,10 @@ def is_fsdp2(cfg) -> bool:
     return bool(given) and str(version) == "2"
 
 
-def fsdp2_overrides(cfg, protect: ProtectArgs) -> tuple[dict[str, Any], list[Line]]:
+def fsdp2_overrides(cfg) -> tuple[dict[str, Any], list[Line]]:
     """The keys that an FSDP2 run gets, as they were proved, and lines that say so.
 
     Where a key is set to something else, `fsdp_faults` refuses it.
-
-    Args:
-        protect: of the `loki:` block.
     """
     changes: dict[str, Any] = {}
     given, inside, lines = _fsdp_config(cfg), dict(cfg["fsdp_config"]), []
@@ -110,13 +106,6 @@ def fsdp2_overrides(cfg, protect: ProtectArgs) -> tuple[dict[str, Any], list[Lin
         told(
             "fsdp_config.activation_checkpointing", True,
             "now `gradient_checkpointing: true`, as it was proved",
-        )  # fmt: skip
-    kwargs = {**(cfg.get("gradient_checkpointing_kwargs") or {})}
-    if cfg.get("gradient_checkpointing") and protect.anchor and "use_reentrant" not in kwargs:
-        changes["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
-        told(
-            "gradient_checkpointing_kwargs.use_reentrant", None,
-            "now False, for `loki.protect`'s anchor is a second pass",
         )  # fmt: skip
     if inside != dict(cfg["fsdp_config"]):
         changes["fsdp_config"] = inside
@@ -243,8 +232,8 @@ def let_anchor_pass(cfg, protect: ProtectArgs) -> None:
 
     DDP counts the gradients of each parameter, and a reentrant checkpoint, which is Axolotl's
     default, delivers them once for each pass: PyTorch ends such a step with "marked as ready
-    twice". So checkpoints are made non-reentrant, and the log says so; what is computed stays the
-    same. `fsdp_faults` has FSDP2's.
+    twice". Under FSDP2 they lose the gradient of the first pass. So checkpoints are made
+    non-reentrant, and the log says so; what is computed stays the same.
     """
     if ranks.count() == 1 or not protect.anchor or not cfg.get("gradient_checkpointing"):
         return

@@ -281,6 +281,9 @@ def test_it_trains_the_model_that_ddp_trains(runs, base, tied, form, rank):
     report = json.loads((out / "loki_report.json").read_text())
     assert report["verified"] is True and not report["faults"]
     assert report["verified_what"]["base"] == "every byte"
+    if form == "auto":
+        assert report["protection"]["soft"] is True and report["anchor_kl_last_step"] is not None
+        assert all(Directions.load(out / FILE_NAME).counts)
     # Mixed precision rounds other sums to bf16 than autocast does.
     bound = 1e-5 if rank is None else 0.05
     ddp = adapter_of(runs / f"{form}-ddp")
