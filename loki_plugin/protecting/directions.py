@@ -217,7 +217,7 @@ def has_default(path: str | os.PathLike) -> bool:
     try:
         with safe_open(path, "pt") as file:
             made = json.loads((file.metadata() or {}).get("loki", "{}")).get("made", {})
-            soft = any(is_soft(file.get_tensor(key)) for key in sorted(file.keys())[:1])
+            soft = any(is_soft(file.get_tensor(key)) for key in file.keys())
     except (OSError, SafetensorError, ValueError):
         return False  # `load` says what is wrong with it
     return soft and made.get("inputs") == AUTO["inputs"]

@@ -173,7 +173,7 @@ def test_an_adapter_of_the_default_goes_on_under_it(run_config, train, tmp_path)
 
 @pytest.mark.slow
 def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
-    run_config, train, tmp_path
+    run_config, train, tmp_path, our_log
 ):
     run_config["loki"]["protect"] = {"directions": 11}
     train(run_config)
@@ -195,7 +195,9 @@ def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
     report = json.loads((tmp_path / "more" / "loki_report.json").read_text())
     assert "anchor_kl_last_step" not in report
     (first / FILE_NAME).unlink()
+    our_log.clear()
     assert load(more).loki["protect"]["anchor"] == 0  # trained without any, and goes on so
+    assert f"its directions or none, as '{first}' was trained, and no anchor" in our_log.text
     more["loki"] = more["loki"] | {"protect": {"inputs": 0.9}}
     with pytest.raises(ValueError, match="was trained without protected inputs"):
         train(more)
