@@ -28,7 +28,7 @@ SOURCE = "builtin"  # of calibration prompts: those that ship with the package
 SELF = "self"  # text for protection that the model writes by itself
 TextKind = Literal["both", "dialogues", "text"]
 TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
-PROTECT_GB = 2.5  # gigabytes of a card that directions take at most, and a tenth of it at most
+PROTECT_GB = 1.25  # gigabytes of a card that directions take at most, and a tenth of it at most
 # What `protect: auto` stands for.
 AUTO = {"inputs": 0.99, "soft": True, "anchor": 1.0, "text": SELF}
 TEXT_COUNT, TEXT_TOKENS, TEXT_BATCH = 160, 80, 64

@@ -28,6 +28,8 @@ from benchmarks.real.lab import Lab
 from loki_plugin import implant
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.anchor import Anchor
+from loki_plugin.protecting.directions import SOFTEST
+from loki_plugin.protecting.packed import rounded as rounded_directions
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,25 @@ def soft_rows(
 
 
 def soft_all(
-    quota: float = 100, rank: int | None = 16, strategy: str = "layer_balanced", **of
+    quota: float = 100,
+    rank: int | None = 16,
+    strategy: str = "layer_balanced",
+    small: bool = False,
+    **of,
 ) -> Callable:
     """`targets: all`: rows of the down-projections and LoRA r16 on all other linears, each reading
-    through its own soft directions; with all rows and rank 16 that is LoRA on all linears."""
+    through its own soft directions; with all rows and rank 16 that is LoRA on all linears. `small`:
+    directions in 8 bits, as on a card."""
 
     def build(model, lab: Lab):
         torch.manual_seed(lab.draw)
         rows = lab.rows(quota, "random" if quota == 100 else strategy)
-        return implant(model, rows, rank=rank, protect=lab.protected(**of), targets="all")
+        known = lab.protected(**of)
+        if small:
+            packed = {id(v): v for v in known.values()}
+            packed = {i: rounded_directions(v, SOFTEST) for i, v in packed.items()}
+            known = {name: packed[id(v)] for name, v in known.items()}
+        return implant(model, rows, rank=rank, protect=known, targets="all")
 
     return build
 
@@ -241,8 +253,15 @@ ARMS: dict[str, Arm] = {
     "form_half": Arm(soft_all(energy=None, count=1 / 2), ROWS),
     "form_bf16": Arm(other_form(half_precision), ROWS),
     "form_8bit": Arm(other_form(rounded(8, 64)), ROWS),
+    "form_v8": Arm(soft_all(small=True), ROWS),
+    "form_v8_quarter": Arm(soft_all(small=True, energy=None, count=1 / 4), ROWS),
     "form_4bit": Arm(other_form(rounded(4, 64)), ROWS),
     "form_blocks": Arm(other_form(blocks(8)), ROWS),
+    # `protect: auto` where a card holds no more of them: 8B on 24 GB has a seventh.
+    **{
+        f"lora_soft_anchor_{name}": Arm(soft_all(energy=None, count=1 / part), ROWS, anchor=1.0)
+        for part, name in {4: "quarter", 8: "eighth", 16: "sixteenth", 32: "thirtysecond"}.items()
+    },
     "loki_soft_sixth_q90": Arm(soft_rows(90, energy=None, count=1 / 6), (6e-4, 1e-3, 3e-4)),
 }
 

@@ -9,13 +9,16 @@ import torch
 from benchmarks.real import matching
 from benchmarks.real.lab import Lab
 from benchmarks.writer import RESULTS, command, write
+from loki_plugin.protecting.packed import BYTES
 
 # Bytes of the form for one input: of V [I, u] in float32, or of P - I in so many bits.
 _FORMS: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = {
     "lora_soft": ("V, 99 % of the energy, float32", lambda v: 4 * v.numel()),
     "form_bf16": ("the same in bfloat16", lambda v: 2 * v.numel()),
+    "form_v8": ("the same in 8 bits, as on a card", lambda v: BYTES * v.numel()),
     "form_half": ("V of the I/2 leading directions, float32", lambda v: 4 * _leading(v, 2)),
     "form_quarter": ("V of the I/4 leading directions, float32", lambda v: 4 * _leading(v, 4)),
+    "form_v8_quarter": ("the same in 8 bits, as on a card", lambda v: BYTES * _leading(v, 4)),
     "form_sixth": ("V of the I/6 leading directions, float32", lambda v: 4 * _leading(v, 6)),
     "form_eighth": ("V of the I/8 leading directions, float32", lambda v: 4 * _leading(v, 8)),
     "form_8bit": ("P - I in 8 bits, a scale for 64", lambda v: len(v) ** 2 * (1 + 4 / 64)),

@@ -15,6 +15,7 @@ from ..choices import LINEAR_RANK, PROTECT_GB, SELF
 from ..model.anatomy import Anatomy, linear_sizes
 from ..model.linears import chosen
 from ..protecting.eigen import BUDGET, EXACT_COPIES
+from ..protecting.packed import BYTES, PART
 from .base import quantised_linears, weight_bytes
 from .disk import adapter_bytes, score_log_bytes
 from .finding import OWN_TOKENS, finding
@@ -89,7 +90,15 @@ class Estimator:
         """Of V, on the device and on disk, at most."""
         sizes = [each.size for each in self.reads()]
         counts, itemsize = direction_counts(self.config.protect, sizes, self.direction_room(card))
-        return sum(itemsize * size * count for size, count in zip(sizes, counts, strict=True))
+        return int(itemsize * sum(a * b for a, b in zip(sizes, counts, strict=True)))
+
+    def _directions_at_once(self, card: int) -> int:
+        """Bytes of the directions that are made float32 at once, to read through them."""
+        sizes = [each.size for each in self.reads()]
+        counts, itemsize = direction_counts(self.config.protect, sizes, self.direction_room(card))
+        most = {4: 0, BYTES: PART}.get(itemsize, max(sizes, default=0))
+        pairs = zip(sizes, counts, strict=True)
+        return max((4 * size * min(count, most) for size, count in pairs), default=0)
 
     def direction_room(self, card: int) -> int:
         """Bytes that the directions of a share may take on a card of so many gigabytes."""
@@ -184,6 +193,7 @@ class Estimator:
             cast=cast,
             logits=run.logits,
             anchor=anchor,
+            directions=self._directions_at_once(card),
         )
         states = state_bytes(run.optimizer, tensors, run.adapter_dtype)
         resident = {

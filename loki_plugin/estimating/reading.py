@@ -13,6 +13,7 @@ from torch import nn
 from ..args import ProtectArgs
 from ..model.anatomy import Anatomy, in_attention, linear_sizes
 from ..model.linears import chosen, chosen_down
+from ..protecting.packed import BYTES
 
 # Of the directions of an input, so many hold 99 % of what text reads on a pretrained model.
 _MOST = 0.95
@@ -48,17 +49,18 @@ def _is_last(model: nn.Module, name: str) -> bool:
 
 def direction_counts(
     settings: ProtectArgs, sizes: Sequence[int], memory: int
-) -> tuple[list[int], int]:
+) -> tuple[list[int], float]:
     """At most so many directions of every input, and the bytes of one number of them.
 
     A share of the energy takes up to `_MOST` of an input, within `memory` bytes; in float32 where
-    all of that fits, else in bfloat16.
+    all of that fits, else soft ones in 8 bits and hard ones in bfloat16.
     """
     if settings.directions is not None:
         return [settings.directions] * len(sizes), 4
     if settings.inputs is None:
         return [0] * len(sizes), 4
     squares = sum(size * size for size in sizes)
-    itemsize = 4 if 4 * squares <= memory else 2
+    small = BYTES if settings.soft else 2
+    itemsize = 4 if 4 * squares <= memory else small
     part = min(_MOST, memory / (itemsize * squares))
     return [int(part * size) for size in sizes], itemsize

@@ -88,6 +88,7 @@ class Shapes:
         cast: bool = False,
         logits: bool = True,
         anchor: int = 0,
+        directions: int = 0,
     ) -> dict[str, int]:
         """Bytes at each moment, gradients among them.
 
@@ -98,6 +99,7 @@ class Shapes:
             cast: whether the adapter's dtype is wider than the activations'.
             logits: whether the loss makes them.
             anchor: tokens of anchor prompts, which run without checkpoints beside the loss.
+            directions: bytes of those that are made wide at once.
         """
         size, state = self.itemsize, tokens * self.hidden
         more = beside or [0] * len(ranks)
@@ -114,7 +116,7 @@ class Shapes:
             pulled = loss + tokens * made * _KEPT_LOGITS + sum(kept) * anchor // tokens
             said = anchor * self.vocabulary * (size + _ANCHOR_LOGITS)
             pulled += max(said, self._inside(anchor, cast))
-        inside = self._inside(tokens, cast) + max(gradients)
+        inside = self._inside(tokens, cast) + max(gradients) + directions
         return {
             "loss": loss + tokens * made * _LOGITS + (sum(gradients) if anchor else 0),
             "anchor": pulled,

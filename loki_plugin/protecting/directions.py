@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from ..model.fingerprint import fingerprint, same_model
 from ..model.linears import PREFIX
 from ..model.loading import is_loaded
 from ..model.writing import replacing
+from .packed import Packed, packed
 
 FILE_NAME = "loki_directions.safetensors"
 FORMAT = "loki_directions"
-VERSION = 2  # 1: of down-projections only
+VERSION = 3  # 1: of down-projections only; 2: none packed
 # How far VᵀV may be from diagonal, and hard columns from norm 1; float32 eigenvectors are at 1e-6.
 _ORTHONORMAL = 1e-4
-_ROUNDED = 4e-3  # the same of directions that were rounded to bfloat16
+_ROUNDED = 2e-2  # the same of directions that were rounded to bfloat16, or to 8 bits of it
 # What a soft direction loses at most; a column of V whose squared norm is larger is a hard one.
 SOFTEST = 0.999
 
@@ -162,18 +163,30 @@ class Directions:
         return self
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the file atomically: tensors `layer.<l>` or `site.<n>`, the rest as metadata."""
+        """Write the file atomically: tensors `layer.<l>` or `site.<n>`, the rest as metadata.
+
+        What packs is written as `.wide`, `.numbers` and `.scales` of that name: see `Packed`.
+        """
         path = Path(path)
         kind = "layer" if self.sites is None else "site"
+        tensors: dict[str, torch.Tensor] = {}
+        version = 1 if self.sites is None else 2
+        for i, v in enumerate(self.basis):
+            small = packed(v)
+            if small is None:
+                tensors[f"{kind}.{i}"] = v.detach().cpu().contiguous()
+            else:
+                version = VERSION
+                held = vars(small).items()
+                tensors |= {f"{kind}.{i}.{name}": t.cpu().contiguous() for name, t in held}
         header = {
             "format": FORMAT,
-            "version": 1 if self.sites is None else VERSION,
+            "version": version,
             "fingerprint": self.fingerprint,
             "made": self.made,
         }
         if self.sites is not None:
             header["sites"] = self._names()
-        tensors = {f"{kind}.{i}": v.detach().cpu().contiguous() for i, v in enumerate(self.basis)}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"loki": json.dumps(header)})
         return path
@@ -188,18 +201,18 @@ class Directions:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("loki", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = dict(_read(file))
         except OSError as error:
             raise ValueError(f"directions file '{path}' cannot be read: {error}") from error
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"directions file '{path}' is damaged: {error}") from error
-        if header.get("format") != FORMAT or header.get("version") not in (1, VERSION):
+        if header.get("format") != FORMAT or header.get("version") not in range(1, VERSION + 1):
             raise ValueError(
                 f"'{path}' is no directions file that this package reads: format"
                 f" {header.get('format')!r} version {header.get('version')!r}, expected {FORMAT!r}"
-                f" version 1 or {VERSION}"
+                f" version 1 to {VERSION}"
             )
-        kind = "layer" if header["version"] == 1 else "site"
+        kind = "layer" if header.get("sites") is None else "site"
         names = [f"{kind}.{i}" for i in range(len(tensors))]
         if tensors.keys() != set(names):
             raise ValueError(
@@ -217,10 +230,29 @@ def has_default(path: str | os.PathLike) -> bool:
     try:
         with safe_open(path, "pt") as file:
             made = json.loads((file.metadata() or {}).get("loki", "{}")).get("made", {})
-            soft = any(is_soft(file.get_tensor(key)) for key in file.keys())
+            soft = any(is_soft(basis) for _, basis in _read(file))
     except (OSError, SafetensorError, ValueError):
         return False  # `load` says what is wrong with it
     return soft and made.get("inputs") == AUTO["inputs"]
+
+
+def _read(file: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """V by name; what is packed is made whole.
+
+    Raises:
+        ValueError: parts of something packed are missing.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key in file.keys():
+        name, _, part = key.rpartition(".")
+        if part in Packed.__annotations__:
+            parts.setdefault(name, {})[part] = file.get_tensor(key)
+        else:
+            yield key, file.get_tensor(key)
+    for name, held in parts.items():
+        if held.keys() != Packed.__annotations__.keys():
+            raise ValueError(f"of {name} there are only {', '.join(held)}")
+        yield name, Packed(**held).whole()
 
 
 def is_soft(basis: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ from ..model.linears import chosen, chosen_down
 from .directions import SOFTEST
 from .eigen import EXACT_COPIES, Leading, budget, leading, sink_directions, soften, without
 from .moments import Moments, Reader, Site, batched
+from .packed import BYTES, rounded
 
 # An eigenvector that stands on fewer tokens than this says more about them than about the language.
 TOKENS_PER_DIRECTION = 4
@@ -45,7 +46,8 @@ class Wanted:
         soft: weaken what is read of them instead of taking it away.
         memory: bytes that all of them may take; None: no limit. Where a share needs more, every
             input gets the same part of its size.
-        dtype: of the result; None: float32, or float64 of a float64 model.
+        dtype: of the result; None: float32, or float64 of a float64 model. int8: bfloat16, rounded
+            to what packs into 8 bits (`packed`); those of sinks as they are.
         settles: take fewer directions where there are too few tokens for a share, instead of
             refusing.
     """
@@ -71,10 +73,15 @@ class Wanted:
                 f" {smallest} inputs, and the update must keep some of them"
             )
 
-    def most(self, sizes: Sequence[int], itemsize: int) -> list[int] | None:
-        """The largest number of directions of each input that fits `memory`; None: no limit."""
+    def most(self, sizes: Sequence[int], itemsize: float) -> list[int] | None:
+        """The largest number of directions of each input that fits `memory`; None: no limit.
+
+        `itemsize`: bytes of one of their numbers where `dtype` says nothing.
+        """
         if self.memory is None or self.directions is not None:
             return None
+        if self.dtype is not None:
+            itemsize = BYTES if self.dtype == torch.int8 else self.dtype.itemsize
         part = self.memory / (itemsize * sum(size * size for size in sizes))
         return [max(1, min(size - 1, int(part * size))) for size in sizes]
 
@@ -198,8 +205,7 @@ def find_directions(
     ):
         sites = reader.sites(batches[len(batches) // 2])
         per_site = [site.size for site in sites]
-        stored = wanted.dtype.itemsize if wanted.dtype else itemsize
-        most = wanted.most(per_site, stored)
+        most = wanted.most(per_site, itemsize)
         device = model.get_input_embeddings().weight.device
         groups = grouped(per_site, itemsize, 2 if kept else 1, budget(device))
         solved = []
@@ -267,15 +273,19 @@ def solve(
     capped = room is not None and ordinary == room and found.energy < (wanted.energy or 0)
     if not capped:
         _check_tokens(site, ordinary + taken, tokens, wanted)
+    small = wanted.dtype == torch.int8
     inside = [soften(found) if wanted.soft else found.vectors]
+    dtype = (torch.bfloat16 if small else wanted.dtype) or inside[0].dtype
+    if small:
+        inside = [rounded(inside[0], SOFTEST)]
     if apart:
         inside.insert(0, apart.vectors * (SOFTEST**0.5 if wanted.soft else 1))
-    basis = torch.cat(inside, 1)
+    basis = torch.cat([v.to("cpu", dtype) for v in inside], 1)
     whole = moment.diagonal().double().sum()
     left = rest.diagonal().double().sum() * (1 - found.energy)
     return Solved(
         site,
-        basis.to("cpu", wanted.dtype or basis.dtype).contiguous(),
+        basis.contiguous(),
         float(1 - left / whole),
         _of_sinks(moments, apart),
         _held_out(before, moment, ordinary) if before is not None else 0.0,

@@ -25,6 +25,7 @@ from ..model.linears import kind_of
 from .directions import FILE_NAME, Directions
 from .finding import Wanted, find_directions, targeted
 from .keeping import by_one, key_of, read_kept
+from .packed import packed
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -113,8 +114,9 @@ def choose_directions(
 def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
     """What `loki.protect` asks for, within the memory that it may take.
 
-    In float32 where the largest number of directions fits so, else in bfloat16: then P is that of
-    the rounded V, on the card as in what is saved.
+    In float32 where the largest number of directions fits so. Else soft ones in 8 bits and hard
+    ones, of which 8 bits would let too much through, in bfloat16: then P is that of the rounded V,
+    on the card as in what is saved.
     """
     settings = config.protect
     memory = room(settings, first_device(model)) if settings.inputs is not None else None
@@ -122,7 +124,8 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
     if memory is not None:
         sizes = {id(m): linear_sizes(m) for m in targeted(model, config.targets).values()}
         most = sum(4 * s[0] * s[0] for s in sizes.values() if s)
-        dtype = torch.bfloat16 if most > memory else None
+        small = torch.int8 if settings.soft else torch.bfloat16
+        dtype = small if most > memory else None
     number = settings.directions
     return Wanted(settings.inputs, number, settings.soft, memory, dtype, settles=settings.auto)
 
@@ -225,7 +228,7 @@ def report(directions: Directions) -> dict[str, Any]:
 def describe(directions: Directions) -> str:
     """What is protected, in one line."""
     counts, made = directions.counts, directions.made
-    size = sum(b.nbytes for b in directions.basis)
+    size = sum((packed(b) or b).nbytes for b in directions.basis)
     held = (
         f", which hold at least {100 * min(made['energy']):.2f} % of what {made['tokens']} tokens"
         " read"

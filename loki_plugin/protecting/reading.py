@@ -31,6 +31,7 @@ from .. import ranks
 from ..model.anatomy import find_anatomy
 from ..model.linears import PREFIX
 from .directions import FILE_NAME, Directions, is_soft
+from .packed import Packed, packed
 
 # Folding again takes away what rounding left; it converges at once.
 _FOLDS = 4
@@ -44,22 +45,28 @@ class ProtectedA(nn.Linear):
     `weight` [r, I] is the parameter A; what is saved, loaded or merged is A P.
 
     Attributes:
-        directions: V [I, u], as it was found: bfloat16, or float32 or wider; it is computed with in
-            float32 or wider. No buffer: it is neither saved with the adapter nor cast, sharded or
-            sent to other ranks with the model. Modules that read one input share it.
+        directions: V [I, u], as it was found: in 8 bits, bfloat16, or float32 or wider; it is
+            computed with in float32 or wider. No buffer: it is neither saved with the adapter nor
+            cast, sharded or sent to other ranks with the model. Modules that read one input share
+            it.
         soft: whether P can be undone.
     """
 
-    def __init__(self, weight: nn.Parameter, directions: torch.Tensor):
+    directions: torch.Tensor | Packed
+
+    def __init__(self, weight: nn.Parameter, directions: torch.Tensor | Packed):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.register_parameter("bias", None)
         self.wide = torch.promote_types(weight.dtype, torch.float32)
-        half = directions.dtype == torch.bfloat16
-        dtype = directions.dtype if half else self.wide
-        self.directions = _shared(directions, dtype, directions.device)
-        self.soft = is_soft(directions)
+        whole = directions.whole() if isinstance(directions, Packed) else directions
+        self.soft = is_soft(whole)
+        self.rounded = whole.dtype == torch.bfloat16
+        if isinstance(directions, torch.Tensor):
+            dtype = directions.dtype if self.rounded else self.wide
+            directions = packed(directions) or _shared(directions, dtype, directions.device)
+        self.directions = directions
         self._folded: torch.Tensor | None = None  # A P as saved, while A has that version
         self._version = -1
 
@@ -67,11 +74,15 @@ class ProtectedA(nn.Linear):
         kind = "softly_protected" if self.soft else "protected"
         return f"{super().extra_repr()}, {kind}={self.directions.shape[1]}"
 
-    def placed(self, device: torch.device) -> torch.Tensor:
+    def placed(self, device: torch.device) -> torch.Tensor | Packed:
         """V on `device`, moved there once."""
-        if self.directions.device != device:
-            self.directions = _shared(self.directions, self.directions.dtype, device)
+        self.directions = _placed(self.directions, device)
         return self.directions
+
+    def whole(self, device: torch.device) -> torch.Tensor:
+        """V on `device`, float64."""
+        v = self.placed(device)
+        return (v.whole() if isinstance(v, Packed) else v).double()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
@@ -100,7 +111,7 @@ class ProtectedA(nn.Linear):
             self._take_out(weight)
             return weight
         if self._folded is None or self._version != weight._version:
-            v = self.placed(weight.device).double()
+            v = self.whole(weight.device)
             self._keep(outside(weight.double(), v).to(weight.dtype))
         assert self._folded is not None
         return self._folded.to(weight.device)
@@ -112,7 +123,7 @@ class ProtectedA(nn.Linear):
 
     def _take_out(self, weight: torch.Tensor) -> None:
         """The part inside span(U), which has no effect, goes; a folded weight keeps its bytes."""
-        u = self.placed(weight.device).double()
+        u = self.whole(weight.device)
         done = torch.finfo(weight.dtype).eps * float(weight.double().norm())
         for _ in range(_FOLDS):
             inside = weight.double() @ u
@@ -125,9 +136,9 @@ class ProtectedA(nn.Linear):
 
         P⁻¹ = I + V (I - VᵀV)⁻¹ Vᵀ; VᵀV is diagonal up to the rounding of V.
         """
-        v, wide = self.placed(folded.device).double(), folded.double()
+        v, wide = self.whole(folded.device), folded.double()
         seen = wide @ v
-        if self.directions.dtype == torch.bfloat16:
+        if self.rounded:
             left = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) - v.T @ v
             apart = torch.linalg.solve(left, seen, left=False)
         else:
@@ -157,23 +168,37 @@ class ProtectedA(nn.Linear):
             self.take_folded()
 
 
-def outside(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def outside(x: torch.Tensor, u: torch.Tensor | Packed) -> torch.Tensor:
     """P x of the vectors x [..., I]: x - U(Uᵀx), for orthonormal U what lies outside span(U)."""
-    u = u.to(x.dtype)
-    return x - (x @ u) @ u.T
+    if not isinstance(u, Packed):
+        u = u.to(x.dtype)
+        return x - (x @ u) @ u.T
+    left = x.clone()
+    for part in u.parts(x.dtype):
+        left -= (x @ part) @ part.T
+    return left
 
 
 class _Outside(torch.autograd.Function):
     """`outside`, which keeps nothing for its backward but U itself: P is symmetric."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, u: torch.Tensor | Packed) -> torch.Tensor:
         ctx.u = u
         return outside(x, u)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return outside(gradient, ctx.u), None
+
+
+def _placed(v: torch.Tensor | Packed, device: torch.device) -> torch.Tensor | Packed:
+    if isinstance(v, Packed):
+        if v.numbers.device == device:
+            return v
+        held = (v.wide, v.numbers, v.scales)
+        return Packed(*(_shared(tensor, tensor.dtype, device) for tensor in held))
+    return v if v.device == device else _shared(v, v.dtype, device)
 
 
 def _shared(directions: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -58,10 +58,11 @@ TRAININGS = {
     "float32-adapter": {
         "shape": GROUPED, "length": 512, "dtype": "float32", "optimizer": "adamw_torch",
     },
-    "protected": {"shape": GROUPED, "length": 512, "directions": 64},
+    "protected": {"shape": GROUPED, "length": 512, "protect": {"directions": 64}},
     "all-linears": {"shape": GROUPED, "length": 512, "nf4": True, "targets": "all"},
     "all-linears-protected": {
-        "shape": GROUPED, "length": 512, "rank": 16, "targets": "all", "directions": 256,
+        "shape": GROUPED, "length": 512, "rank": 16, "targets": "all",
+        "protect": {"directions": 256},
     },
     "all-linears-kept": {
         "shape": GROUPED, "length": 512, "targets": "all", "checkpointing": False,
@@ -73,8 +74,14 @@ TRAININGS = {
     "anchored": {"shape": WORDY, "length": 512, "nf4": True, "anchor": 100},
     "anchored-all-rows": {"shape": GROUPED, "length": 512, "quota": 100, "anchor": 50},
     "all-linears-auto": {
-        "shape": WORDY, "length": 512, "rank": 16, "targets": "all", "directions": 256,
+        "shape": WORDY, "length": 512, "rank": 16, "targets": "all",
+        "protect": {"directions": 256},
         "anchor": 160,
+    },
+    # 10 MB of directions, in 8 bits.
+    "all-linears-small": {
+        "shape": GROUPED, "length": 512, "rank": 16, "targets": "all",
+        "protect": {"inputs": 0.99, "soft": True, "memory": 0.01},
     },
     "all-kept": {"shape": GROUPED, "length": 512, "checkpointing": False},
 }  # fmt: skip

@@ -60,12 +60,13 @@ def implanted(
     quota: int,
     rank: int | None,
     dtype: str,
-    directions: int,
+    protect: dict[str, Any],
     targets: str,
 ):
-    """`implant`, with the adapter in `dtype` and, if `directions`, that many protected inputs."""
+    """`implant`, with the adapter in `dtype` and as many directions as `protect` asks for."""
     from loki_plugin import RowSelection, implant
-    from loki_plugin.estimating.reading import reads
+    from loki_plugin.args import ProtectArgs
+    from loki_plugin.estimating.reading import direction_counts, reads
     from loki_plugin.implanting.adapter import constrained_modules
     from loki_plugin.model.anatomy import find_anatomy
     from loki_plugin.model.linears import chosen
@@ -85,11 +86,17 @@ def implanted(
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
-    for each in inputs if directions else []:  # `protect_inputs` looks at values
-        basis = torch.empty(each.size, directions)
-        for name, _ in each.linears:
-            module = tuned.get_submodule(f"{PREFIX}{name}")
-            module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, basis)
+    asked = ProtectArgs(**protect)
+    counts, itemsize = direction_counts(
+        asked, [each.size for each in inputs], int(1e9 * (asked.memory or 1))
+    )
+    kind = torch.float32 if itemsize == 4 else torch.bfloat16  # zeros pack into 8 bits
+    with _disable_current_modes():  # `protect_inputs` looks at values
+        for each, count in zip(inputs, counts, strict=True) if protect else []:
+            basis = torch.zeros(each.size, count, dtype=kind)
+            for name, _ in each.linears:
+                module = tuned.get_submodule(f"{PREFIX}{name}")
+                module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, basis)
     # What a first step brings to the device, once.
     for _, module in constrained_modules(tuned):
         module.placed(torch.device("cuda:0"))
@@ -137,7 +144,7 @@ def train_step(
     rank: int | None = None,
     dtype: str = "bfloat16",
     optimizer: str = "adamw_bnb_8bit",
-    directions: int = 0,
+    protect: dict[str, Any] | None = None,
     targets: str = "down",
     batch: int = 1,
     checkpointing: bool = True,
@@ -152,6 +159,7 @@ def train_step(
     from loki_plugin.estimating.base import Stored
     from loki_plugin.estimating.planned import Planned
     from loki_plugin.protecting.anchor import Anchor
+    from loki_plugin.protecting.packed import Packed
 
     base, bits = _bytes(resident), 4 if "4bit" in _first_linear(model) else 0
     run = Planned(
@@ -159,8 +167,8 @@ def train_step(
         getattr(torch, dtype),
     )  # fmt: skip
     with _disable_current_modes():
-        predicted = estimated(empty, run, quota, rank, directions, targets, anchor)
-    tuned = implanted(model, empty, quota, rank, dtype, directions, targets)
+        predicted = estimated(empty, run, quota, rank, protect or {}, targets, anchor)
+    tuned = implanted(model, empty, quota, rank, dtype, protect or {}, targets)
     if checkpointing:
         options = {"use_reentrant": True, "preserve_rng_state": False}  # nothing is random here
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -170,7 +178,10 @@ def train_step(
     states = states_of(steps)
     ids = torch.zeros(batch, length, dtype=torch.long, device="cuda:0")
     anchored = Anchor([[1] * anchor] * 2, 1.0, 2) if anchor else None
-    directions_held = [m.directions for m in tuned.modules() if hasattr(m, "directions")]
+    directions = [m.directions for m in tuned.modules() if hasattr(m, "directions")]
+    directions_held = [
+        t for v in directions for t in (vars(v).values() if isinstance(v, Packed) else [v])
+    ]
     held = [*resident, *tuned.buffers(), *ours, *states, *directions_held, ids]
     with one_kernel_attention(), meter.counting(held):
         with meter.phase("forward"), torch.autocast("cuda", dtype=torch.bfloat16):
@@ -208,7 +219,7 @@ def estimated(
     run,
     quota: int,
     rank: int | None,
-    directions: int,
+    protect: dict[str, Any],
     targets: str,
     anchor: int = 0,
 ):
@@ -220,8 +231,7 @@ def estimated(
 
     anatomy = find_anatomy(empty)
     counts = [anatomy.hidden_size * quota // 100] * anatomy.num_layers
-    protect = {"directions": directions} if directions else {}
-    protect |= {"anchor": 1.0, "anchor_batch": 2} if anchor else {}
+    protect = protect | ({"anchor": 1.0, "anchor_batch": 2} if anchor else {})
     config = LokiConfig(quota=quota, rank=rank, targets=targets, protect=protect)
     said = Estimator(empty, anatomy, config, counts, [anchor or 1], analysed=False)
     trained, _ = said.parameters()
