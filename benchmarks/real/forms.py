@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.real import matching
 from benchmarks.real.lab import Lab
-from benchmarks.writer import RESULTS, command, write
+from benchmarks.writer import RESULTS, command, table, write
 from loki_plugin.protecting.packed import BYTES
 
 # Bytes of the form for one input: of V [I, u] in float32, or of P - I in so many bits.
@@ -31,7 +31,18 @@ def _leading(v: torch.Tensor, part: int) -> int:
     return len(v) * (len(v) // part)
 
 
-def compare(lab: Lab, task: str) -> list[dict]:
+# The same beside an anchor, as `protect: auto` has it; its bytes are those in 8 bits.
+_ANCHORED: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = {
+    "lora_soft_anchor": ("99 % of the energy", lambda v: BYTES * v.numel()),
+    "lora_soft_anchor_quarter": ("I/4", lambda v: BYTES * _leading(v, 4)),
+    "lora_soft_anchor_eighth": ("I/8", lambda v: BYTES * _leading(v, 8)),
+    "lora_soft_anchor_sixteenth": ("I/16", lambda v: BYTES * _leading(v, 16)),
+    "lora_soft_anchor_thirtysecond": ("I/32", lambda v: BYTES * _leading(v, 32)),
+    "lora_anchor": ("none", lambda v: 0),
+}
+
+
+def compare(lab: Lab, task: str, forms=_FORMS, name: str = "form") -> list[dict]:
     """A line per form that ran on `task`, at the task loss where arms are compared."""
     rows = matching.read(RESULTS)
     lines = {
@@ -42,13 +53,13 @@ def compare(lab: Lab, task: str) -> list[dict]:
     # Layers that read one input share its directions.
     shared = {id(v): v for v in lab.protected().values()}.values()
     found = []
-    for arm, (about, size) in _FORMS.items():
+    for arm, (about, size) in forms.items():
         if arm not in lines or lines[arm]["kl_dialogues"] is None:
             continue
         line = lines[arm]
         found.append(
             {
-                "form": about,
+                name: about,
                 "MB": round(sum(map(size, shared)) / 1e6),
                 "KL, its own answers": round(line["kl_dialogues"], 3),
                 "of LoRA's": round(line["of_lora"], 3),
@@ -63,10 +74,13 @@ def compare(lab: Lab, task: str) -> list[dict]:
 def report(lab: Lab) -> None:
     """Write `results/real_forms.md`."""
     goal = matching.goals("snips", "task_loss")
+    anchored = table(compare(lab, "snips", _ANCHORED, "directions of an input"))
     write(
         "real_forms",
         f"{lab.name}, snips: LoRA r16 on all linears that reads through P, without an anchor, at a"
         f" held-out loss of {goal}; seed 0. MB: all inputs of the model together.",
         command("real", DATA=str(lab.data.folder)),
         compare(lab, "snips"),
+        more="With an anchor, as `protect: auto` has it, and fewer and fewer directions; MB in 8"
+        f" bits. Seed 0, of the first line three.\n\n{anchored}",
     )

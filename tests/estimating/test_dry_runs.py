@@ -130,7 +130,8 @@ def test_a_training_step_takes_what_the_formula_says(found, case):
     assert predicted["weights_bytes"] == pytest.approx(result["base_bytes"], rel=1e-3)
     assert predicted["adapter_bytes"] == result["trained_bytes"]
     assert predicted["optimizer_bytes"] == result["state_bytes"]
-    assert predicted["directions_bytes"] == result["directions_bytes"]
+    # Of directions in 8 bits a sixteenth, rounded down, has 16.
+    assert predicted["directions_bytes"] == pytest.approx(result["directions_bytes"], rel=2e-3)
 
 
 @pytest.mark.parametrize("case", TRAININGS)

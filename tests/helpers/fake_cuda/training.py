@@ -70,6 +70,7 @@ def implanted(
     from loki_plugin.implanting.adapter import constrained_modules
     from loki_plugin.model.anatomy import find_anatomy
     from loki_plugin.model.linears import chosen
+    from loki_plugin.protecting.packed import BYTES, WIDE
     from loki_plugin.protecting.reading import ProtectedA, protected_modules
 
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
@@ -90,10 +91,12 @@ def implanted(
     counts, itemsize = direction_counts(
         asked, [each.size for each in inputs], int(1e9 * (asked.memory or 1))
     )
-    kind = torch.float32 if itemsize == 4 else torch.bfloat16  # zeros pack into 8 bits
+    kind = torch.float32 if itemsize == 4 else torch.bfloat16
     with _disable_current_modes():  # `protect_inputs` looks at values
         for each, count in zip(inputs, counts, strict=True) if protect else []:
             basis = torch.zeros(each.size, count, dtype=kind)
+            if itemsize == BYTES:  # the first columns are no numbers of 8 bits
+                basis[0, : count // WIDE], basis[1, : count // WIDE] = 0.5, 0.0005
             for name, _ in each.linears:
                 module = tuned.get_submodule(f"{PREFIX}{name}")
                 module.lora_A["default"] = ProtectedA(module.lora_A["default"].weight, basis)
