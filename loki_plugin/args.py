@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
+    ValidationError,
     field_serializer,
     model_validator,
 )
 
 from .choices import (
+    ALL,
     AUTO,
     BATCH_SIZE,
     DOWN,
@@ -49,14 +54,22 @@ def _not_bool(value):
     return value
 
 
+def _at_home(value):
+    """A path that begins with `~` as a shell would give it."""
+    if isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
+File = Annotated[str, BeforeValidator(_at_home)]
 
 
 class CalibrationArgs(_Block):
     """Where the calibration prompts come from."""
 
-    source: str = Field(
+    source: File = Field(
         SOURCE,
         min_length=1,
         description="`builtin` (shipped with the package), `mmlu` (cais/mmlu), a path to a"
@@ -183,7 +196,7 @@ class ProtectArgs(_Block):
     anchor_every: Count = Field(
         1, ge=1, description="steps from one anchor to the next, which then counts that many times"
     )
-    text: str | None = Field(
+    text: File | None = Field(
         None,
         min_length=1,
         description="more text for protection only: a .txt or .jsonl file, or `self`: the model"
@@ -207,11 +220,11 @@ class ProtectArgs(_Block):
     @classmethod
     def _from_a_word(cls, given):
         if given == "off" or given is False:  # YAML reads the word `off` as false
-            return {}
+            return {"auto": False}
         given = {"auto": True} if given == "auto" else given
         if isinstance(given, str):
             raise ValueError(f"got {given!r}, expected `auto`, `off`, or a block of settings")
-        if isinstance(given, dict) and given.get("auto") is True:
+        if isinstance(given, dict) and _is_true(given.get("auto")):
             own = AUTO if given.get("directions") is None else AUTO.keys() - {"inputs"}
             given = {k: AUTO[k] for k in AUTO if k in own} | given
         return given
@@ -230,17 +243,25 @@ class ProtectArgs(_Block):
                 " nothing; give at least 2"
             )
         if self.memory is not None and self.inputs is None:
-            raise ValueError("`memory` limits the directions of a share; set `inputs` too")
+            raise ValueError(
+                "`memory` limits the directions of a share; set `auto: true` or `inputs` too"
+            )
         if self.text is not None and not self.on:
             raise ValueError(
                 "`text` needs something to protect: set `inputs`, `directions` or `anchor`"
             )
         if self.count != TEXT_COUNT and self.text != SELF:
-            raise ValueError("`count` says how many texts the model writes; set `text: self` too")
+            raise ValueError(
+                "`count` says how many texts the model writes; set `auto: true` or `text: self` too"
+            )
         if self.anchor_batch != type(self).model_fields["anchor_batch"].default and not self.anchor:
-            raise ValueError("`anchor_batch` is the batch of `anchor`, which is off; set it too")
+            raise ValueError(
+                "`anchor_batch` is the batch of `anchor`, which is off; set it or `auto: true` too"
+            )
         if self.anchor_every > 1 and not self.anchor:
-            raise ValueError("`anchor_every` belongs to `anchor`, which is off; set it too")
+            raise ValueError(
+                "`anchor_every` belongs to `anchor`, which is off; set it or `auto: true` too"
+            )
         return self
 
 
@@ -260,13 +281,13 @@ class LokiConfig(_Block):
     )
     magnitude: bool = Field(False, description="rank |score| instead of the signed score")
     seed: Count = Field(SEED, ge=0, description="seed of the `random` strategy")
-    rows: str | None = Field(None, description="a rows file; skips analysing and selecting")
-    targets: str | list[str] = Field(
+    rows: File | None = Field(None, description="a rows file; skips analysing and selecting")
+    targets: Annotated[str | list[str], BeforeValidator(lambda v: _targets(v))] = Field(
         DOWN,
         min_length=1,
         description="what trains: `down`, rows of the down-projections; `all`, a LoRA on every"
-        " other linear of the decoder too; or a list of names, or a regular expression, as"
-        " `lora_target_modules` has them",
+        " other linear of the decoder too; or a name, a list of names, or a regular expression for"
+        " whole names, as `lora_target_modules` has them",
     )
     linear_rank: Count | None = Field(
         None,
@@ -274,13 +295,13 @@ class LokiConfig(_Block):
         description="rank of the LoRA on linears besides the down-projections; null = `rank`, else"
         f" the YAML's `lora_r`, else {LINEAR_RANK}",
     )
-    exclude: list[str] = Field(
+    exclude: list[File] = Field(
         default_factory=list, description="rows files whose rows must not train again"
     )
     calibration: CalibrationArgs = Field(default_factory=CalibrationArgs)
     attribution: AttributionArgs = Field(default_factory=AttributionArgs)
     protect: ProtectArgs = Field(default_factory=lambda: ProtectArgs(auto=True))
-    cache_dir: str | None = Field(
+    cache_dir: File | None = Field(
         None,
         description="where score logs are kept; null = $LOKI_CACHE_DIR, else the platform's user"
         " cache folder",
@@ -312,6 +333,33 @@ class LokiConfig(_Block):
         " registers a configuration again, when `adapter` and `lora_r` are the carrier's)",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _registered_before(cls, given):
+        """Axolotl drops nulls on its way from the registration to the run: where all else is there,
+        and `form`, what is missing is null, and `auto` has been filled in."""
+        nullable = {
+            name for name, f in cls.model_fields.items() if type(None) in get_args(f.annotation)
+        }
+        if not isinstance(given, dict) or not given.get("form"):
+            return given
+        if not cls.model_fields.keys() - nullable <= given.keys():
+            return given
+        given = dict.fromkeys(nullable) | given
+        plain = {name: ProtectArgs.model_fields[name].default for name in AUTO}
+        return given | {"protect": plain | given["protect"]}
+
+    @model_validator(mode="after")
+    def _protects_or_says_not(self):
+        says = {"auto", "inputs", "directions", "anchor"}
+        if self.form is None and not self.protect.on and not says & self.protect.model_fields_set:
+            if "protect" in self.model_fields_set:
+                raise ValueError(
+                    "`protect` is a block that protects nothing; take it out or set `auto: true` in"
+                    " it for the default, or write `protect: off`"
+                )
+        return self
+
     @model_validator(mode="after")
     def _form_and_rank_agree(self):
         if self.linear_rank is not None and self.targets == DOWN:
@@ -331,6 +379,33 @@ class LokiConfig(_Block):
     @field_serializer("quota", when_used="json")
     def _plain_quota(self, value: Decimal) -> int | float:
         return plain_number(value)
+
+
+def _is_true(value) -> bool:
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False  # the field says what it expected
+
+
+def _targets(value):
+    """One name is a list of it; another text is a regular expression, which must be one."""
+    if isinstance(value, list):
+        words = [v for v in value if v in (DOWN, ALL)]
+        if words:
+            raise ValueError(f"`{words[0]}` stands by itself: write `targets: {words[0]}`")
+        if "" in value:
+            raise ValueError("one of the names is empty")
+    elif isinstance(value, str) and value not in (DOWN, ALL):
+        if re.fullmatch(r"[\w.]+", value):
+            return [value]
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{value!r} is no regular expression ({error}); names go into a list"
+            ) from None
+    return value
 
 
 def _quota(value):

@@ -157,8 +157,7 @@ def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiCo
         return config
     linear_rank = config.linear_rank or rank or _rank(cfg.get("lora_r")) or LINEAR_RANK
     lines.append(("linears", f"besides rows of the down-projections: LoRA of rank {linear_rank}"))
-    given = config.model_dump(mode="json", exclude_none=True)
-    return LokiConfig(**given | {"linear_rank": linear_rank})
+    return config.model_copy(update={"linear_rank": linear_rank})
 
 
 def _with_targets(cfg) -> Any:

@@ -60,6 +60,9 @@ def row_dim(module: nn.Module) -> int:
     return int(type(getattr(module, "base_layer", module)).__name__ == "Conv1D")
 
 
+_HOW = "; a text is a regular expression for whole names, as in `.*\\.(q_proj|v_proj)`"
+
+
 def kind_of(name: str) -> str:
     """What a module is called in every layer: `model.layers.3.self_attn.q_proj` -> `q_proj`."""
     return name.rpartition(".")[2]
@@ -93,7 +96,7 @@ def chosen(model: nn.Module, anatomy: Anatomy, targets: str | Sequence[str]) -> 
         kinds = sorted({kind_of(name) for name in every})
         raise ValueError(
             f"targets: no linear module of a decoder layer is called {', '.join(unknown)}; there"
-            f" are {', '.join(kinds)}, or write `all`"
+            f" are {', '.join(kinds)}, or write `all`" + (_HOW if targets == wanted[0] else "")
         )
     return tuple(name for name in others if any(_named(name, t, targets) for t in wanted))
 

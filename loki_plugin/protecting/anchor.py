@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .. import ranks
 from ..model.loading import is_sharded
@@ -86,6 +86,7 @@ class Anchor:
         However many micro steps are accumulated, their anchors add up to λ times the mean KL.
         """
         compute = trainer.compute_loss
+        trainer.add_callback(_FromTheStart(self))
 
         def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
             found = compute(
@@ -169,6 +170,17 @@ class Lumped(torch.autograd.Function):
         q *= grad * (1 - p[:, -1:] / rest)  # in place: a second backward is an error
         q.scatter_(-1, tokens, grad * (top.exp() - p[:, :-1]))
         return q.to(ctx.dtype), None, None
+
+
+class _FromTheStart(TrainerCallback):
+    """A training that begins again in the same process (`auto_find_batch_size`, after an
+    out-of-memory) draws what a fresh one draws."""
+
+    def __init__(self, anchor: Anchor):
+        self.anchor = anchor
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.anchor._step, self.anchor._micro = -1, 0
 
 
 def _counted(trainer: Trainer, num_items_in_batch) -> int:

@@ -31,11 +31,11 @@ def by_one(model: nn.Module, work: Callable[[], Any]) -> tuple[Any, int]:
 
 def read_kept(path: Path, read: Callable[[], T], otherwise: str) -> T | None:
     """What the cache keeps at `path`; None where it keeps nothing, or something damaged."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         found = read()
-    except ValueError as error:
+    except (ValueError, PermissionError) as error:
         LOG.warning("loki: %s; %s", error, otherwise)
         return None
     use(path)

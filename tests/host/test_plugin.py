@@ -48,6 +48,66 @@ def test_protect_off_as_a_yaml_has_it(run_config, word):
     assert not found.reads and not found.anchor and not found.auto
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"protect": {"auto": True, "inputs": None, "soft": False}},
+        {"protect": {"auto": True, "inputs": None, "directions": 4}},
+        {"protect": {"auto": True, "text": None}},
+        {"protect": {"auto": True, "anchor": 0}},
+        {"cache_limit": None},
+        {"rank": None, "rows": None, "stop_forgetting": None, "calibration": {"max_tokens": None}},
+    ],
+    ids=lambda block: ", ".join(block),
+)
+def test_null_stays_null_on_the_way_to_the_run(run_config, block):
+    """Axolotl drops nulls; a default or what `auto` stands for must not come in their place."""
+    block = run_config["loki"] | block
+    cfg = load(run_config | {"loki": block})
+    ran = LokiConfig(**cfg.loki.to_dict())
+    assert ran == LokiConfig(**block, form="dense")
+    given = {k: v for part in block.values() if isinstance(part, dict) for k, v in part.items()}
+    told = ran.protect.model_dump() | ran.calibration.model_dump() | ran.model_dump()
+    nulls = [k for k, v in (block | given).items() if v is None]
+    assert [told[k] for k in nulls] == [None] * len(nulls)
+
+
+@pytest.mark.parametrize("word", [True, "true", "yes", 1])
+def test_auto_is_the_same_however_yes_is_written(run_config, word):
+    run_config["loki"]["protect"] = {"auto": word, "anchor_batch": 3}
+    found = LokiConfig(**load(run_config).loki.to_dict()).protect
+    assert found.soft and found.inputs == 0.99 and found.anchor == 1 and found.text == "self"
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("mlp.up_proj", ["mlp.up_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("all", "all"),
+    ],
+)
+def test_targets_are_a_name_names_or_a_regular_expression(run_config, given, taken):
+    run_config["loki"]["targets"] = given
+    assert load(run_config).loki.targets == taken
+
+
+def test_paths_begin_at_home_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = LokiConfig(
+        rows="~/rows.json",
+        exclude=["~/a.json", "b.json"],
+        cache_dir="~/cache",
+        calibration={"source": "~/c.jsonl"},
+        protect={"auto": True, "text": "~/t.txt"},
+    )
+    assert (found.rows, found.cache_dir) == ("/home/me/rows.json", "/home/me/cache")
+    assert found.exclude == ["/home/me/a.json", "b.json"]
+    assert found.calibration.source == "/home/me/c.jsonl"
+    assert found.protect.text == "/home/me/t.txt"
+
+
 def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_config, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -115,6 +175,14 @@ def test_names_of_lora_targets_that_the_base_lacks_are_left_out_and_said(run_con
             {"calibration": "my.jsonl"},
             "loki.calibration: expected a block of .*source.*my.json",
         ),
+        ({"protect": {}}, "`protect` is a block that protects nothing; .*`auto: true`.*`off`|off"),
+        ({"protect": {"anchor_batch": 2}}, "`protect` is a block that protects nothing"),
+        ({"protect": {"memory": 1}}, "`memory` limits .* set `auto: true` or `inputs` too"),
+        ({"protect": {"auto": "perhaps"}}, "loki.protect.auto: .*perhaps"),
+        ({"targets": "["}, r"loki.targets: .*'\[' is no regular expression"),
+        ({"targets": ["all"]}, "loki.targets: .*`all` stands by itself: write `targets: all`"),
+        ({"targets": ["q_proj", ""]}, "loki.targets: .*one of the names is empty"),
+        ({"targets": "q_proj|v_proj"}, "a text is a regular expression for whole names, as in"),
         ({"quota": 0}, "loki.quota: .*greater than 0"),
         ({"quota": 101}, "loki.quota: .*less than or equal to 100"),
         ({"quota": "ten"}, "loki.quota"),

@@ -64,7 +64,7 @@ def test_an_untouched_adapter_is_the_base_and_the_model_is_left_as_it_was():
     assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
 
 
-def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0):
+def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0, **more):
     """One Trainer run; returns model, gradients of the last step (before it), and trainer."""
     model = tuned()
     data = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
@@ -79,6 +79,7 @@ def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0):
         report_to=[],
         use_cpu=True,
         save_strategy="no",
+        **more,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     gradients = []
@@ -88,7 +89,7 @@ def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0):
 
     def create_optimizer(*args):
         optimizer = create(*args)
-        optimizer.register_step_pre_hook(
+        getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(
             lambda *_: gradients.append(
                 [p.grad.clone() for p in model.parameters() if p.requires_grad]
             )
@@ -143,6 +144,25 @@ def test_prompts_depend_on_the_step_so_that_a_run_resumes():
     assert [again.draw(step, 7) for step in (3, 3, 4, 4)] == drawn[6:]
     assert len({tuple(d) for d in drawn}) > 4
     assert len(Anchor(PROMPTS, 1.0, 99).draw(0, 7)) == len(PROMPTS)
+
+
+def test_a_training_that_begins_again_draws_what_a_fresh_one_draws(tmp_path, monkeypatch):
+    """`auto_find_batch_size` starts over in the same process when memory runs out."""
+    drawn, anchor = [], Anchor(PROMPTS, 1.0, 1)
+    asked, tries = anchor.divergence, []
+
+    def divergence(model, texts):
+        drawn.append(texts)
+        if len(tries) < 1:
+            tries.append(texts)
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return asked(model, texts)
+
+    monkeypatch.setattr(anchor, "divergence", divergence)
+    run(tmp_path, anchor, steps=2, auto_find_batch_size=True)
+    fresh = Anchor(PROMPTS, 1.0, 1)
+    expected = [fresh.draw(step, 42) for step in (0, 1)]
+    assert drawn == [expected[0], *expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

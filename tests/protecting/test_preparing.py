@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ def test_what_is_kept_is_taken_again_and_what_is_damaged_is_found_again(tmp_path
     assert len(file.read_bytes()) == len(whole)
     for u, v in zip(again.basis, first.basis, strict=True):  # the same span
         torch.testing.assert_close(u @ u.T, v @ v.T, atol=1e-4, rtol=0)
+
+
+def test_a_cache_of_another_user_costs_nothing_but_the_next_search(config, monkeypatch, our_log):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    first = choose_directions(model(), PROMPTS, config)
+    monkeypatch.setattr(Path, "exists", denied)
+    again = choose_directions(model(), PROMPTS, config)
+    assert again.counts == first.counts
+    assert "Permission denied" in our_log.text and "found again" in our_log.text
 
 
 def test_a_full_cache_costs_nothing_but_the_next_search(config, monkeypatch, our_log):

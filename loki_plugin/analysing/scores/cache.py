@@ -145,7 +145,7 @@ def open_log(
         for field in _ADDED:
             if field not in kept:  # of an earlier version
                 del manifest[field]
-        with suppress(PermissionError):  # another user's
+        with suppress(OSError):  # another user's, or not to be written
             os.utime(path)  # when it was last used
     try:
         return ScoreLog(folder / key, manifest)
@@ -221,7 +221,7 @@ def kept(folder: Path, place: str | None = None) -> list[Kept]:
 
 def use(file: Path) -> None:
     """Note that a file of `kept` was used; its age stays."""
-    with suppress(PermissionError):  # another user's
+    with suppress(OSError):  # another user's, or not to be written
         os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
 
 
@@ -290,8 +290,8 @@ def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
 
 
 def _remove(folder: Path, what: Entry | Kept) -> bool:
-    """Delete it; False if it is in use, or another user's."""
-    with suppress(PermissionError):
+    """Delete it; False if it is in use, another user's, or not to be written."""
+    with suppress(OSError):
         if isinstance(what, Entry):
             return remove_log(folder / what.key)
         _remove_kept(folder, what)

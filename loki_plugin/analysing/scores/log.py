@@ -118,7 +118,7 @@ class ScoreLog:
             made = make()
             try:
                 _write(path, json.dumps(made).encode())
-            except PermissionError:  # another user's log
+            except OSError:  # another user's log, or one that is not to be written
                 return made
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -128,17 +128,17 @@ class ScoreLog:
         lock = FileLock(self.folder / _LOCK)
         try:
             lock.acquire(timeout=0.1)
-        except PermissionError as error:
-            if self.missing():
-                raise ValueError(
-                    f"'{self.folder}' belongs to another user and is not complete; set"
-                    " `loki.cache_dir` to a folder of your own"
-                ) from error
-            yield  # there is nothing left to write
-            return
         except Timeout:
             LOG.info("loki: another process analyses the same model; waiting for it")
             lock.acquire()
+        except OSError as error:  # another user's, or mounted to be read
+            if self.missing():
+                raise ValueError(
+                    f"'{self.folder}' cannot be written ({error.strerror or error}) and is not"
+                    " complete; set `loki.cache_dir` to a folder of your own"
+                ) from error
+            yield  # there is nothing left to write
+            return
         try:
             self._claim()  # the cache may have been cleared meanwhile
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -97,13 +98,14 @@ def test_folders_of_others_are_named_and_never_deleted(tmp_path, content):
     assert files(tmp_path) == ["theirs/manifest.json"]
 
 
-def test_another_users_finished_analysis_is_used_and_an_unfinished_one_is_named(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS], ids=["another user's", "read-only"])
+def test_a_finished_analysis_that_cannot_be_written_is_used_and_an_unfinished_one_is_named(
+    tmp_path, monkeypatch, number
 ):
     log = analysis(tmp_path)
 
     def denied(*given, **more):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(number, os.strerror(number))  # of EACCES a PermissionError
 
     monkeypatch.setattr(os, "utime", denied)
     monkeypatch.setattr("loki_plugin.analysing.scores.log.FileLock.acquire", denied)
@@ -115,7 +117,9 @@ def test_another_users_finished_analysis_is_used_and_an_unfinished_one_is_named(
     assert prune(tmp_path, 0.0, keep="none") == [] and len(entries(tmp_path)) == 1
     next(log.folder.glob("*.safetensors")).unlink()
     again = open_log(tmp_path, MARK, CALIBRATION, SETTINGS, 2, 8, "model")
-    with pytest.raises(ValueError, match="belongs to another user and is not complete"):
+    with pytest.raises(
+        ValueError, match=f"cannot be written .{os.strerror(number)}. and is not complete"
+    ):
         with again.locked():
             raise AssertionError("nothing may be written")
 

@@ -235,7 +235,7 @@ def estimated(
     anatomy = find_anatomy(empty)
     counts = [anatomy.hidden_size * quota // 100] * anatomy.num_layers
     protect = protect | ({"anchor": 1.0, "anchor_batch": 2} if anchor else {})
-    config = LokiConfig(quota=quota, rank=rank, targets=targets, protect=protect)
+    config = LokiConfig(quota=quota, rank=rank, targets=targets, protect=protect or "off")
     said = Estimator(empty, anatomy, config, counts, [anchor or 1], analysed=False)
     trained, _ = said.parameters()
     work = Work.of(empty, anatomy)
