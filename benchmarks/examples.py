@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -106,6 +107,14 @@ _TAKEN = "takes it"
 _FINE = (_TAKEN, "yes", "")
 
 
+def _timm() -> str:
+    """Gemma 3n's tower is built with it."""
+    try:
+        return f"timm {version('timm')}"
+    except PackageNotFoundError:
+        return "without timm"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -126,7 +135,7 @@ def main() -> None:
     if options.results:
         write(
             "examples",
-            f"{len(found)} YAMLs with one more line, on stand-ins of their bases.",
+            f"{len(found)} YAMLs with one more line, on stand-ins of their bases; {_timm()}.",
             "python -m benchmarks.examples FOLDER --results",
             by_base(found),
             more=f"{told(found)}\n\n{EARLIER}",
