@@ -354,9 +354,10 @@ class LokiConfig(_Block):
         says = {"auto", "inputs", "directions", "anchor"}
         if self.form is None and not self.protect.on and not says & self.protect.model_fields_set:
             if "protect" in self.model_fields_set:
+                set_so = self.protect.model_dump(include=self.protect.model_fields_set)
                 raise ValueError(
-                    "`protect` is a block that protects nothing; take it out or set `auto: true` in"
-                    " it for the default, or write `protect: off`"
+                    f"got protect: {set_so}, which protects nothing; take it out or set"
+                    " `auto: true` in it for the default, or write `protect: off`"
                 )
         return self
 

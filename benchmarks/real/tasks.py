@@ -207,7 +207,7 @@ TASKS: dict[str, Kind] = {
     "snips": Kind(_snips, 0.4, 0.3),
     "bfcl": Kind(_calls, 0.2, 0.3),
     "wikidyk": Kind(_facts, 3.2, None),
-    "counterfact": Kind(_edits, 5.0, None),
-    "banking77": Kind(_intents, 2.0, 0.3),
+    "counterfact": Kind(_edits, 6.5, None),
+    "banking77": Kind(_intents, 2.4, 0.3),
     "gsm8k": Kind(_maths, 1.1, None, without="maths"),
 }

@@ -175,8 +175,14 @@ def test_names_of_lora_targets_that_the_base_lacks_are_left_out_and_said(run_con
             {"calibration": "my.jsonl"},
             "loki.calibration: expected a block of .*source.*my.json",
         ),
-        ({"protect": {}}, "`protect` is a block that protects nothing; .*`auto: true`.*`off`|off"),
-        ({"protect": {"anchor_batch": 2}}, "`protect` is a block that protects nothing"),
+        (
+            {"protect": {}},
+            "loki: got protect: {}, which protects nothing; .*`auto: true` .*`protect: off`$",
+        ),
+        (
+            {"protect": {"anchor_batch": 2}},
+            "got protect: {'anchor_batch': 2}, which protects nothing",
+        ),
         ({"protect": {"memory": 1}}, "`memory` limits .* set `auto: true` or `inputs` too"),
         ({"protect": {"auto": "perhaps"}}, "loki.protect.auto: .*perhaps"),
         ({"targets": "["}, r"loki.targets: .*'\[' is no regular expression"),

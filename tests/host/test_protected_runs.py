@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(run_config, train, tm
     train(again)
     assert_same_adapter(out, tmp_path / "resumed")
     assert not (tmp_path / "empty" / "directions").exists()  # the checkpoint's were used
-    for protect in ({"inputs": 0.8, "soft": soft}, {"inputs": 0.9, "soft": not soft}, {}):
+    for protect in ({"inputs": 0.8, "soft": soft}, {"inputs": 0.9, "soft": not soft}, "off"):
         again["loki"] = run_config["loki"] | {"protect": protect}
         with pytest.raises(ValueError, match="trained with protect: {inputs: 0.9, directions: No"):
             train(again)

@@ -60,7 +60,7 @@ def test_two_ranks_train_one_model_as_one_rank_with_the_doubled_batch(
     run_config, train, tmp_path, rank, protect
 ):
     """SGD, so that the update is linear in the gradient that the ranks average."""
-    run_config["loki"] |= {"rank": rank, "protect": protect}
+    run_config["loki"] |= {"rank": rank, "protect": protect or "off"}
     if "anchor" in protect:  # a second pass through the checkpoints, which are made to bear it
         run_config |= CHECKPOINTS
     run_config |= {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 4, "weight_decay": 0.1}
