@@ -172,7 +172,7 @@ def test_a_base_knows_the_turns_of_its_own_template(
     given = {"chat_template": "jinja", "chat_template_jinja": run} if run else {}
     model = LlamaForCausalLM.from_pretrained(folder)
     for protect in ({}, {"anchor": 1.0, "text": "self"}):  # what it writes is not read, and is
-        run_config["loki"]["protect"] = protect
+        run_config["loki"]["protect"] = protect or "off"
         cfg = load(run_config | {"base_model": str(folder)} | given)
         with our_log.at_level("INFO", "loki_plugin"):
             assert calibration_tokenizer(cfg, model, Files.read(cfg)).turns is known

@@ -77,7 +77,7 @@ def test_a_run_that_forgets_too_much_is_stopped_and_saves_the_checkpoint_that_it
     run_config, train, base, started, our_log, protect, tmp_path
 ):
     run_config |= EVALUATED | {"max_steps": 12, "use_tensorboard": True, "save_total_limit": 1}
-    run_config["loki"]["protect"] = protect
+    run_config["loki"]["protect"] = protect or "off"
     train(run_config | {"max_steps": 4, "output_dir": run_config["output_dir"] + "-measured"})
     measured = logged(Path(run_config["output_dir"] + "-measured") / "checkpoint-4")
     at = {step: entry["eval_loki_kl"] for step, entry in measured.items()}
