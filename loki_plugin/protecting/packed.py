@@ -1,4 +1,4 @@
-"""Directions in 8 bits: half of what bfloat16 takes, on the card and on disk, and the same numbers.
+"""Directions in 8 bits: little more than half of bfloat16's bytes, on the card and on disk.
 
     V[i, j] = n · s,  n a whole number from -127 to 127, s a power of 2 for each `BLOCK` inputs
 
