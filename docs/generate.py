@@ -53,8 +53,8 @@ def fields() -> str:
     """Every field of the `loki:` block."""
     parts = [
         NOTE + "# Every field of the `loki:` block\n\n"
-        "Read from the model that checks your YAML (`loki_plugin/args.py`). An unknown field is an"
-        " error. All faults of a block are shown at once.\n\n"
+        "Read from the model that checks your YAML (`loki_plugin/args.py`, `blocks.py`). An unknown"
+        " field is an error. All faults of a block are shown at once.\n\n"
         "The whole block, each field with its default; what you leave out has it too (of `protect`"
         " this is what `auto` stands for):\n\n"
         f"```yaml\n{_full_block()}```\n\n"

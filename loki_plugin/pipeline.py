@@ -19,7 +19,8 @@ from .analysing.calibration.prompts import Calibration, load_prompts
 from .analysing.pace import Pace, duration, why_elsewhere
 from .analysing.scores.cache import cache_folder, open_log, prune
 from .analysing.scores.log import ScoreLog, fill
-from .args import AttributionArgs, LokiConfig
+from .args import LokiConfig
+from .blocks import AttributionArgs
 from .implanting.carrier import check_rank
 from .inputs import Inputs
 from .model.anatomy import Anatomy, find_anatomy

@@ -19,6 +19,7 @@ FLOORS = [
     },
     {"loki_plugin.protecting"},
     {"loki_plugin.implanting"},
+    {"loki_plugin.blocks"},
     {"loki_plugin.args"},
     {"loki_plugin.inputs"},
     {

@@ -28,7 +28,7 @@ def suppress_command(model, scores, folder, quotas, prompts, device, dtype, outp
     from transformers import AutoTokenizer
 
     from ..analysing.scores.cache import cache_folder, find_log, fingerprint_of
-    from ..args import CalibrationArgs
+    from ..blocks import CalibrationArgs
     from ..evaluating.curve import curve, text
     from ..evaluating.forgetting import load_model, load_questions
     from ..model.fingerprint import fingerprint, same_model

@@ -88,17 +88,23 @@ class Estimator:
 
     def directions_bytes(self, card: int) -> int:
         """Of V, on the device and on disk, at most."""
-        sizes = [each.size for each in self.reads()]
-        counts, itemsize = direction_counts(self.config.protect, sizes, self.direction_room(card))
-        return int(itemsize * sum(a * b for a, b in zip(sizes, counts, strict=True)))
+        found, itemsize = self._directions(card)
+        return int(itemsize * sum(each.size * count for each, count in found))
 
     def _directions_at_once(self, card: int) -> int:
         """Bytes of the directions that are made float32 at once, to read through them."""
-        sizes = [each.size for each in self.reads()]
-        counts, itemsize = direction_counts(self.config.protect, sizes, self.direction_room(card))
-        most = {4: 0, BYTES: PART}.get(itemsize, max(sizes, default=0))
-        pairs = zip(sizes, counts, strict=True)
-        return max((4 * size * min(count, most) for size, count in pairs), default=0)
+        found, itemsize = self._directions(card)
+        if itemsize == 4:  # they are float32
+            return 0
+        several = PART if itemsize == BYTES else None  # columns; None: all
+        return max((4 * r.size * (min(n, several) if several else n) for r, n in found), default=0)
+
+    def _directions(self, card: int) -> tuple[list[tuple[Reads, int]], float]:
+        """Each input and how many directions of it there are at most; bytes of one number."""
+        found = self.reads()
+        sizes, room = [each.size for each in found], self.direction_room(card)
+        counts, itemsize = direction_counts(self.config.protect, sizes, room)
+        return list(zip(found, counts, strict=True)), itemsize
 
     def direction_room(self, card: int) -> int:
         """Bytes that the directions of a share may take on a card of so many gigabytes."""
@@ -106,15 +112,13 @@ class Estimator:
 
     def protection_flops(self, run: Planned, card: int) -> float:
         """Of one micro batch: every A is read through its P, forwards and backwards: 4 r I u."""
-        found = self.reads()
-        sizes = [each.size for each in found]
-        counts, _ = direction_counts(self.config.protect, sizes, self.direction_room(card))
+        found, _ = self._directions(card)
         rows = dict(zip(self.anatomy.names, self.counts, strict=True))
         passes = 3 if run.checkpointing else 2
         return float(
             sum(
                 passes * 4 * min(self._width(name, rows), run.tokens) * each.size * count
-                for each, count in zip(found, counts, strict=True)
+                for each, count in found
                 for name, _ in each.linears
             )
         )
@@ -157,9 +161,9 @@ class Estimator:
 
     def _finding(self, run: Planned, card: int, weights: int, work: Work) -> dict[str, Any]:
         """Memory and time of finding directions; the time of the model's writing is not in it."""
-        sizes, settings = [each.size for each in self.reads()], self.config.protect
-        counts, _ = direction_counts(settings, sizes, self.direction_room(card))
-        tokens = sum(self.lengths) + (OWN_TOKENS if settings.text == SELF else 0)
+        found, _ = self._directions(card)
+        sizes, counts = [each.size for each, _ in found], [count for _, count in found]
+        tokens = sum(self.lengths) + (OWN_TOKENS if self.config.protect.text == SELF else 0)
         needed = finding(sizes, counts, tokens, 10**9 * card - weights - CONTEXT)
         flops = 2 * tokens * sum(work.layer) * needed.passes
         return {

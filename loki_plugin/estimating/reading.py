@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..args import ProtectArgs
+from ..blocks import ProtectArgs
 from ..model.anatomy import Anatomy, in_attention, linear_sizes
 from ..model.linears import chosen, chosen_down
 from ..protecting.packed import BYTES

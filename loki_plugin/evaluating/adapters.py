@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..analysing.calibration.sources import Record
-from ..args import CalibrationArgs
+from ..blocks import CalibrationArgs
 from ..choices import SOURCE
 from ..implanting.checkpoint import Base, open_checkpoint
 from ..implanting.dequantised import load_quantised, unquantised

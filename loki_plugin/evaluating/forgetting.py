@@ -12,7 +12,7 @@ from torch import nn
 
 from ..analysing.calibration.prompts import Prompt, load_prompts
 from ..analysing.calibration.sources import Record, load_records
-from ..args import CalibrationArgs
+from ..blocks import CalibrationArgs
 from ..implanting.saved import WEIGHTS, open_tensors
 from ..model.building import load
 from ..protecting.anchor import adapter_off

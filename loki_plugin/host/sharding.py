@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import ranks
-from ..args import ProtectArgs
+from ..blocks import ProtectArgs
 from ..model.loading import is_loaded
 from .telling import Line
 

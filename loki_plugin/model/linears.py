@@ -96,7 +96,7 @@ def chosen(model: nn.Module, anatomy: Anatomy, targets: str | Sequence[str]) -> 
         kinds = sorted({kind_of(name) for name in every})
         raise ValueError(
             f"targets: no linear module of a decoder layer is called {', '.join(unknown)}; there"
-            f" are {', '.join(kinds)}, or write `all`" + (_HOW if targets == wanted[0] else "")
+            f" are {', '.join(kinds)}, or write `all`" + (_HOW if isinstance(targets, str) else "")
         )
     return tuple(name for name in others if any(_named(name, t, targets) for t in wanted))
 

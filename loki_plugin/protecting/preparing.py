@@ -17,7 +17,8 @@ from torch import nn
 from .. import ranks
 from ..analysing.attribution.devices import first_device
 from ..analysing.scores.cache import DIRECTIONS, cache_folder, kept_file, prune
-from ..args import LokiConfig, ProtectArgs
+from ..args import LokiConfig
+from ..blocks import ProtectArgs
 from ..choices import DOWN, PROTECT_GB
 from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint

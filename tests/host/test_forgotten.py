@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loki_plugin.args import CalibrationArgs
+from loki_plugin.blocks import CalibrationArgs
 from loki_plugin.evaluating import compare, log_probabilities
 from loki_plugin.evaluating.forgetting import load_questions
 

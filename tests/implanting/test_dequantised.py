@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loki_plugin import RowSelection, implant
-from loki_plugin.args import CalibrationArgs
+from loki_plugin.blocks import CalibrationArgs
 from loki_plugin.cli import loki
 from loki_plugin.evaluating import adapters, log_probabilities
 from loki_plugin.evaluating.forgetting import load_questions

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_plugin import implant, input_directions
-from loki_plugin.args import CalibrationArgs
+from loki_plugin.blocks import CalibrationArgs
 from loki_plugin.cli import loki
 from loki_plugin.evaluating import compare, log_probabilities
 from loki_plugin.evaluating.forgetting import load_questions

@@ -65,7 +65,7 @@ def implanted(
 ):
     """`implant`, with the adapter in `dtype` and as many directions as `protect` asks for."""
     from loki_plugin import RowSelection, implant
-    from loki_plugin.args import ProtectArgs
+    from loki_plugin.blocks import ProtectArgs
     from loki_plugin.estimating.reading import direction_counts, reads
     from loki_plugin.implanting.adapter import constrained_modules
     from loki_plugin.model.anatomy import find_anatomy
