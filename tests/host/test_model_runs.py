@@ -178,6 +178,31 @@ def test_a_mixture_and_a_hybrid_train_go_on_and_merge(tmp_path, run_config, trai
     assert len(changed) == layers and any(k.endswith(key) for k in changed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "lfm2", "qwen3_5_text", "glm4_moe", "mixtral"])
+def test_a_resumed_run_of_theirs_is_the_uninterrupted_one_bit_by_bit(
+    tmp_path, run_config, train, family
+):
+    """A wrapper, two hybrids, a mixture with shared experts, and one with routed experts only."""
+    base = tmp_path / "base"
+    if family == "llava":
+        save_llava(base)
+    else:
+        save(shrink(AutoConfig.for_model(family)), base)
+    block = run_config["loki"] | ({"targets": "all", "rank": 2} if family == "mixtral" else {})
+    config = run_config | {"base_model": str(base), "loki": block}
+    config |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    out, again = Path(train(config).output_dir), tmp_path / "again"
+    checkpoint = out / "checkpoint-2"
+    train(config | {"output_dir": str(again), "resume_from_checkpoint": str(checkpoint)})
+    halfway, whole, resumed = (
+        load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, out, again)
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(halfway[name], whole[name]) for name in whole)
+
+
 ROUTED = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
 
 
