@@ -25,6 +25,7 @@ from benchmarks.forgetting.building import (
     osf,
 )
 from benchmarks.real.lab import Lab
+from benchmarks.real.rivals import fora, lora_null, oplora
 from loki_plugin import implant
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.anchor import Anchor
@@ -192,6 +193,10 @@ ARMS: dict[str, Arm] = {
     "dora": Arm(lora(use_dora=True), LORA),
     "osf": Arm(osf, FULL),
     "corda": Arm(corda, (1e-4, 3e-4, 3e-5)),
+    "oplora": Arm(oplora(), LORA),
+    "fora": Arm(fora(), (1e-3, 3e-4, 3e-3)),
+    "lora_null": Arm(lora_null(), LORA),
+    "lora_null_frozen": Arm(lora_null(frozen=True), (1e-3, 3e-4, 3e-3)),
     "freeze_bottom": Arm(freeze_bottom, FULL),
     "lora_eaft": Arm(lora(), LORA, eaft=True),
     "lora_kl_rest": Arm(lora(), LORA, rest=1.0),
@@ -222,6 +227,8 @@ ARMS: dict[str, Arm] = {
     "lora_soft_anchor_own20": Arm(soft_all(own=20), ROWS, anchor=1.0, own=20),
     "lora_soft_anchor_own60": Arm(soft_all(own=60), ROWS, anchor=1.0, own=60),
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
+    # An anchor on what the base writes alone, whose texts are shorter than the prompts.
+    "lora_soft_anchor_written": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
     "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),
     "loki_q10": Arm(loki(10), ROWS),
     "loki_q90": Arm(loki(90), ROWS),

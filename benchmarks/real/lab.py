@@ -81,7 +81,7 @@ class Lab(Base):
         key = (energy if count is None else None, count, of, soft, own)
         if key not in self._directions:
             found: dict[str, torch.Tensor] = {}
-            for site, moments in self._moments(of, own):
+            for site, moments in self.moments(of, own):
                 number = None if count is None else int(count * site.size)
                 wanted = Wanted(key[0], number, soft)
                 basis = solve(site, moments, None, wanted, None, 10**9).basis
@@ -117,12 +117,12 @@ class Lab(Base):
 
         return self._kept("raw", find)
 
-    def _moments(self, of: str, own: int | None = None) -> list[tuple[Site, Moments]]:
+    def moments(self, of: str = "both", own: int | None = None) -> list[tuple[Site, Moments]]:
         """The product's own moments of `prompts`, of what is `written`, `plain` or `begun`, or of
         `both`: the prompts and what is written."""
         if of.startswith("both"):
             written = of.partition("-")[2] or "written"
-            pairs = zip(self._moments("prompts"), self._moments(written, own), strict=True)
+            pairs = zip(self.moments("prompts"), self.moments(written, own), strict=True)
             return [(site, _added(a, b)) for (site, a), (_, b) in pairs]
 
         def find():

@@ -18,7 +18,7 @@ def compare(lab: Lab) -> list[dict]:
     """A line per down-projection: the directions of 99 % of Σ x xᵀ, as 0.6.0 had it, and of today's
     moments, with what either holds of the directions of ordinary tokens."""
     down = set(find_anatomy(lab.known).names)
-    sites = [(s, m) for s, m in lab._moments("prompts") if s.names[0] in down]
+    sites = [(s, m) for s, m in lab.moments("prompts") if s.names[0] in down]
     rows = []
     for layer, ((site, moments), blind) in enumerate(zip(sites, lab.raw_moments(), strict=True)):
         before = leading(blind, _SHARE).vectors

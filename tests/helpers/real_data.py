@@ -7,6 +7,9 @@ from pathlib import Path
 
 from benchmarks.real.data import TEXTS
 
+NAME = "smollm2-135m-instruct"
+FACTS = [(f"The word of {i} is", w) for i, w in enumerate(("the", "and", "answer", "say"))]
+
 
 def write(folder: Path, facts: list[tuple[str, str]]) -> Path:
     """`facts`: (prompt, object) pairs; what they say need not be true."""
