@@ -120,6 +120,7 @@ def protection(name: str) -> list[dict[str, Any]]:
                 "auto_adds_GB": f"{(after['bytes'] - before['bytes']) / 1e9:.2f}",
                 "directions_add": f"{auto.protection_flops(run, CARD) / flops:.1%}",
                 "anchor_adds": f"{work.anchor(auto.anchor_tokens()) / flops:.1%}",
+                "at_first": f"{work.anchor(auto.anchor_tokens(), new=True) / flops:.1%}",
             }
         )
     return found
@@ -167,7 +168,8 @@ def main():
     more = [
         f"What `protect: auto` adds on {PROTECTED}, NF4, on a card of {CARD} GB: directions in as"
         f" much memory as `protect.memory` gives them there, an anchor of two texts of {ANCHORED}"
-        " tokens; the last two columns are FLOPs of a step beside those without protection.",
+        " tokens; the last three columns are FLOPs of a step beside those without protection; at first,"
+        " when the base has not been asked about a text yet, an anchor costs a pass more.",
         table(protection(PROTECTED)),
         dry_runs(parser.parse_args().dry_run),
     ]

@@ -46,6 +46,7 @@ class Arm:
         anchored: which texts, see `Lab.texts`.
         count: how many of them in a step.
         own: how many of the base's own texts are among them; None: all.
+        behind: tokens of them that are kept behind the last beginning of an answer; None: all.
         every: steps from one anchor to the next, which counts that many times.
         starts: where answers begin counts as much as all other tokens, as in the product.
         marked: answers begin behind what stands before every answer of the task, wherever that is.
@@ -62,6 +63,7 @@ class Arm:
     anchored: str = "both"
     count: int = 2
     own: int | None = None
+    behind: int | None = None
     every: int = 1
     starts: bool = True
     marked: bool = False
@@ -229,6 +231,8 @@ ARMS: dict[str, Arm] = {
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
     # An anchor on what the base writes alone, whose texts are shorter than the prompts.
     "lora_soft_anchor_written": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
+    "lora_soft_anchor_dialogues": Arm(soft_all(), ROWS, anchor=1.0, anchored="dialogues"),
+    "lora_soft_anchor_short": Arm(soft_all(), ROWS, anchor=1.0, anchored="dialogues", behind=24),
     "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),
     "loki_q10": Arm(loki(10), ROWS),
     "loki_q90": Arm(loki(90), ROWS),
@@ -281,6 +285,8 @@ def extra_loss(model, arm: Arm, lab: Lab):
     texts = [ids[:longest] for ids in lab.texts(arm.anchored, arm.own)]
     mark = lab.mark() if arm.marked else None
     starts = [lab.starts(ids, mark) for ids in texts] if arm.starts else None
+    if arm.behind is not None and starts:
+        texts = [ids[: at[-1] + 1 + arm.behind] for ids, at in zip(texts, starts, strict=True)]
     # It asks the base once per text and keeps the answer, as training does.
     anchor = Anchor(texts, arm.anchor, arm.count, arm.every, starts=starts)
 

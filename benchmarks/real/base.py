@@ -168,16 +168,17 @@ class Base:
 
     def texts(self, of: str, own: int | None = None) -> list[list[int]]:
         """`prompts`, what is `written`, or `both`; of what is written all, or `own` of each kind
-        alike. `plain`: the prompts and plain text only; `begun`: the prompts and what is `begun`;
-        `talks`: some people's dialogues too, as a user would give them."""
+        alike. `dialogues`: of what is written only these. `plain`: the prompts and plain text only;
+        `begun`: the prompts and what is `begun`; `talks`: some people's dialogues too, as a user
+        would give them."""
         if of == "prompts":
             return self.prompts
         plain = of == "plain" or (of == "talks" and not self.tokenizer.chat_template)
         written = self.plain if plain else self.begun if of == "begun" else self.written
         if own is not None:
             written = written[:: max(1, len(written) // own)][:own]
-        if of == "written":
-            return written
+        if of in ("written", "dialogues"):
+            return [ids for ids in written if of == "written" or self.starts(ids)]
         return [*self.prompts, *written, *(map(list, self.talks) if of == "talks" else ())]
 
     @cached_property

@@ -107,9 +107,12 @@ class Work:
         own = 2 * tokens * adapter * (passes + 1)
         return linears + attention + own + 2 * 2 * tokens * self.head
 
-    def anchor(self, tokens: int) -> float:
-        """FLOPs of anchor prompts: the base forwards, the tuned model forwards and backwards."""
-        return 3 * 2 * tokens * (sum(self.layer) + self.head)
+    def anchor(self, tokens: int, new: bool = False) -> float:
+        """FLOPs of anchor texts: forwards, and backwards to the inputs; nothing is made again.
+
+        `new`: what the base says of them is not known yet, which takes one pass more, once a text.
+        """
+        return (2 + new) * 2 * tokens * (sum(self.layer) + self.head)
 
 
 def _products(layer: nn.Module, config: Any) -> int:

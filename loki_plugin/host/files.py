@@ -11,8 +11,9 @@ from ..args import LokiConfig
 from ..choices import DOWN
 from ..inputs import Inputs
 from ..model.linears import kind_of
-from ..rows import FILE_NAME, RowSelection, common_rows
+from ..rows import RowSelection, common_rows
 from .base import check_base
+from .earlier import rows_of
 from .settings import parse
 from .sharding import check_starts_afresh
 from .watched import check_watched
@@ -52,7 +53,7 @@ class Files:
         source, rows = "analysis" if config.needs_scores else "no analysis", None
         if cfg.lora_model_dir:
             source = f"adapter {cfg.lora_model_dir}"
-            rows = _rows_of_adapter(Path(cfg.lora_model_dir), config)
+            rows = rows_of(Path(cfg.lora_model_dir), config)
         elif config.rows:
             source, rows = config.rows, RowSelection.load(config.rows)
         if rows is not None and rows.linears and config.targets == DOWN:
@@ -70,22 +71,6 @@ class Files:
             for path, excluded in zip(config.exclude, inputs.excluded, strict=True):
                 _check_disjoint(rows, cfg.lora_model_dir, excluded, path)
         return cls(config, source, rows, inputs, bool(cfg.lora_model_dir))
-
-
-def _rows_of_adapter(folder: Path, config: LokiConfig) -> RowSelection:
-    """The rows of an adapter that goes on; they may not be others than the block asks for."""
-    if not (folder / FILE_NAME).is_file():
-        raise ValueError(
-            f"lora_model_dir '{folder}' has no {FILE_NAME}, so it cannot be told which rows it"
-            " trains; give a local folder that loki saved, or copy the rows file of its run there"
-        )
-    rows = RowSelection.load(folder / FILE_NAME)
-    if config.rows and RowSelection.load(config.rows) != rows:
-        raise ValueError(
-            f"loki.rows '{config.rows}' are not the rows of lora_model_dir '{folder}', and an"
-            " adapter keeps its rows; take `rows` out of the `loki:` block, or start a new adapter"
-        )
-    return rows
 
 
 def _check_disjoint(rows: RowSelection, folder: str, other: RowSelection, path: str) -> None:

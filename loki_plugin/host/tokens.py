@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..choices import SELF
+from .earlier import check_tokens
 from .files import Files
 from .sharding import is_fsdp2
 
@@ -39,13 +40,15 @@ def calibration_tokenizer(cfg, model, files: Files) -> Calibrating:
     for it all the same, padded or reserved, that was never trained.
 
     Raises:
-        ValueError: prompts hold tokens that the base does not know, or new embeddings under FSDP2.
+        ValueError: prompts hold tokens that the base does not know, new embeddings under FSDP2, or
+            an adapter that goes on with other tokens.
     """
     from axolotl.loaders import load_tokenizer
     from axolotl.utils.dict import DictDefault
 
     tokenizer = load_tokenizer(cfg)
     rows = model.get_input_embeddings().num_embeddings
+    check_tokens(cfg, len(tokenizer), rows)
     path, before = _own_tokenizer(cfg)
     base = (before or tokenizer).get_vocab()
     unknown = _unknown(tokenizer, base, rows)

@@ -72,6 +72,9 @@ TRAININGS = {
         "dtype": "float32", "optimizer": "adamw_torch",
     },
     "anchored": {"shape": WORDY, "length": 512, "nf4": True, "anchor": 100},
+    "anchored-known": {
+        "shape": WORDY, "length": 512, "nf4": True, "anchor": 100, "known": True,
+    },
     "anchored-all-rows": {"shape": GROUPED, "length": 512, "quota": 100, "anchor": 50},
     "all-linears-auto": {
         "shape": WORDY, "length": 512, "rank": 16, "targets": "all",

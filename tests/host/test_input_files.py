@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.axolotl import load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loki_plugin.host.files import Files
 from loki_plugin.rows import RowSelection
@@ -142,6 +142,31 @@ def test_an_adapter_goes_on_with_its_own_rows_or_not_at_all(
     run_config["loki"] = json.loads(json.dumps(block).replace("{dir}", str(tmp_path)))
     with pytest.raises(ValueError, match=message):
         train(run_config)
+
+
+@pytest.mark.parametrize(
+    ("had", "rank", "message"),
+    [
+        (2, None, r"has rank 2 in its down-projections, and this run is dense; .*\{rank: 2\}"),
+        (2, 4, r"has rank 2 in its down-projections, and this run is of rank 4"),
+        (6, 4, r"is dense, and this run has `loki.rank: 4`.*take `rank` out"),
+        (6, None, None),
+        (4, 4, None),
+    ],
+)
+def test_an_adapter_goes_on_in_its_own_form(run_config, tmp_path, had, rank, message):
+    folder = adapter_with_rows(tmp_path / "first", 4)
+    names = [f"base_model.model.model.layers.{i}.mlp.down_proj" for i in range(3)]
+    shapes = {"A": (had, 128), "B": (64, had)}
+    stored = {f"{n}.lora_{x}.weight": torch.zeros(*s) for n in names for x, s in shapes.items()}
+    save_file(stored, Path(folder) / "adapter_model.safetensors")
+    run_config["lora_model_dir"] = folder
+    run_config["loki"] = {"rank": rank}
+    if message is None:
+        assert Files.read(load(run_config)).goes_on
+        return
+    with pytest.raises(ValueError, match=message):
+        Files.read(load(run_config))
 
 
 def test_an_adapter_may_go_on_beside_disjoint_rows(run_config, tmp_path):

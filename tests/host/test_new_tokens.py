@@ -129,6 +129,10 @@ def test_new_tokens_train_the_rows_and_nothing_else(
         train(run_config | {"output_dir": again} | more)
         assert RowSelection.load(Path(again) / "loki_rows.json") == first
     assert torch.equal(models[1][1], embeddings)  # those that the adapter brought
+    without = {k: v for k, v in run_config.items() if k not in added}
+    said = f"trained with {len(embeddings)} embeddings, and this run has {len(old)}"
+    with pytest.raises(ValueError, match=said):
+        train(without | {"chat_template": "llama3", "lora_model_dir": str(out)})
 
 
 def test_embeddings_that_axolotl_wants_listed_do_not_train(run_config, our_log):

@@ -152,10 +152,11 @@ def train_step(
     batch: int = 1,
     checkpointing: bool = True,
     anchor: int = 0,
+    known: bool = False,
 ) -> dict[str, Any]:
     """Forward, backward and optimizer step on [batch, length] tokens, under the meter.
 
-    `anchor`: tokens of each of two anchor texts, which the base has not been asked about yet.
+    `anchor`: tokens of each of two anchor texts; `known`: whether the base was asked about them.
     `resident`: what the model holds before it is implanted; `empty`: the same model on the meta
     device, for the estimate.
     """
@@ -170,7 +171,7 @@ def train_step(
         getattr(torch, dtype),
     )  # fmt: skip
     with _disable_current_modes():
-        predicted = estimated(empty, run, quota, rank, protect or {}, targets, anchor)
+        predicted = estimated(empty, run, quota, rank, protect or {}, targets, anchor, known)
     tuned = implanted(model, empty, quota, rank, dtype, protect or {}, targets)
     if checkpointing:
         options = {"use_reentrant": True, "preserve_rng_state": False}  # nothing is random here
@@ -185,6 +186,9 @@ def train_step(
     directions_held = [
         t for v in directions for t in (vars(v).values() if isinstance(v, Packed) else [v])
     ]
+    if anchored is not None and known:
+        with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+            anchored.divergence(tuned, [0, 1])
     held = [*resident, *tuned.buffers(), *ours, *states, *directions_held, ids]
     with one_kernel_attention(), meter.counting(held):
         with meter.phase("forward"), torch.autocast("cuda", dtype=torch.bfloat16):
@@ -225,6 +229,7 @@ def estimated(
     protect: dict[str, Any],
     targets: str,
     anchor: int = 0,
+    known: bool = False,
 ):
     """What `loki estimate` says of the step."""
     from loki_plugin.args import LokiConfig
@@ -240,7 +245,7 @@ def estimated(
     trained, _ = said.parameters()
     work = Work.of(empty, anatomy)
     flops = work.training(run.tokens, run.length, trained, run.checkpointing)
-    flops += said.protection_flops(run, 24) + work.anchor(2 * anchor)
+    flops += said.protection_flops(run, 24) + work.anchor(2 * anchor, new=not known)
     return said.training(run) | {"TFLOP": flops / 1e12}
 
 
