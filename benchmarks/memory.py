@@ -168,8 +168,8 @@ def main():
     more = [
         f"What `protect: auto` adds on {PROTECTED}, NF4, on a card of {CARD} GB: directions in as"
         f" much memory as `protect.memory` gives them there, an anchor of two texts of {ANCHORED}"
-        " tokens; the last three columns are FLOPs of a step beside those without protection; at first,"
-        " when the base has not been asked about a text yet, an anchor costs a pass more.",
+        " tokens; the last three columns are FLOPs of a step beside those without protection; at"
+        " first, when the base has not been asked about a text yet, an anchor costs a pass more.",
         table(protection(PROTECTED)),
         dry_runs(parser.parse_args().dry_run),
     ]

@@ -150,7 +150,7 @@ class ProtectArgs(Block):
         False,
         description="what the word `auto` stands for: soft directions of 99 % of the inputs, or as"
         " many as `memory` holds, found on calibration prompts and the model's own text, and an"
-        " anchor of 1 on the same; what is set beside it counts",
+        " anchor of 1 on this text; what is set beside it counts",
     )
     inputs: Number | None = Field(
         None,
@@ -179,8 +179,9 @@ class ProtectArgs(Block):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="weight of KL(base || tuned) on calibration prompts and `text` in every step;"
-        " where an answer begins counts as much as all other tokens",
+        description="weight of KL(base || tuned) in every step, on `text`, and on calibration"
+        " prompts where that has no dialogues; where an answer begins counts as much as all other"
+        " tokens",
     )
     anchor_batch: Count = Field(
         2, ge=1, description="prompts per micro batch and rank for the anchor"

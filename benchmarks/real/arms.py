@@ -185,6 +185,8 @@ ARMS: dict[str, Arm] = {
     "loki_soft_q90": Arm(soft_rows(90), ROWS),
     "lora_soft": Arm(soft_all(), (1e-3, 5e-4, 2e-3)),
     "lora_anchor": Arm(lora(), (5e-4, 1e-3, 2e-3), anchor=1.0),
+    # `protect: auto` from 0.8.0 to 0.12.0: the anchor held calibration prompts too. So do all arms
+    # with an anchor that do not say otherwise.
     "lora_soft_anchor": Arm(soft_all(), (1e-3, 5e-4, 2e-3), anchor=1.0),
     "full": Arm(full, FULL),
     "lora_again": Arm(lora(), LORA, again=True),
@@ -229,8 +231,10 @@ ARMS: dict[str, Arm] = {
     "lora_soft_anchor_own20": Arm(soft_all(own=20), ROWS, anchor=1.0, own=20),
     "lora_soft_anchor_own60": Arm(soft_all(own=60), ROWS, anchor=1.0, own=60),
     "lora_anchor_prompts": Arm(lora(), (5e-4, 1e-3), anchor=1.0, anchored="prompts"),
-    # An anchor on what the base writes alone, whose texts are shorter than the prompts.
-    "lora_soft_anchor_written": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
+    # `protect: auto` of today: an anchor on what the base writes alone.
+    "auto_all": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
+    "auto_q10": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written"),
+    # On its dialogues alone, and on their beginnings.
     "lora_soft_anchor_dialogues": Arm(soft_all(), ROWS, anchor=1.0, anchored="dialogues"),
     "lora_soft_anchor_short": Arm(soft_all(), ROWS, anchor=1.0, anchored="dialogues", behind=24),
     "lora_hard": Arm(soft_all(energy=0.9, soft=False), ROWS),

@@ -34,8 +34,9 @@ LINES, COLUMNS, PANELS = 6, 3, 2
 _OTHERS = "the best of all other ways, without old data"
 # Arms of this package, the most wanted first; the paper's own and those with old data stand apart.
 _OURS = (
+    "auto_all",
+    "auto_q10",
     "lora_soft_anchor",
-    "loki_soft_anchor_q10",
     "lora_anchor",
     "lora_soft",
     "loki_soft_q90",

@@ -13,7 +13,7 @@ from benchmarks.real.scoring import Asked
 from benchmarks.real.sweep import BATCH, _built, _step
 from benchmarks.writer import command, write
 
-_ARMS = ("lora_all_r16", "lora_soft", "lora_soft_anchor")
+_ARMS = ("lora_all_r16", "lora_soft", "auto_all")
 _STEPS, _WARM = 9, 2
 
 

@@ -16,10 +16,10 @@ SHOWN = {
     "lora_anchor": ("LoRA + our anchor alone", "tab:purple"),
     "random_q30": ("random rows, 30 %", "tab:cyan"),
     "loki_q30": ("LoKI as in the paper, 30 % of the rows", "tab:blue"),
-    "loki_soft_anchor_q10": ("10 % of the rows, `protect: auto`", "tab:green"),
+    "auto_q10": ("10 % of the rows, `protect: auto`", "tab:green"),
     "lora_soft": ("all linears, soft inputs alone", "tab:orange"),
     "lora_selfreplay50": ("LoRA + 50 % own text", "tab:pink"),
-    "lora_soft_anchor": ("all linears, `protect: auto`", "tab:red"),
+    "auto_all": ("all linears, `protect: auto`", "tab:red"),
 }
 _LEARNED = {
     "task_loss": "held-out loss of the new task (learned: to the right)",

@@ -139,7 +139,7 @@ def verdicts(rows: list[Row]) -> list[Row]:
 
 def is_ours(arm: str) -> bool:
     """Whether an arm has a protection of this package."""
-    return any(word in arm for word in ("soft", "hard", "form", "protect", "anchor"))
+    return any(word in arm for word in ("soft", "hard", "form", "auto", "anchor"))
 
 
 def _not_run(rows: list[Row]) -> str:

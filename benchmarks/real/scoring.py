@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from loki_plugin.protecting.anchor import adapter_off
 
 _TOKENS = 1024  # that run at once
+_AT_ONCE = 32  # answers
 _POSITIONS = 256  # whose logits are held at once
 _PREFIX = 8  # tokens that all sequences of a batch begin with, from which on they run once
 
@@ -228,8 +229,8 @@ def answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]], tokens: i
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with _evaluating(model):
-        for start in range(0, len(order), 16):
-            which = order[start : start + 16]
+        for start in range(0, len(order), _AT_ONCE):
+            which = order[start : start + _AT_ONCE]
             width = max(len(prompts[i]) for i in which)
             lacking = [width - len(prompts[i]) for i in which]
             ids = [[end] * k + prompts[i] for k, i in zip(lacking, which, strict=True)]

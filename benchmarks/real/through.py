@@ -26,7 +26,7 @@ from demo.running import NO_KERNELS, claim, environment, train
 _LINEARS = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
 YAMLS: dict[str, dict[str, Any]] = {
     "lora_all_r16": {**_LINEARS, **NO_KERNELS},
-    "lora_soft_anchor": {
+    "auto_all": {
         **_LINEARS, "plugins": ["loki"], "loki": {"quota": 100, "protect": "auto"},
     },
 }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
 from ..args import LokiConfig
-from ..choices import LINEAR_RANK, PROTECT_GB, SELF
+from ..choices import LINEAR_RANK, PROTECT_GB, SELF, TEXT_COUNT
 from ..model.anatomy import Anatomy, linear_sizes
 from ..model.linears import chosen
 from ..protecting.eigen import BUDGET, EXACT_COPIES
@@ -129,9 +129,11 @@ class Estimator:
         return (self.config.rank or rows[name]) if rows[name] else 0
 
     def anchor_tokens(self) -> int:
-        """Of the anchor prompts of one micro batch, on average."""
+        """Of the anchor texts of one micro batch, on average; of the model's own at most."""
         settings = self.config.protect
         mean = sum(self.lengths) / len(self.lengths)
+        if settings.text == SELF:
+            mean = OWN_TOKENS / TEXT_COUNT
         return round(settings.anchor_batch * mean) if settings.anchor else 0
 
     def analysis(self, run: Planned, card: int) -> dict[str, Any]:

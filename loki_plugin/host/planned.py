@@ -82,8 +82,8 @@ def not_counted(run: Mapping[str, Any]) -> list[str]:
         found.append("attribution.path: sequence: counted as `token`, which is many times faster")
     protect = (run.get("loki") or {}).get("protect") or {}
     text = protect.get("text")
-    if text and protect.get("anchor"):
-        found.append(f"protect.text: {text}: the anchor is counted with calibration prompts only")
+    if text and text != SELF and protect.get("anchor"):
+        found.append(f"protect.text: {text}: the anchor is counted with calibration prompts")
     if text == SELF:
         found.append("protect.text: self: the time that the model takes to write is not counted")
     return found

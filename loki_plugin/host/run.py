@@ -108,7 +108,7 @@ class Run:
             earlier_directions,
             report,
         )
-        from ..protecting.texts import own_texts, protecting_prompts, told_of
+        from ..protecting.texts import anchored, own_texts, protecting_prompts, told_of
 
         settings = self.config.protect
         found = earlier_directions(self.config, cfg.lora_model_dir, _resumed_checkpoint(cfg))
@@ -116,7 +116,7 @@ class Run:
             down = find_anatomy(model).names
             pairs = zip(down, self.selection.counts, strict=True)
             check_trained(found, [*self.selection.linears, *(n for n, k in pairs if k)], down)
-        texts = []
+        texts = held = []
         if settings.anchor or (settings.reads and not found):
             inputs = files.inputs
             if settings.text == SELF:
@@ -127,6 +127,7 @@ class Run:
             texts = protecting_prompts(tokenizer, self.config, inputs, unknown)
             if self.watch:
                 texts = self.watch.without(texts)
+            held = anchored(tokenizer, inputs, texts)
         if settings.reads and not found:
             found = choose_directions(model, [text.ids for text in texts], self.config)
         if found:
@@ -136,12 +137,12 @@ class Run:
             self.told.append(("protected", describe(found)))
         if settings.anchor:
             every = settings.anchor_every
-            ids, starts = [text.ids for text in texts], [text.starts for text in texts]
+            ids, starts = [text.ids for text in held], [text.starts for text in held]
             self.anchor = Anchor(ids, settings.anchor, settings.anchor_batch, every, starts)
             each = f"{settings.anchor:g} x KL(base || tuned) on {settings.anchor_batch}"
             when = "every step" if every == 1 else f"every {every}th step"
             begin = sum(map(len, starts))
-            told = f"{when} adds {each} of {len(texts)} texts, in which {begin} answers begin"
+            told = f"{when} adds {each} of {len(held)} texts, in which {begin} answers begin"
             self.told.append(("anchor", told))
         if not (settings.anchor or found or is_fsdp2(cfg)):
             told = "nothing, as in the paper; `protect: auto` keeps more of what the model knows"

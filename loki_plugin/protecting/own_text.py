@@ -262,9 +262,10 @@ def _continued(
     done: Callable[[int], Any],
 ) -> list[list[int]]:
     """What the model writes behind each start, with the token that ends it where one came."""
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # little is padded so
     written: list[list[int]] = []
     while len(written) < len(starts):
-        batch = starts[len(written) : len(written) + batch_size]
+        batch = [starts[i] for i in order[len(written) : len(written) + batch_size]]
         try:
             new = _generate(model, batch, tokens, stop)
         except RuntimeError as error:
@@ -278,7 +279,7 @@ def _continued(
             continue
         written += new
         done(len(batch))
-    return written
+    return [new for _, new in sorted(zip(order, written, strict=True))]
 
 
 def _generate(

@@ -22,7 +22,7 @@ from . import own_text
 from .keeping import by_one, key_of, read_kept
 
 LOG = logging.getLogger("loki_plugin")
-_WRITING = 2  # raised when the same model would write other texts
+_WRITING = 3  # raised when the same model would write other texts
 
 
 def protecting_prompts(
@@ -42,6 +42,21 @@ def protecting_prompts(
     if len(kept) < len(distinct):
         LOG.info("loki: %d texts with new tokens left out", len(distinct) - len(kept))
     return kept
+
+
+def anchored(tokenizer, inputs: Inputs, among: Sequence[Text]) -> list[Text]:
+    """What an anchor holds of the texts that protection reads: `protect.text`, where it has
+    dialogues; else all of them, for in calibration prompts an answer begins too.
+
+    Beside dialogues, calibration prompts keep less than they cost: few people ask the questions of
+    a test, and one token of each begins an answer.
+
+    Args:
+        among: the texts that protection reads.
+    """
+    given = set(read_dialogues(tokenizer, inputs.texts))
+    found = [text for text in among if text in given]
+    return found if any(text.starts for text in found) else list(among)
 
 
 def own_texts(

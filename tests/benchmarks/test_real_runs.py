@@ -20,7 +20,7 @@ KEY = sweep.Key(NAME, "snips", "lora_all_r16", 0, 1e-2, "ci")
 
 @pytest.mark.parametrize(
     "name",
-    ["lora_all_r16", "full", "loki_q30", "lora_soft_anchor", "loki_soft_q90", "lora_replay5",
+    ["lora_all_r16", "full", "loki_q30", "auto_all", "loki_soft_q90", "lora_replay5",
      "lora_selfreplay50", "lora_eaft", "dora", "osf", "corda", "freeze_bottom", "lora_hard",
      "oplora", "fora", "lora_null", "lora_null_frozen", "random_q30", "loki_soft_q90_0.6",
      "all_soft_q30", "form_8bit", "form_eighth", "lora_kl_rest", "lora_soft_anchor_every2"],
@@ -172,10 +172,10 @@ def test_a_base_that_nobody_knows_and_a_changed_package_are_refused(tmp_path, mo
 
 @pytest.mark.slow
 def test_a_finalist_trains_by_the_real_command_and_is_measured_alike(lab, tmp_path):
-    found = through.run(lab, "lora_soft_anchor", "snips", 3, tmp_path / "work")
-    config = yaml.safe_load((tmp_path / "work" / "lora_soft_anchor.yaml").read_text())
+    found = through.run(lab, "auto_all", "snips", 3, tmp_path / "work")
+    config = yaml.safe_load((tmp_path / "work" / "auto_all.yaml").read_text())
     assert config["loki"] == {"quota": 100, "protect": "auto"} and config["plugins"] == ["loki"]
-    report_of = json.loads((tmp_path / "work/lora_soft_anchor/loki_report.json").read_text())
+    report_of = json.loads((tmp_path / "work/auto_all/loki_report.json").read_text())
     assert report_of["verified"] is True
     start = score(lab.known, lab.task.tested).loss
     assert found["task_loss"] < start and found["kl_dialogues"] > 0 and "facts_kept" in found

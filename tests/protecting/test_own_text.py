@@ -76,12 +76,12 @@ def test_padding_changes_nothing(learned, tokenizer):
     """Prompts of several lengths in one batch are each answered as if they were alone."""
     starts = [
         tokenizer.apply_chat_template(d[:1], add_generation_prompt=True)["input_ids"]
-        for d in [*DIALOGUES, [{"role": "user", "content": "say the number and the number"}]]
+        for d in [[{"role": "user", "content": "say the number and the number"}], *DIALOGUES]
     ]
     stop = Marks.of(learned, tokenizer).ends
     together = own_text._continued(learned, starts, 24, stop, 3, lambda n: None)
     assert len({len(s) for s in starts}) > 1
-    assert [own_text._words(tokenizer, t) for t in together[:2]] == list(ANSWERS.values())
+    assert [own_text._words(tokenizer, t) for t in together[1:3]] == list(ANSWERS.values())
     assert all(ids[-1] in stop and not {*ids[:-1]} & stop for ids in together)
 
 

@@ -15,7 +15,7 @@ from loki_plugin.inputs import Inputs
 from loki_plugin.model import fingerprint as module
 from loki_plugin.protecting.directions import Directions
 from loki_plugin.protecting.preparing import choose_directions
-from loki_plugin.protecting.texts import own_texts, protecting_prompts, told_of
+from loki_plugin.protecting.texts import anchored, own_texts, protecting_prompts, told_of
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7, i) for i in range(8, 12)]
 
@@ -140,6 +140,23 @@ def test_texts_with_tokens_that_the_model_does_not_know_are_left_out(tmp_path, o
     with our_log.at_level("INFO", "loki_plugin"):
         assert protecting_prompts(tokenizer, config, inputs, new) == everything[:2]
     assert len(everything) == 3 and "1 texts with new tokens left out" in our_log.text
+
+
+@pytest.mark.parametrize("dialogues", [True, False])
+def test_an_anchor_holds_texts_with_dialogues_alone_and_prompts_beside_others(tmp_path, dialogues):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say"}\n')
+    config = configure(str(tmp_path / "prompts.jsonl"), tmp_path, protect={"anchor": 1.0})
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = [{"text": "the number"}, *[said] * dialogues]
+    texts = [record_of(row, f"text {i}") for i, row in enumerate(rows)]
+    inputs = replace(Inputs.read(config), texts=texts)
+    prompt, *given = every = protecting_prompts(tokenizer, config, inputs)
+    assert len(given) == 1 + dialogues and prompt.starts
+    assert anchored(tokenizer, inputs, every) == (given if dialogues else every)
+    # What is left out of `among`, as texts that a run is measured on, is not held either.
+    assert anchored(tokenizer, inputs, every[::2]) == (given[1:] if dialogues else [prompt])
+    assert anchored(tokenizer, replace(inputs, texts=[]), every[:1]) == [prompt]
 
 
 def test_a_model_that_wrote_no_dialogue_is_said_to_hold_none():
