@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..args import LokiConfig
-from ..choices import DOWN
 from .preference import preference_faults
 from .sharding import fsdp_faults, is_fsdp2, zero_faults
 
@@ -140,13 +139,6 @@ def refuse(cfg, config: LokiConfig) -> None:
         )
     faults += preference_faults(cfg)
     faults += fsdp_faults(cfg, config.protect)
-    if is_fsdp2(cfg) and config.targets != DOWN:
-        own = "targets" in _block(cfg, "loki")
-        given = [k for k in ("lora_target_modules", "lora_target_linear") if cfg.get(k) and not own]
-        key = given[0] if given else "loki.targets"
-        faults.append(
-            f"  {key}: linears besides the down-projections were not proved with FSDP2; remove it"
-        )
     if config.stop_forgetting is not None:
         if is_fsdp2(cfg):
             faults.append(

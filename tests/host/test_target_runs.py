@@ -28,13 +28,6 @@ ADAPTER = "adapter_model.safetensors"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = [*ATTENTION, "gate_proj", "up_proj"]
 NF4 = {"load_in_4bit": True}
-FSDP2 = {
-    "fsdp_version": 2, "save_strategy": "no",
-    "fsdp_config": {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True,
-        "reshard_after_forward": True,
-    },
-}  # fmt: skip
 CHECKPOINTED = {"gradient_checkpointing": True}
 
 
@@ -370,14 +363,6 @@ def test_auto_goes_without_own_text_where_the_model_can_write_none(
         ({"loki": {"linear_rank": 4}}, "`targets` names none; set `targets: all` too"),
         ({"loki": {"targets": []}}, "loki.targets: .*at least 1"),
         ({"loki": {"targets": "all", "linear_rank": 0}}, "loki.linear_rank: .*greater than or"),
-        (
-            {"loki": {"targets": "all"}} | FSDP2,
-            "loki.targets: linears besides the down-projections were not proved with FSDP2",
-        ),
-        (
-            {"lora_target_linear": True} | FSDP2,
-            "  lora_target_linear: linears besides the down-projections were not proved with FSDP2",
-        ),
     ],
 )
 def test_what_cannot_train_is_named_before_anything_is_loaded(run_config, change, message):
