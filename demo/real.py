@@ -82,6 +82,7 @@ def main(work: Path, fresh: bool = False, keep: bool = False) -> None:
         "verify": next(line for line in proof.splitlines() if line.startswith("OK")),
         "stages": clock.ended(),
         "seconds": round(clock.seconds, 1),
+        "setup_seconds": setup_seconds(),
         "gigabytes": round(_largest() / 1e9, 2),
         "machine": describe(torch.device("cpu")),
     }
@@ -109,6 +110,13 @@ def base_folder() -> Path:
             f" has '{BASE}' in it, run this again. Without: `python -m demo --toy` runs on a model"
             " that is made here"
         )
+
+
+def setup_seconds() -> int | None:
+    """What `make` took for the environment; None where something else made it."""
+    stamp = Path(sys.prefix) / ".installed"
+    said = stamp.read_text().strip() if stamp.is_file() else ""
+    return int(said) if said.isdigit() else None
 
 
 def hush() -> None:

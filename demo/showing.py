@@ -16,7 +16,7 @@ def show(report: dict, work: Path, models: Mapping[str, str]) -> None:
     print("\n".join(["", *side_by_side(report, models), "", *table(report, models)]))
     print(f"\nverify               {report['verify']}")
     print(f"merged model         {work / 'loki' / 'merged'}")
-    used = f"{report['seconds']:.0f} s in all, largest process {report['gigabytes']} GB"
+    used = f"{_times(report, 's', 1)}, largest process {report['gigabytes']} GB"
     print(f"all figures          {work / 'demo_report.json'} ({used})")
     print(f"report               {_page(report, work, models)}")
 
@@ -47,8 +47,15 @@ def in_short(report: dict, models: Mapping[str, str]) -> str:
     """Two questions, a message and the table: what a page shows of a run."""
     lines = [*side_by_side(report, models, 2, 1), "", *table(report, models)]
     lines += ["", f"verify{'':34s}{report['verify']}"]
-    used = f"{report['seconds'] / 60:.0f} minutes, largest process {report['gigabytes']} GB"
+    used = f"{_times(report, 'minutes', 60)}, largest process {report['gigabytes']} GB"
     return "\n".join([*lines, f"{used}: {report['machine']}"])
+
+
+def _times(report: dict, unit: str, seconds: int) -> str:
+    """How long it took, and how long its environment did, where that is known."""
+    setup = report.get("setup_seconds")
+    told = f"{report['seconds'] / seconds:.0f} {unit}"
+    return told if setup is None else f"{told}, its set-up {setup / seconds:.0f}"
 
 
 def compared(report: dict, models: Mapping[str, str]) -> list[tuple[str, list[str]]]:

@@ -271,11 +271,23 @@ def test_multiple_choice_is_of_questions_that_the_run_does_not_see(small):
     asked = asking.choices(tokenizer, real.CALIBRATION)
     seen = load_prompts(tokenizer, **real.LOKI["loki"]["calibration"]).prompts
     told = "\n".join(tokenizer.decode(p.ids) for p in seen)
-    assert len(asked) == 57 and len(seen) == 57 * real.CALIBRATION["samples_per_subject"]
+    assert len(asked) == 29 and len(seen) == 57 * real.CALIBRATION["samples_per_subject"]
     assert not any(q["question"] in told for q in asked)
     every = {r.question: r for r in load_records("builtin")}
     assert all(every[q["question"]].answer == q["answer"] for q in asked)
     assert any(r.question in told for r in every.values())
+
+
+def test_the_time_of_the_set_up_is_told_where_make_took_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert real.setup_seconds() is None
+    report = {"seconds": 720.0, "setup_seconds": None}
+    assert showing._times(report, "minutes", 60) == "12 minutes"
+    for said, seconds in (("", None), ("180\n", 180)):  # an older Makefile left an empty stamp
+        (tmp_path / ".installed").write_text(said)
+        assert real.setup_seconds() == seconds
+    report["setup_seconds"] = real.setup_seconds()
+    assert showing._times(report, "minutes", 60) == "12 minutes, its set-up 3"
 
 
 def test_protection_is_auto_and_nothing_else():
