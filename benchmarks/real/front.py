@@ -45,6 +45,8 @@ _PAPERS, _OLD_DATA = "loki_q30", "lora_replay5"
 _WAYS = {
     "lora_selfreplay": "LoRA + 5 % own text", "dora": "DoRA", "corda": "CorDA",
     "freeze_bottom": "lower half frozen", "lora_eaft": "LoRA, EAFT's loss",
+    "oplora": "OPLoRA", "fora": "FORA", "lora_null": "LoRA-Null",
+    "lora_null_frozen": "LoRA-Null, A frozen",
 }  # fmt: skip
 _NAMES = {
     "smollm2-135m-instruct": "SmolLM2-135M",
