@@ -234,6 +234,9 @@ ARMS: dict[str, Arm] = {
     # `protect: auto` of today: an anchor on what the base writes alone.
     "auto_all": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
     "auto_q10": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written"),
+    # With fewer of these texts, in the directions too.
+    "auto_all_own80": Arm(soft_all(own=80), ROWS, anchor=1.0, anchored="written", own=80),
+    "auto_all_own40": Arm(soft_all(own=40), ROWS, anchor=1.0, anchored="written", own=40),
     # On its dialogues alone, and on their beginnings.
     "lora_soft_anchor_dialogues": Arm(soft_all(), ROWS, anchor=1.0, anchored="dialogues"),
     "lora_soft_anchor_short": Arm(soft_all(), ROWS, anchor=1.0, anchored="dialogues", behind=24),

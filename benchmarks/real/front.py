@@ -36,7 +36,6 @@ _OTHERS = "the best of all other ways, without old data"
 _OURS = (
     "auto_all",
     "auto_q10",
-    "lora_soft_anchor",
     "lora_anchor",
     "lora_soft",
     "loki_soft_q90",

@@ -225,11 +225,12 @@ def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
 
 
 def test_what_is_not_known_of_the_texts_is_said(big, tmp_path):
-    for text, told in (("own.txt", 1), ("self", 2)):
+    prompts, time = "the anchor is counted with calibration prompts", "to write is not counted"
+    for text, told in (("own.txt", prompts), ("self", time)):
         run = big | {"loki": {"protect": {"anchor": 1.0, "text": text}}}
         assumed = asked(run, tmp_path, "--json", "--card", "48")["assumed"]
         said = [line for line in assumed if f"text: {text}: " in line]
-        assert len(said) == told and "with calibration prompts only" in said[0], said
+        assert len(said) == 1 and told in said[0], said
 
 
 def test_a_run_that_analyses_nothing_is_told_what_finding_directions_holds(big, tmp_path):
