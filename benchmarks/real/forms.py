@@ -31,7 +31,7 @@ def _leading(v: torch.Tensor, part: int) -> int:
     return len(v) * (len(v) // part)
 
 
-# The same beside an anchor, as `protect: auto` has it; its bytes are those in 8 bits.
+# The same beside an anchor, as `protect: auto` had it up to 0.12.0; its bytes are those in 8 bits.
 _ANCHORED: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = {
     "lora_soft_anchor": ("99 % of the energy", lambda v: BYTES * v.numel()),
     "lora_soft_anchor_quarter": ("I/4", lambda v: BYTES * _leading(v, 4)),
@@ -81,6 +81,6 @@ def report(lab: Lab) -> None:
         f" held-out loss of {goal}; seed 0. MB: all inputs of the model together.",
         command("real", DATA=str(lab.data.folder)),
         compare(lab, "snips"),
-        more="With an anchor, as `protect: auto` has it, and fewer and fewer directions; MB in 8"
+        more="With an anchor, as `protect: auto` had it up to 0.12.0, and fewer and fewer directions; MB in 8"
         f" bits. Seed 0, of the first line three.\n\n{anchored}",
     )

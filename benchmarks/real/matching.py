@@ -55,8 +55,8 @@ def curves(rows: Iterable[Row]) -> dict[tuple, Curve]:
 def at(curve: Curve, axis: str, value: float) -> Row | None:
     """The run where it first reaches a task loss, or a task score; None where it ends before.
 
-    Linear between the two points around. What is not known at both of them, because it is not
-    measured at every point, is taken from the next point that has it.
+    Linear between the two points around. What is not measured at every point is linear between the
+    last one before and the first one behind that have it; None where no point behind has it.
     """
     sign = -1 if axis == "task_loss" else 1
     for i, row in enumerate(curve):
@@ -64,18 +64,21 @@ def at(curve: Curve, axis: str, value: float) -> Row | None:
             continue
         if i == 0:
             return dict(row)
-        before = curve[i - 1]
-        share = (value - before[axis]) / (row[axis] - before[axis])
         found = dict(row)
-        for name, late in row.items():
-            early = before.get(name)
-            if isinstance(late, float) and isinstance(early, float):
-                found[name] = early + share * (late - early)
-            elif late is None and name not in _TEXT:
-                later = (r[name] for r in curve[i:] if r[name] is not None)
-                found[name] = next(later, None)
+        for name in row.keys() - _TEXT:
+            early = next((r for r in reversed(curve[:i]) if r[name] is not None), None)
+            late = next((r for r in curve[i:] if r[name] is not None), None)
+            found[name] = late and _between(early, late, name, axis, value)
         return found
     return None
+
+
+def _between(early: Row | None, late: Row, name: str, axis: str, value: float):
+    """What `name` is where the axis has the value; not beyond one of the two points."""
+    if early is None or not isinstance(late[name], float) or early[axis] == late[axis]:
+        return late[name]
+    share = min(1.0, max(0.0, (value - early[axis]) / (late[axis] - early[axis])))
+    return early[name] + share * (late[name] - early[name])
 
 
 def goals(task: str, axis: str) -> float | None:

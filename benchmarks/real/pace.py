@@ -14,7 +14,7 @@ from benchmarks.real.sweep import BATCH, _built, _step
 from benchmarks.writer import command, write
 
 _ARMS = ("lora_all_r16", "lora_soft", "auto_all", "auto_q10")
-_STEPS, _WARM = 7, 2
+_STEPS, _WARM = 5, 2
 
 
 def compare(lab: Lab, lengths: tuple[int, ...], precision: str) -> list[dict]:
@@ -63,5 +63,5 @@ def report(lab: Lab, precision: str) -> None:
         f"{lab.name}, {precision}, {torch.get_num_threads()} thread, {BATCH} sequences in a step;"
         f" median of {_STEPS} steps after {_WARM}, the arms take turns.",
         command("real", DATA=str(lab.data.folder)),
-        compare(lab, (80, 256, 512), precision),
+        compare(lab, (80, 256), precision),
     )

@@ -88,7 +88,10 @@ def test_values_are_read_where_the_curve_first_reaches_the_loss():
              line("a", 20, 0.2, 0.6, facts_kept=0.8), line("a", 30, 0.5, 9.0)]  # fmt: skip
     found = matching.at(curve, "task_loss", 0.4)
     assert found["kl_dialogues"] == pytest.approx(0.4) and found["step"] == pytest.approx(15)
-    assert found["facts_kept"] == 0.8  # not measured at both points around: the next that has it
+    # Not measured at step 10: between those of steps 0 and 20, at losses of 3.0 and 0.2.
+    assert found["facts_kept"] == pytest.approx(1.0 - 0.2 * 2.6 / 2.8)
+    unmeasured = [*curve[:2], line("a", 20, 0.2, 0.6, facts_kept=None)]
+    assert matching.at(unmeasured, "task_loss", 0.4)["facts_kept"] is None
     assert matching.at(curve, "task_loss", 0.1) is None
     assert matching.at(curve, "task_score", 0.6)["kl_dialogues"] == pytest.approx(0.4)
 
