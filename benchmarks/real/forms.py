@@ -81,6 +81,6 @@ def report(lab: Lab) -> None:
         f" held-out loss of {goal}; seed 0. MB: all inputs of the model together.",
         command("real", DATA=str(lab.data.folder)),
         compare(lab, "snips"),
-        more="With an anchor, as `protect: auto` had it up to 0.12.0, and fewer and fewer directions; MB in 8"
-        f" bits. Seed 0, of the first line three.\n\n{anchored}",
+        more="With an anchor, as `protect: auto` had it up to 0.12.0, and fewer and fewer"
+        f" directions; MB in 8 bits. Seed 0, of the first line three.\n\n{anchored}",
     )
