@@ -55,7 +55,7 @@ def _times(report: dict, unit: str, seconds: int) -> str:
     """How long it took, and how long its environment did, where that is known."""
     setup = report.get("setup_seconds")
     told = f"{report['seconds'] / seconds:.0f} {unit}"
-    return told if setup is None else f"{told}, its set-up {setup / seconds:.0f}"
+    return told if setup is None else f"{told} and {setup / seconds:.0f} for its set-up"
 
 
 def compared(report: dict, models: Mapping[str, str]) -> list[tuple[str, list[str]]]:

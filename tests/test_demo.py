@@ -287,7 +287,7 @@ def test_the_time_of_the_set_up_is_told_where_make_took_it(tmp_path, monkeypatch
         (tmp_path / ".installed").write_text(said)
         assert real.setup_seconds() == seconds
     report["setup_seconds"] = real.setup_seconds()
-    assert showing._times(report, "minutes", 60) == "12 minutes, its set-up 3"
+    assert showing._times(report, "minutes", 60) == "12 minutes and 3 for its set-up"
 
 
 def test_protection_is_auto_and_nothing_else():
