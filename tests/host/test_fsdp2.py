@@ -307,7 +307,7 @@ def test_it_trains_the_model_that_ddp_trains(runs, base, tied, form, rank, linea
     for name, (a, b) in modules_of(out).items():
         update, wanted = b @ a, ddp[name][1] @ ddp[name][0]
         assert (update - wanted).norm() <= bound * wanted.norm(), name
-        assert wanted.norm() > 1e-5
+        assert wanted.norm() > (1e-5 if linear_rank else 1e-3)  # B starts at zero on linears
     tuned = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tied if form == "rank2" else base), out
     )
