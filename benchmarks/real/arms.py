@@ -25,7 +25,7 @@ from benchmarks.forgetting.building import (
     osf,
 )
 from benchmarks.real.lab import Lab
-from benchmarks.real.rivals import fora, lora_null, oplora
+from benchmarks.real.rivals import fora, least_used, lora_null, oplora
 from loki_plugin import implant
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.anchor import Anchor
@@ -91,11 +91,13 @@ def soft_all(
     rank: int | None = 16,
     strategy: str = "layer_balanced",
     small: bool = False,
+    frozen: bool = False,
     **of,
 ) -> Callable:
     """`targets: all`: rows of the down-projections and LoRA r16 on all other linears, each reading
     through its own soft directions; with all rows and rank 16 that is LoRA on all linears. `small`:
-    directions in 8 bits, as on a card."""
+    directions in 8 bits, as on a card. `frozen`: A stays as it was drawn (LoRA-FA, arXiv
+    2308.03303)."""
 
     def build(model, lab: Lab):
         torch.manual_seed(lab.draw)
@@ -105,7 +107,11 @@ def soft_all(
             packed = {id(v): v for v in known.values()}
             packed = {i: rounded_directions(v, SOFTEST) for i, v in packed.items()}
             known = {name: packed[id(v)] for name, v in known.items()}
-        return implant(model, rows, rank=rank, protect=known, targets="all")
+        wrapped = implant(model, rows, rank=rank, protect=known, targets="all")
+        for name, parameter in wrapped.named_parameters():
+            if frozen and ".lora_A." in name:
+                parameter.requires_grad_(False)
+        return wrapped
 
     return build
 
@@ -234,6 +240,11 @@ ARMS: dict[str, Arm] = {
     # `protect: auto` of today: an anchor on what the base writes alone.
     "auto_all": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
     "auto_q10": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written"),
+    # The same with A frozen: as drawn, or in the directions that are used least (LoRA-Null).
+    "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
+    "least_anchor": Arm(least_used(), (3e-3, 1e-3), anchor=1.0, anchored="written"),
+    "least_anchor_r64": Arm(least_used(64), (3e-3, 1e-3), anchor=1.0, anchored="written"),
+    "least": Arm(least_used(), (3e-3, 1e-3)),
     # With fewer of these texts, in the directions too.
     "auto_all_own80": Arm(soft_all(own=80), ROWS, anchor=1.0, anchored="written", own=80),
     "auto_all_own40": Arm(soft_all(own=40), ROWS, anchor=1.0, anchored="written", own=40),
@@ -263,6 +274,7 @@ ARMS: dict[str, Arm] = {
     "all_soft_q90": Arm(soft_all(90, None), ROWS),
     "all_soft_q30": Arm(soft_all(30, None), ROWS),
     "all_soft_random_q30": Arm(soft_all(30, None, "random"), ROWS),
+    "all_soft_random_q90": Arm(soft_all(90, None, "random"), ROWS),
     "all_soft_q10": Arm(soft_all(10, None), ROWS),
     # Forms that take less memory than V [I, u] in float32.
     "form_eighth": Arm(soft_all(energy=None, count=1 / 8), ROWS),
