@@ -7,6 +7,7 @@ tokenizer, the task, and what may be known of the base.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Arm:
         every: steps from one anchor to the next, which counts that many times.
         starts: where answers begin counts as much as all other tokens, as in the product.
         marked: answers begin behind what stands before every answer of the task, wherever that is.
+        begun: so many beginnings of dialogues, up to where the answer begins, come beside them.
         rest: weight of KL(base || tuned) at the task's own targets, the target left out.
         eaft: Axolotl's loss `use_eaft` instead of cross-entropy.
         again: another order and another start of what is new: how much is noise?
@@ -67,6 +69,7 @@ class Arm:
     every: int = 1
     starts: bool = True
     marked: bool = False
+    begun: int = 0
     rest: float = 0.0
     eaft: bool = False
     again: bool = False
@@ -240,6 +243,10 @@ ARMS: dict[str, Arm] = {
     # `protect: auto` of today: an anchor on what the base writes alone.
     "auto_all": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
     "auto_q10": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written"),
+    # The same with more beginnings of answers in each step.
+    "auto_begun4": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", begun=4),
+    "auto_one_begun4": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", count=1, begun=4),
+    "auto_one_begun2": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", count=1, begun=2),
     # The same with A frozen: as drawn, or in the directions that are used least (LoRA-Null).
     "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
     "least_anchor": Arm(least_used(), (3e-3, 1e-3), anchor=1.0, anchored="written"),
@@ -306,13 +313,22 @@ def extra_loss(model, arm: Arm, lab: Lab):
     starts = [lab.starts(ids, mark) for ids in texts] if arm.starts else None
     if arm.behind is not None and starts:
         texts = [ids[: at[-1] + 1 + arm.behind] for ids, at in zip(texts, starts, strict=True)]
+    whole = len(texts)
+    if arm.begun and starts:
+        places = [(ids, at[-1]) for ids, at in zip(texts, starts, strict=True) if at]
+        texts += [ids[: last + 1] for ids, last in places]
+        starts += [[last] for _, last in places]
     # It asks the base once per text and keeps the answer, as training does.
     anchor = Anchor(texts, arm.anchor, arm.count, arm.every, starts=starts)
 
     def extra(step: int) -> torch.Tensor | float:
         if step % anchor.every:
             return 0.0
-        kl = anchor.divergence(model, anchor.draw(step, lab.draw))
+        drawn = random.Random(f"{lab.draw}/{step}/0/0").sample(range(whole), arm.count)
+        begun = random.Random(f"begun/{lab.draw}/{step}").sample(
+            range(whole, len(texts)), arm.begun
+        )
+        kl = anchor.divergence(model, drawn + begun)
         return anchor.weight * anchor.every * kl
 
     return extra
