@@ -29,6 +29,7 @@ YAMLS: dict[str, dict[str, Any]] = {
     "auto_all": {
         **_LINEARS, "plugins": ["loki"], "loki": {"quota": 100, "protect": "auto"},
     },
+    "auto_q10": {"adapter": "loki", "plugins": ["loki"], "loki": {"quota": 10}},
 }  # fmt: skip
 _COMPARED = ("task_loss", "kl_dialogues", "kl_text", "facts_kept")
 
