@@ -119,6 +119,33 @@ def soft_all(
     return build
 
 
+def by_gain(frozen: bool = True, rank: int = 16, count: int = 64) -> Callable:
+    """`soft_all` whose A starts, and stays if `frozen`, in what the task uses most beside what
+    general text uses: the leading eigenvectors of P C P, C the moments of `count` task texts.
+    Near FoLoRA (arXiv 2606.00132), which weighs directions by a task's gain per forgetting."""
+
+    def build(model, lab: Lab):
+        assert lab.task is not None
+        wrapped = soft_all(rank=rank, frozen=frozen)(model, lab)
+        seen = lab.read([a.ids for a in lab.task.learned[:count]], "the task")
+        by_name = {name: (i, m.ordinary) for i, (site, m) in enumerate(seen) for name in site.names}
+        leading: dict[int, torch.Tensor] = {}
+        for name, module in wrapped.named_modules():
+            if isinstance(module, LoraLayer):
+                a = module.lora_A["default"]
+                i, c = by_name[name.removeprefix("base_model.model.")]
+                if i not in leading:
+                    v = a.directions.float()
+                    c = c - v @ (v.T @ c)
+                    c = c - (c @ v) @ v.T
+                    leading[i] = torch.linalg.eigh(c.double()).eigenvectors[:, -rank:].float()
+                # As long as the rows that PEFT draws.
+                a.weight.data.copy_(leading[i].T / 3**0.5)
+        return wrapped
+
+    return build
+
+
 def blind_rows(model, lab: Lab):
     """Quota 90 with soft directions as 0.6.0 found them."""
     torch.manual_seed(lab.draw)
@@ -252,6 +279,11 @@ ARMS: dict[str, Arm] = {
     "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
     "least_anchor": Arm(least_used(), (3e-3, 1e-3), anchor=1.0, anchored="written"),
     "least_anchor_r64": Arm(least_used(64), (3e-3, 1e-3), anchor=1.0, anchored="written"),
+    "auto_frozen_r64": Arm(soft_all(rank=64, frozen=True), ROWS, anchor=1.0, anchored="written"),
+    "auto_gain_frozen": Arm(by_gain(), ROWS, anchor=1.0, anchored="written"),
+    "auto_gain_frozen_r64": Arm(by_gain(rank=64), ROWS, anchor=1.0, anchored="written"),
+    "auto_gain": Arm(by_gain(frozen=False), ROWS, anchor=1.0, anchored="written"),
+    "gain_frozen": Arm(by_gain(), ROWS),
     "least": Arm(least_used(), (3e-3, 1e-3)),
     # With fewer of these texts, in the directions too.
     "auto_all_own80": Arm(soft_all(own=80), ROWS, anchor=1.0, anchored="written", own=80),

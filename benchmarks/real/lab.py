@@ -126,20 +126,23 @@ class Lab(Base):
             return [(site, _added(a, b)) for (site, a), (_, b) in pairs]
 
         def find():
-            modules = targeted(self.known, ALL)
-            reader = Reader(self.known, find_anatomy(self.known), modules)
             alone = of in ("plain", "begun")
             texts = getattr(self, of) if alone else self.texts(of, own)
-            every = batched(texts)
-            sites = reader.sites(batched(self.prompts)[0])  # the lengths of sinks are theirs
-            moments: dict[int, Moments] = {}
-            with torch.no_grad(), tqdm(total=len(every), desc=f"moments of {of}") as bar:
-                reader.add(moments, dict(enumerate(sites)), every, bar)
-            return [(vars(site), vars(moments[i])) for i, site in enumerate(sites)]
+            return [(vars(site), vars(found)) for site, found in self.read(texts, of)]
 
         way = self._way if of == "written" else ""
         kept = self._kept(f"inputs-{of}{way}" + (f"-{own}" if own else ""), find)
         return [(Site(**site), Moments(**found)) for site, found in kept]
+
+    def read(self, texts: list[list[int]], told: str) -> list[tuple[Site, Moments]]:
+        """The product's own moments of any texts."""
+        reader = Reader(self.known, find_anatomy(self.known), targeted(self.known, ALL))
+        every = batched(texts)
+        sites = reader.sites(batched(self.prompts)[0])  # the lengths of sinks are theirs
+        moments: dict[int, Moments] = {}
+        with torch.no_grad(), tqdm(total=len(every), desc=f"moments of {told}") as bar:
+            reader.add(moments, dict(enumerate(sites)), every, bar)
+        return [(site, moments[i]) for i, site in enumerate(sites)]
 
     def stream(self, arm, count: int):
         """Batches of `count` sequences, shuffled anew each pass; replay as the arm has it."""
