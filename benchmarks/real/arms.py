@@ -270,6 +270,9 @@ ARMS: dict[str, Arm] = {
     # `protect: auto` of today: an anchor on what the base writes alone.
     "auto_all": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
     "auto_q10": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written"),
+    "auto_w3": Arm(soft_all(), ROWS, anchor=3.0, anchored="written"),
+    "auto_w10": Arm(soft_all(), ROWS, anchor=10.0, anchored="written"),
+    "auto_q10_w3": Arm(soft_rows(10), ROWS, anchor=3.0, anchored="written"),
     "auto_q10_rank16": Arm(soft_rows(10, rank=16), ROWS, anchor=1.0, anchored="written"),
     # The same with more beginnings of answers in each step.
     "auto_begun4": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", begun=4),
