@@ -15,6 +15,7 @@ from benchmarks.writer import table
 # At most this share of what LoRA forgets was aimed at.
 AIMS = {("smollm2-135m-instruct", "snips"): 0.05, ("smollm2-135m-instruct", "bfcl"): 0.05}
 OTHERWISE = 0.2
+_NO_SETTING = ("_talks", "frozen", "gain", "least", "begun", "rest")
 _SHOWN = {
     "arm": "arm", "of_lora": "KL dialogues / LoRA's", "kl_dialogues": "KL, its own answers",
     "kl_people": "KL, people's answers", "kl_text": "KL, text", "ce_rise": "rise of cross-entropy",
@@ -111,8 +112,8 @@ def verdicts(rows: list[Row]) -> list[Row]:
             for x in lines
             if (x["base"], x["task"]) == (base, task) and x[CHOSEN_BY] is not None
         }
-        # One that sees people's dialogues is held against nobody here.
-        own = [a for a in arms if is_ours(a) and not a.endswith("_talks")]
+        # What sees people's dialogues, or no setting asks for, is held against nobody here.
+        own = [a for a in arms if is_ours(a) and not any(w in a for w in _NO_SETTING)]
         ours = min(own, key=lambda a: arms[a][CHOSEN_BY], default=None)
         rival = arms.get(RIVAL)
         if ours is None or rival is None:
@@ -139,7 +140,7 @@ def verdicts(rows: list[Row]) -> list[Row]:
 
 def is_ours(arm: str) -> bool:
     """Whether an arm has a protection of this package."""
-    return any(word in arm for word in ("soft", "hard", "form", "auto", "anchor"))
+    return any(word in arm for word in ("soft", "hard", "form", "auto", "anchor", "gain"))
 
 
 def _not_run(rows: list[Row]) -> str:
