@@ -28,7 +28,7 @@ from .model.fingerprint import fingerprint
 from .model.linears import chosen, chosen_down
 from .model.loading import is_loaded
 from .rows import Made, RowSelection
-from .selecting.select import quota_to_count, rows_without_scores, select_rows
+from .selecting.select import Election, quota_to_count, rows_without_scores, select_rows
 
 LOG = logging.getLogger("loki_plugin")
 _CONVERGENCE_PROMPTS = 8
@@ -86,6 +86,8 @@ def _choose(
         if not config.strategy.startswith("global"):  # there the fullest layer is still to be found
             check_rank(config.rank, count)
         excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
+        shape, taken = (anatomy.num_layers, anatomy.hidden_size), [s.rows for s in excluded]
+        Election(shape, config.quota, config.strategy, exclude=taken)  # refused ahead of hours
         if not config.needs_scores:
             return _without_scores(model, anatomy, config, excluded)
         calibration = load_prompts(
@@ -118,7 +120,7 @@ def _choose(
             config.quota,
             config.strategy,
             magnitude=config.magnitude,
-            exclude=[s.rows for s in excluded],
+            exclude=taken,
             seed=config.seed,
         )
     prune(log.folder.parent, config.cache_limit, keep=log.folder.name)

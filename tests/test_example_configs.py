@@ -65,6 +65,18 @@ def test_every_configuration_stands_in_the_table_with_its_card_and_model():
         assert rows[name].startswith(f"{card} | {config['base_model'].rpartition('/')[2]} | ")
 
 
+def test_an_example_whose_rows_another_leaves_out_leaves_it_some():
+    found = 0
+    for name in TRAIN:
+        for file in read(name)["loki"].get("exclude", ()):
+            first = Path(file).parent.name
+            assert file == f"./outputs/{first}/loki_rows.json"
+            assert read(first)["base_model"] == read(name)["base_model"]
+            assert read(first)["loki"]["quota"] + read(name)["loki"]["quota"] <= 100
+            found += 1
+    assert found
+
+
 @pytest.mark.parametrize("name", TRAIN)
 def test_axolotl_accepts_it_and_knows_every_key(name):
     from axolotl.cli.config import prepare_plugins

@@ -320,3 +320,15 @@ def test_rows_that_no_score_decides_need_no_analysis(tmp_path, monkeypatch, bloc
     config = configure("builtin", tmp_path, **block, exclude=[excluded])
     with pytest.raises(ValueError, match="has only 8 rows left"):
         choose_rows(model(), None, config, Inputs.read(config, analysed=False))
+
+
+def test_too_few_rows_beside_the_excluded_ones_are_told_before_the_analysis(
+    source, tokenizer, tmp_path, monkeypatch
+):
+    from loki_plugin import pipeline
+
+    monkeypatch.setattr(pipeline, "load_prompts", lambda *a, **k: pytest.fail("analysed"))
+    taken = str(RowSelection([list(range(48))] * 3, 48).save(tmp_path / "taken.json"))
+    config = configure(source, tmp_path, exclude=[taken])
+    with pytest.raises(ValueError, match=r"layer 0 has only 0 rows left .* the quota takes \d+"):
+        choose_rows(model(), tokenizer, config)

@@ -145,16 +145,27 @@ def in_short(rows: list[Row]) -> str:
         if any(cells.values()):
             found.append({"way to train": _name(arm), **cells})
     lora = "; ".join(f"{_title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
-    seeds = [int(known[*k, RIVAL]["seeds"]) for k in columns]
     theirs = [known[*k, RIVAL]["rates"] for k in columns]
     others = [x["rates"] for x in lines if (x["base"], x["task"]) in columns and x["arm"] != RIVAL]
     return (
         "How much is forgotten when the new task is learned equally well, as a share of what LoRA"
         " forgets (KL to the base on dialogues; smaller is better; `-`: it did not learn the task"
-        f" so well).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token: {lora}. Learning"
-        f" rates that were tried, of which the best one counts: {_span(theirs)} for LoRA,"
-        f" {_span(others or [1])} for each other way. Seeds of LoRA: {_span(seeds)}."
+        f" so well; empty: not run).\n\n{table(found[:LINES])}\n\nLoRA's own KL, in nats a token:"
+        f" {lora}. Learning rates that were tried, of which the best one counts: {_span(theirs)}"
+        f" for LoRA, {_span(others or [1])} for each other way. Seeds: {_seeds(lines, columns)}."
     )
+
+
+def _seeds(lines: list[Row], columns: list[tuple[str, str]]) -> str:
+    """How many seeds each figure of the table is of."""
+    auto = dict.fromkeys(_OURS[:2], "`protect: auto`")
+    whose = {RIVAL: "LoRA", **auto, **dict.fromkeys([_OLD_DATA, _PAPERS, *_WAYS], "all else")}
+    found: dict[str, list[int]] = {}
+    for x in lines:
+        if (x["base"], x["task"]) in columns and x["arm"] in whose and x["seeds"]:
+            found.setdefault(whose[x["arm"]], []).append(int(x["seeds"]))
+    order = [w for w in dict.fromkeys(whose.values()) if w in found]
+    return ", ".join(f"{_span(found[w])} for {w}" for w in order)
 
 
 def _span(numbers: list[int]) -> str:
@@ -196,7 +207,8 @@ def _best_other(lines: list[Row], key: tuple[str, str]) -> str:
     if not others:
         return ""
     best = min(others, key=lambda x: x["of_lora"])
-    return f"{best['of_lora']:.2g} ({_name(best['arm'])})"
+    alone = ", the only one that was run" if len(others) == 1 else ""
+    return f"{best['of_lora']:.2g} ({_name(best['arm'])}{alone})"
 
 
 def _name(arm: str) -> str:

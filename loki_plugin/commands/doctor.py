@@ -17,7 +17,9 @@ from .shared import Answer, Command, read_run
 @click.argument(
     "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@click.option("--dir", "folder", help="cache folder; default: the user cache folder")
+@click.option(
+    "--dir", "folder", help="cache folder; default: that of CONFIG, or the user cache folder"
+)
 def doctor(config: Path | None, folder: str | None):
     """Look at what LoKI needs on this machine, and say what to do about each finding.
 

@@ -50,9 +50,12 @@ def examine(folder: str | None = None, given: Mapping[str, Any] | None = None) -
     """Everything that `loki doctor` looks at.
 
     Args:
-        folder: as `loki.cache_dir`.
+        folder: as `loki.cache_dir`; None: what the YAML says.
         given: the keys of an Axolotl YAML, or None.
     """
+    block = (given or {}).get("loki")
+    if folder is None and isinstance(block, Mapping) and block.get("cache_dir"):
+        folder = str(block["cache_dir"])
     return [
         *(run(given) if given is not None else []),
         *versions(),

@@ -13,6 +13,7 @@ from ..args import LokiConfig
 from .preference import preference_faults
 from .sharding import fsdp_faults, is_fsdp2, zero_faults
 
+_NAME_THEM = "name what trains in `loki.targets`: a list of names, or a regular expression"
 # Keys that would train, move or scale something else than the selected rows, and why.
 REFUSED = {
     "reward_model": "reward models are not supported yet",
@@ -21,8 +22,8 @@ REFUSED = {
     "peft_use_dora": "DoRA rescales every row of the weight, frozen ones too",
     "peft_use_rslora": "LoKI's scaling is always 1",
     "peft_init_lora_weights": "LoKI's update starts at zero",
-    "peft_layers_to_transform": "use `loki.exclude` or a rows file to leave layers out",
-    "peft_layers_pattern": "use `loki.exclude` or a rows file to leave layers out",
+    "peft_layers_to_transform": _NAME_THEM,
+    "peft_layers_pattern": _NAME_THEM,
     "peft_layer_replication": "replicated layers have no rows of their own",
     "peft_trainable_token_indices": "it trains embeddings",
     "lora_rank_pattern": "LoKI sets the ranks from the rows",
@@ -41,7 +42,7 @@ REFUSED = {
     "shrink_embeddings": "it cuts tokens off the base model's embeddings",
     "lisa_step_interval": "LISA trains layers of the base model",
     "spectrum_top_fraction": "Spectrum trains layers of the base model",
-    "lora_exclude_modules": "use `loki.exclude` or a rows file to leave layers out",
+    "lora_exclude_modules": _NAME_THEM,
     "flash_attn_fuse_mlp": "it replaces the MLPs, and with them the down-projections",
 }
 # What to do about them, where it is not to remove the key.

@@ -87,6 +87,13 @@ def test_a_cache_that_cannot_be_written_is_broken(tmp_path):
     assert "0 analyses, 0.00 GB of 20 GB" in kept.found and disk.what == "disk"
 
 
+def test_the_cache_is_that_of_the_run(tmp_path):
+    folder, other = tmp_path / "cache", tmp_path / "other"
+    given = {"plugins": ["loki"], "base_model": "none", "loki": {"cache_dir": str(folder)}}
+    assert str(folder) in by_name(doctor.examine(None, given))["cache"].found
+    assert str(other) in by_name(doctor.examine(str(other), given))["cache"].found
+
+
 def test_the_short_name_may_be_switched_off(monkeypatch):
     from axolotl.integrations import base
 
