@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loki_plugin.cli import loki
 from loki_plugin.host.files import Files
+from loki_plugin.implanting.exporting import export
 from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.protecting.reading import leakage
 from loki_plugin.rows import RowSelection
@@ -226,6 +227,22 @@ def test_faulty_blocks_are_named_before_anything_is_loaded(run_config, protect, 
     run_config["loki"]["protect"] = protect
     with pytest.raises(ValueError, match=message):
         Files.read(load(run_config))
+
+
+@pytest.mark.slow
+def test_an_exported_adapter_goes_on_with_the_rank_that_it_has(run_config, train, tmp_path):
+    run_config["loki"] |= {"quota": 30, "protect": {"inputs": 0.9, "soft": True}}
+    train(run_config)
+    export(run_config["output_dir"], tmp_path / "rank4", 4)
+    config = run_config | {"output_dir": str(tmp_path / "on")}
+    config["lora_model_dir"] = str(tmp_path / "rank4")
+    with pytest.raises(ValueError, match="has rank 4 .* set `loki: {rank: 4}`"):
+        train(config)
+    train(config | {"loki": run_config["loki"] | {"rank": 4}})
+    report = json.loads((tmp_path / "on" / "loki_report.json").read_text())
+    assert report["verified"] is True
+    for layer in range(3):
+        assert not torch.equal(update(tmp_path / "on", layer), update(tmp_path / "rank4", layer))
 
 
 def test_with_a_rows_file_the_calibration_is_still_read_early(run_config, tmp_path):
