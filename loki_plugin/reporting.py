@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from .args import LokiConfig
 from .implanting.saved import FAILED_NAME, REPORT_NAME
-from .model.writing import write_text
+from .model.writing import json_text, write_text
 from .rows import FILE_NAME, RowSelection
 
 
@@ -59,7 +58,7 @@ def write_report(
         "selection": selection.made,
     }
     path = folder / REPORT_NAME
-    write_text(path, json.dumps(report, indent=2) + "\n")
+    write_text(path, json_text(report) + "\n")
     return path
 
 

@@ -141,13 +141,14 @@ def _held_back(config, base, tuned, output, gate, options):
         )
     run = read_run(Path(config))
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
+    cache = (run.get("loki") or {}).get("cache_dir")
     report, told = measure_again(
         base or run["base_model"],
         folder,
         Path(tuned or folder),
         options["device"],
         options["dtype"],
-        (run.get("loki") or {}).get("cache_dir"),
+        str(Path(cache).expanduser()) if cache else None,
         revision=run.get("revision_of_model"),
         trust_remote_code=bool(run.get("trust_remote_code")),
         overrides=run.get("overrides_of_model_config"),

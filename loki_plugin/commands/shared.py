@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -54,7 +53,9 @@ class Command(click.Command):
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         if isinstance(answer, Answer):
-            click.echo(json.dumps(answer.facts, indent=2) if as_json else answer.text)
+            from ..model.writing import json_text
+
+            click.echo(json_text(answer.facts) if as_json else answer.text)
             ctx.exit(0 if answer.ok else 1)
 
 
@@ -77,9 +78,9 @@ def make_room(*files: str | None) -> None:
 
 def write_json(path: str, facts: Any) -> str:
     """Write figures for a script; returns the path."""
-    from ..model.writing import write_text
+    from ..model.writing import json_text, write_text
 
-    write_text(Path(path), json.dumps(facts, indent=2) + "\n")
+    write_text(Path(path), json_text(facts) + "\n")
     return path
 
 

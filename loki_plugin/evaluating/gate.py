@@ -7,6 +7,8 @@ from typing import Any
 
 from .forgetting import ForgettingReport
 
+_SLACK = 1e-9  # percent: what dividing counts and multiplying by 100 rounds to
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -35,14 +37,14 @@ class Gate:
                 f"KL to the base is {prompts.kl:.4g} nats, more than --max-kl {self.max_kl:g}"
             )
         kept = 100 * prompts.same_answer
-        if self.min_kept is not None and not kept >= self.min_kept:
+        if self.min_kept is not None and not kept >= self.min_kept - _SLACK:
             found.append(
                 f"{kept:.4g} % of the prompts are answered as the base does, less than --min-kept"
                 f" {self.min_kept:g}"
             )
         if self.max_drop is not None:
             limit = self.max_drop
-            lost = [f"{n} lost {d:.4g} %" for n, d in _drops(report) if not d <= limit]
+            lost = [f"{n} lost {d:.4g} %" for n, d in _drops(report) if not d <= limit + _SLACK]
             if lost:
                 found.append(f"{', '.join(lost)}, more than --max-drop {limit:g}")
         return found

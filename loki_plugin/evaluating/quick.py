@@ -90,16 +90,16 @@ def compare(
     known = tuned[:, : base.shape[1]]  # new tokens stand behind the base's vocabulary
     kl = (base.exp() * (base - known)).masked_fill(base.isneginf(), 0.0).sum(-1)
     answers = base.argmax(-1), tuned.argmax(-1)
-    same = (answers[0] == answers[1]).float().mean()
+    same = int((answers[0] == answers[1]).sum()) / len(base)
     asked = [(i, y) for i, y in enumerate(gold or ()) if y is not None]
     if not asked:
-        return Forgetting(len(base), float(kl.mean()), float(same))
+        return Forgetting(len(base), float(kl.mean()), same)
     before, after = ([int(a[i]) == y for i, y in asked] for a in answers)
     down, up = flips(before, after)
     return Forgetting(
         prompts=len(base),
         kl=float(kl.mean()),
-        same_answer=float(same),
+        same_answer=same,
         accuracy_before=sum(before) / len(asked),
         accuracy_after=sum(after) / len(asked),
         flips_down=down,

@@ -271,13 +271,17 @@ class Watch(TrainerCallback):
 
 
 def path(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Step, KL, share kept and loss of every evaluation that a trainer has logged; None for NaN."""
-    return [
-        {"step": e["step"], "kl": _finite(e[WATCH_KL]), "kept": e.get(WATCH_KEPT)}
-        | {"loss": _finite(e.get("eval_loss"))}
-        for e in history
-        if WATCH_KL in e
-    ]
+    """Step, KL, share kept and loss of every evaluation that a trainer has logged; None for NaN.
+
+    A run that resumes evaluates its checkpoint once more: the first time counts, which the
+    checkpoint has too.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for e in history:
+        if WATCH_KL in e:
+            one = {"step": e["step"], "kl": _finite(e[WATCH_KL]), "kept": e.get(WATCH_KEPT)}
+            found.setdefault(e["step"], one | {"loss": _finite(e.get("eval_loss"))})
+    return list(found.values())
 
 
 def _finite(value: float | None) -> float | None:

@@ -55,7 +55,7 @@ def examine(folder: str | None = None, given: Mapping[str, Any] | None = None) -
     """
     block = (given or {}).get("loki")
     if folder is None and isinstance(block, Mapping) and block.get("cache_dir"):
-        folder = str(block["cache_dir"])
+        folder = str(Path(str(block["cache_dir"])).expanduser())
     return [
         *(run(given) if given is not None else []),
         *versions(),

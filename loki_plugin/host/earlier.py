@@ -5,6 +5,9 @@ from __future__ import annotations
 from math import ceil
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from ..args import LokiConfig
 from ..implanting.checkpoint import open_tensors
 from ..implanting.saved import WEIGHTS
@@ -76,6 +79,27 @@ def check_tokens(cfg, tokens: int, rows: int) -> None:
             f" {wanted}: give the `tokens` and `special_tokens` with which it was trained, or merge"
             " it and start from the merged model"
         )
+
+
+def take_new_embeddings(model: nn.Module, checkpoint: str | None, tokens: int) -> None:
+    """The embeddings of added tokens as a checkpoint has them, into the model that resumes from it.
+
+    They were drawn in the run that was stopped. The trainer loads them anyway; before that they are
+    others than those that the finished run is compared with.
+
+    Args:
+        tokens: embeddings of the base, which stay.
+    """
+    file = Path(checkpoint or "") / WEIGHTS
+    if not checkpoint or not file.is_file():
+        return
+    mine = dict(model.named_parameters())
+    with open_tensors(file) as stored, torch.no_grad():
+        for key in stored.keys():
+            if ".lora_" not in key and key in mine:
+                saved = stored.get_tensor(key)
+                if saved.shape == mine[key].shape:
+                    mine[key][tokens:] = saved[tokens:].to(mine[key])
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

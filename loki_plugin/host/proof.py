@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from .. import ranks
 from ..reporting import Verdict, mark, write_report
 from ..rows import FILE_NAME
+from .files import config_file
 from .run import Run
 from .telling import about_end, block
 
@@ -67,7 +69,7 @@ class Proof:
             )
         if ranks.is_first():
             title = "verified" if self.verdict.verified else "saved; not all of it was compared"
-            config = str(cfg.axolotl_config_path or "CONFIG")
+            config = shlex.quote(config_file(cfg) or "CONFIG")
             watch = self.run.watch
             stopped = watch.told() if watch and watch.stopped else ""
             told = about_end(self.verdict.what, self.forgotten, folder, config, stopped)
@@ -166,7 +168,8 @@ class Proof:
         from ..model.loading import is_sharded
 
         if not self.run.measured or is_sharded(model):
-            why = "the model is sharded" if self.run.measured else "no calibration was read"
+            why = "no calibration was read" if self.run.config.report else "`report: false`"
+            why = "the model is sharded" if self.run.measured else why
             self.run.facts["forgetting"] = {"not_measured": why}
             self.forgotten = f"not measured: {why}"
             return

@@ -18,6 +18,7 @@ from ..protecting.anchor import Anchor
 from ..protecting.directions import Directions
 from ..rows import RowSelection
 from .base import check_base
+from .earlier import take_new_embeddings
 from .files import Files, config_file
 from .patches import take_over_sharded_saving
 from .sharding import check_loaded, is_fsdp2, let_anchor_pass, meet
@@ -139,8 +140,9 @@ class Run:
             every = settings.anchor_every
             ids, starts = [text.ids for text in held], [text.starts for text in held]
             self.anchor = Anchor(ids, settings.anchor, settings.anchor_batch, every, starts)
-            each = f"{settings.anchor:g} x KL(base || tuned) on {settings.anchor_batch}"
-            when = "every step" if every == 1 else f"every {every}th step"
+            drawn = min(settings.anchor_batch, len(held))
+            each = f"{settings.anchor * every:g} x KL(base || tuned) on {drawn}"
+            when = "every step" if every == 1 else f"one step of {every}"
             begin = sum(map(len, starts))
             told = f"{when} adds {each} of {len(held)} texts, in which {begin} answers begin"
             self.told.append(("anchor", told))
@@ -175,6 +177,8 @@ class Run:
         install(model, self.selection, self.config.rank, fresh)
         if self.directions:
             protect_inputs(model, self.directions, fresh, checked=True)
+        if not is_fsdp2(cfg):
+            take_new_embeddings(model, _resumed_checkpoint(cfg), self.tokens)
         # The base was read when its rows were chosen, and is read again after the training.
         with ranks.together():
             mine = fingerprint(model, unchanged=True) if is_loaded(model) else {}

@@ -89,7 +89,7 @@ def opened(adapters: Sequence[Adapter], names: list[str]) -> Iterator[list[Opene
 
     Raises:
         ValueError: no plain LoRA on the down-projections; a failed check of its training; NaN or
-            Inf; non-zero rows of B outside its selection.
+            Inf; non-zero rows of B outside its selection; a configuration of another run.
     """
     with ExitStack() as files:
         found = []
@@ -101,9 +101,11 @@ def opened(adapters: Sequence[Adapter], names: list[str]) -> Iterator[list[Opene
             layers, linears = adapted_layers(lora.keys(), names, adapter.selection)
             check_rows(lora, layers, adapter.selection)
             _check_finite(lora, linears)
+            modules = [*layers.values(), *linears]
+            for m in modules:
+                _check_config(adapter.folder, config, m.removeprefix(PREFIX), _rank(lora, m))
             scalings = {
-                m: _scaling(config, m.removeprefix(PREFIX), _rank(lora, m))
-                for m in (*layers.values(), *linears)
+                m: _scaling(config, m.removeprefix(PREFIX), _rank(lora, m)) for m in modules
             }
             found.append(Opened(adapter.folder, adapter.selection, lora, layers, linears, scalings))
         yield found
@@ -167,6 +169,19 @@ def _lora_config(adapter: Path) -> dict:
     return config
 
 
+def _check_config(folder: Path, config: dict, name: str, r: int) -> None:
+    """Axolotl writes a run's configuration before it trains, and its weights at the end: a run that
+    died in the folder of another has left its own beside the other's weights, and another scale."""
+    pattern = config.get("rank_pattern") or {}
+    told = pattern.get(get_pattern_key(pattern.keys(), name), config["r"])
+    if told != r:
+        raise ValueError(
+            f"'{folder / CONFIG}' is of another run than the weights beside it: it gives {name}"
+            f" rank {told}, and they have {r}. A run that was stopped, or one that trains now, has"
+            " written it there; take the last checkpoint, or train again into a folder of its own"
+        )
+
+
 def _scaling(config: dict, name: str, r: int) -> float:
     pattern = config.get("alpha_pattern") or {}
     return pattern.get(get_pattern_key(pattern.keys(), name), config["lora_alpha"]) / r
@@ -211,11 +226,14 @@ def respelled(lora: Any, config: dict, names: list[str]) -> tuple[Any, dict]:
     if modules & set(names) or len(heads) != 1 or TOWER.search(min(heads)):
         return lora, config
     theirs, ours = heads.pop(), names[0].removesuffix(tail(names[0]))
-    pattern = {
-        ours + k.removeprefix(theirs) if k.startswith(theirs) else k: alpha
-        for k, alpha in (config.get("alpha_pattern") or {}).items()
+    patterns = {
+        field: {
+            ours + k.removeprefix(theirs) if k.startswith(theirs) else k: value
+            for k, value in (config.get(field) or {}).items()
+        }
+        for field in ("alpha_pattern", "rank_pattern")
     }
-    return _Respelled(lora, theirs, ours), config | {"alpha_pattern": pattern}
+    return _Respelled(lora, theirs, ours), config | patterns
 
 
 def tail(name: str) -> str:

@@ -28,7 +28,7 @@ from ..model.linears import chosen, chosen_down
 from .directions import SOFTEST
 from .eigen import EXACT_COPIES, Leading, budget, leading, sink_directions, soften, without
 from .moments import Moments, Reader, Site, batched
-from .packed import BYTES, rounded
+from .packed import BYTES, narrowed, rounded
 
 # An eigenvector that stands on fewer tokens than this says more about them than about the language.
 TOKENS_PER_DIRECTION = 4
@@ -279,7 +279,10 @@ def solve(
     if small:
         inside = [rounded(inside[0], SOFTEST)]
     if apart:
-        inside.insert(0, apart.vectors * (SOFTEST**0.5 if wanted.soft else 1))
+        sinks = apart.vectors * (SOFTEST**0.5 if wanted.soft else 1)
+        if small:  # rounded up to 1 it would be a hard direction
+            sinks = narrowed(sinks, SOFTEST, dtype)
+        inside.insert(0, sinks)
     basis = torch.cat([v.to("cpu", dtype) for v in inside], 1)
     whole = moment.diagonal().double().sum()
     left = rest.diagonal().double().sum() * (1 - found.energy)

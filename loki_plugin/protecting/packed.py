@@ -12,7 +12,7 @@ the same for every token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +69,21 @@ class Packed:
 
 def rounded(v: torch.Tensor, longest: float) -> torch.Tensor:
     """The nearest V [I, u] that packs, bfloat16; squared norms up to `longest` stay so."""
-    wide, limited = v.shape[1] // WIDE, v.double().square().sum(0) <= longest * (1 + 1e-5)
+    wide = v.shape[1] // WIDE
+    return _within(
+        v, longest, lambda v: torch.cat([v[:, :wide].to(torch.bfloat16), _nearest(v[:, wide:])], 1)
+    )
 
-    def once(v: torch.Tensor) -> torch.Tensor:
-        return torch.cat([v[:, :wide].to(torch.bfloat16), _nearest(v[:, wide:])], 1)
 
-    found = once(v)
+def narrowed(v: torch.Tensor, longest: float, dtype: torch.dtype) -> torch.Tensor:
+    """V in `dtype`; squared norms up to `longest` stay so."""
+    return _within(v, longest, lambda v: v.to(dtype))
+
+
+def _within(
+    v: torch.Tensor, longest: float, once: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    limited, found = v.double().square().sum(0) <= longest * (1 + 1e-5), once(v)
     for n in range(_ROUNDS):
         norms = found.double().square().sum(0)
         long = limited & (norms > longest)

@@ -53,7 +53,8 @@ def earlier_directions(
         return None
     found = Directions.load(file)
     wanted = _settings(config)
-    asked = checkpoint or config.protect.reads  # an adapter decides where the YAML says nothing
+    # An adapter decides where the YAML says nothing, and so does a checkpoint of its run.
+    asked = config.protect.reads or (checkpoint and not adapter)
     had_settings = {k: found.made.get(k) for k in wanted} | {"soft": found.soft}
     if asked and had_settings != wanted:
         had = ", ".join(f"{k}: {v}" for k, v in had_settings.items())

@@ -16,6 +16,7 @@ from loki_plugin.evaluating import Forgetting, TaskChange
 from loki_plugin.evaluating.forgetting import ForgettingReport, load_model, measure
 from loki_plugin.evaluating.gate import Gate
 from loki_plugin.evaluating.harness import changes, check_tasks, evaluate_tasks
+from loki_plugin.evaluating.quick import compare
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +220,11 @@ def test_a_gain_hides_no_loss():
     assert len(Gate(max_drop=0.9).broken(report)) == 1 and Gate(0.0, 100.0, 5.1).given
     nothing = Forgetting(9, float("nan"), float("nan"))
     assert len(Gate(0.05, 95).broken(ForgettingReport(nothing))) == 2
+    # What is exactly allowed is allowed, whatever dividing counts rounds to.
+    base, tuned = torch.eye(20), torch.eye(20).index_copy(0, torch.tensor([7]), torch.eye(20)[[8]])
+    exact = compare(base.log(), (tuned + 1e-3).log(), list(range(20)))
+    assert not Gate(min_kept=95, max_drop=5).broken(ForgettingReport(exact))
+    assert len(Gate(min_kept=95.001, max_drop=4.999).broken(ForgettingReport(exact))) == 2
     assert not Gate().given and Gate().to_json(report) == {}
 
 

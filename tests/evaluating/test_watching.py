@@ -22,7 +22,7 @@ from loki_plugin.evaluating.held_back import (
     row_length,
     within,
 )
-from loki_plugin.evaluating.watching import Watch, measure, under_limit
+from loki_plugin.evaluating.watching import Watch, measure, path, under_limit
 from loki_plugin.inputs import Inputs
 from loki_plugin.protecting.texts import protecting_prompts
 
@@ -132,6 +132,9 @@ def test_checkpoints_under_the_threshold_are_measured_ones_of_this_run(tmp_path)
         return [int(f.name.partition("-")[2]) for f in under_limit(limit, history, tmp_path)]
 
     assert under(0.05) == [2, 4] and under(0.02) == [2] and under(0.001) == []
+    again = {"eval_loki_kl": 0.0401, "step": 4}  # a run that resumes evaluates it once more
+    history.append(again)
+    assert under(0.05) == [2, 4] and [e["step"] for e in path(history)].count(4) == 1
     other = [{"eval_loki_kl": 0.029, "step": 4}]  # an earlier run has left it
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(
         json.dumps({"log_history": other})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,23 @@ def test_new_tokens_train_the_rows_and_nothing_else(
     said = f"trained with {len(embeddings)} embeddings, and this run has {len(old)}"
     with pytest.raises(ValueError, match=said):
         train(without | {"chat_template": "llama3", "lora_model_dir": str(out)})
+
+
+@pytest.mark.slow
+def test_a_run_with_new_tokens_resumes_though_others_are_drawn(run_config, train, plain_base):
+    """Embeddings of new tokens are drawn anew in each process; the checkpoint's are the run's."""
+    run_config |= {"base_model": str(plain_base), **CHATML, "save_strategy": "steps"}
+    run_config |= {"save_steps": 3, "auto_resume_from_checkpoints": True}
+    train(run_config)
+    out = Path(run_config["output_dir"])
+    whole = load_file(out / "adapter_model.safetensors")
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "adapter_model.safetensors").unlink()
+    train(run_config)
+    assert json.loads((out / "loki_report.json").read_text())["verified"] is True
+    resumed = load_file(out / "adapter_model.safetensors")
+    assert {k for k in whole if "embed" in k}
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
 
 
 def test_embeddings_that_axolotl_wants_listed_do_not_train(run_config, our_log):

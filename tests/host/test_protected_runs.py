@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,23 @@ def test_an_exported_adapter_goes_on_with_the_rank_that_it_has(run_config, train
     assert report["verified"] is True
     for layer in range(3):
         assert not torch.equal(update(tmp_path / "on", layer), update(tmp_path / "rank4", layer))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_an_adapter_resumes_with_its_own_yaml(run_config, train, tmp_path):
+    """It says nothing of protection: the adapter decides, and its own checkpoint is no other."""
+    first = run_config | {"output_dir": str(tmp_path / "first")}
+    first["loki"] = run_config["loki"] | {"protect": {"directions": 4}}
+    train(first)
+    block = {k: v for k, v in run_config["loki"].items() if k != "protect"}
+    second = run_config | {"lora_model_dir": first["output_dir"], "loki": block}
+    second |= {"save_strategy": "steps", "save_steps": 3, "auto_resume_from_checkpoints": True}
+    train(second)
+    out = Path(second["output_dir"])
+    shutil.copytree(out, tmp_path / "whole")
+    shutil.rmtree(out / "checkpoint-6")
+    train(second)
+    assert_same_adapter(out, tmp_path / "whole")
 
 
 def test_with_a_rows_file_the_calibration_is_still_read_early(run_config, tmp_path):

@@ -206,3 +206,19 @@ def test_leakage_of_a_model_that_lacks_a_layer_is_refused(files):
     arguments = ["--rows", rows, "--directions", files / "u.safetensors"]
     said = "merged' has no model.layers.1.mlp.down_proj.weight"
     fails(said, "verify", files / "base", files / "merged", *arguments)
+
+
+def test_a_configuration_that_another_run_has_left_is_not_merged_with(files):
+    """A run that died in this folder wrote its own, with another rank and so another scale."""
+    file = files / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"r": 6, "lora_alpha": 6, "rank_pattern": {}}))
+    assert config["r"] != 6
+    said = (
+        "is of another run than the weights beside it: it gives model.layers.0.mlp.down_proj rank 6"
+    )
+    fails(said, "merge", files / "run.yaml", "--output", files / "again")
+    fails(said, "export", files / "adapter", files / "small", "--rank", "1", "--no-kl")
+    file.write_text(json.dumps(config))
+    rows = RowSelection.load(files / "adapter" / "loki_rows.json")
+    merge_adapter(files / "base", files / "adapter", files / "again", rows, False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.protecting import packed as packing
 from loki_plugin.protecting.directions import SOFTEST, Directions, is_soft
+from loki_plugin.protecting.finding import Wanted, find_directions
 from loki_plugin.protecting.packed import BLOCK, BYTES, WIDE, Packed, packed, rounded
 from loki_plugin.protecting.reading import ProtectedA, outside
 
@@ -149,3 +151,30 @@ def test_a_file_of_them_takes_half_and_gives_the_same_back(tmp_path):
     assert sizes[0] < 0.6 * sizes[1]
     again = Directions.load(tmp_path / "0")
     assert again == whole and again.basis[0].dtype == torch.bfloat16
+
+
+def test_the_direction_of_a_sink_that_lies_on_one_input_stays_soft():
+    """√0.999 of an input is 1 in bfloat16, and a direction of length 1 is a hard one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # one neuron answers to the first token, with hundreds of times the rest
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[1] = torch.eye(64)[0]
+        for linear in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            linear.weight[5] = 8 * torch.eye(64)[0]
+    prompts = [[1, *torch.randint(2, 97, (30,)).tolist()] for _ in range(64)]
+    wanted = Wanted(0.99, None, True, None, torch.int8, settles=True)
+    found = find_directions(model, prompts, wanted)
+    first = found.basis[0][:, 0].double()
+    assert found.sinks[0]["directions"] and first.abs().max() > 0.99
+    assert 0.98 < first.square().sum() <= SOFTEST and is_soft(found.basis[0])
+    assert packed(found.basis[0]) is not None
+    Directions(found.basis)
