@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -162,6 +162,18 @@ def without(moment: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """(I - Q Qᵀ) C (I - Q Qᵀ), of C [I, I] and orthonormal Q [I, s]."""
     left = moment - q @ (q.T @ moment)
     return left - (left @ q) @ q.T
+
+
+def beside(found: Leading, q: torch.Tensor) -> Leading:
+    """The same eigenpairs of `without(C, q)`, orthogonal to Q.
+
+    They are by themselves, but for rounding: Q has an eigenvalue near 0 there, and what text uses
+    little is mixed with it.
+    """
+    v = found.vectors
+    v = torch.linalg.qr(v - q @ (q.T @ v))[0]  # the leading ones stay, up to their sign
+    v -= q @ (q.T @ v)
+    return replace(found, vectors=v)
 
 
 def soften(found: Leading) -> torch.Tensor:

@@ -26,7 +26,16 @@ from ..choices import DOWN
 from ..model.anatomy import find_anatomy, linear_sizes
 from ..model.linears import chosen, chosen_down
 from .directions import SOFTEST
-from .eigen import EXACT_COPIES, Leading, budget, leading, sink_directions, soften, without
+from .eigen import (
+    EXACT_COPIES,
+    Leading,
+    beside,
+    budget,
+    leading,
+    sink_directions,
+    soften,
+    without,
+)
 from .moments import Moments, Reader, Site, batched
 from .packed import BYTES, narrowed, rounded
 
@@ -269,6 +278,8 @@ def solve(
         most = min(most or site.size - 1, tokens // TOKENS_PER_DIRECTION)
     room = None if most is None else max(1, most - taken)
     found = leading(rest, wanted.energy, None if count is None else max(1, count - taken), room)
+    if apart:
+        found = beside(found, apart.vectors)
     ordinary = len(found.values)
     capped = room is not None and ordinary == room and found.energy < (wanted.energy or 0)
     if not capped:

@@ -11,7 +11,7 @@ from helpers.reference import Exact
 from loki_plugin import input_directions
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting import eigen, moments
-from loki_plugin.protecting.eigen import leading, soften
+from loki_plugin.protecting.eigen import beside, leading, soften, without
 from loki_plugin.protecting.finding import Wanted, find_directions
 
 LENGTHS = (40, 64, 23, 57, 64, 31)  # 279 tokens for at most 69 directions
@@ -253,6 +253,21 @@ def test_a_massive_activation_hides_nothing_and_is_protected_too():
     soft = find_directions(model, ids, Wanted(0.9, soft=True)).basis[1]
     left = plant - soft @ (soft.T @ plant)
     assert float(left.norm()) < 2e-3  # of soft directions a thousandth
+
+
+def test_what_text_uses_little_is_not_mixed_with_the_directions_of_sinks():
+    """In float32 a direction with little energy is told from Q, which has none, by little."""
+    torch.manual_seed(0)
+    turned, q = torch.linalg.qr(torch.randn(128, 128))[0], torch.linalg.qr(torch.randn(128, 3))[0]
+    rest = without((turned * torch.logspace(3, -3, 128)) @ turned.T, q)
+    found = leading(rest, None, 110)
+    mixed = float((found.vectors.T @ q).abs().max())
+    apart = beside(found, q).vectors
+    whole = torch.cat([q, apart], 1).double()
+    off = float((whole.T @ whole - torch.eye(113)).abs().max())
+    assert mixed > 1e-4 and off < 1e-5
+    same = (apart[:, :20] * found.vectors[:, :20]).sum(0).abs()
+    assert float((same - 1).abs().max()) < 1e-5
 
 
 def test_a_fixed_number_counts_the_sinks_directions():
