@@ -74,7 +74,7 @@ def tiles(report: Report, selection: RowSelection, numbers: Numbers) -> list[dic
     forgetting = report.get("forgetting") or {}
     if "kl" in forgetting:
         same = f"{100 * forgetting['same_answer']:.1f} % of the answers as before"
-        shown.append(("Forgotten: KL to the base", f"{forgetting['kl']:.4f} nats", same))
+        shown.append(("Forgotten: KL to the base", _nats(forgetting["kl"]), same))
     training = numbers.get("training") or {}
     if training.get("last_loss") is not None:
         first = training["first_loss"]
@@ -207,6 +207,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _nats(kl: float | None) -> str:
+    """Of a run that diverged the report holds null."""
+    return "no number of nats" if kl is None else f"{kl:.4f} nats"
+
+
 def _forgot(report: Report) -> list[tuple[str, Any]]:
     found = report.get("forgetting")
     if not found:
@@ -215,7 +220,7 @@ def _forgot(report: Report) -> list[tuple[str, Any]]:
         return [("Not measured", found.get("not_measured"))]
     rows: list[tuple[str, Any]] = [
         ("Asked", f"{found['prompts']:,} prompts of {found.get('calibration')}"),
-        ("KL(base ‖ tuned)", f"{found['kl']:.4f} nats per answer"),
+        ("KL(base ‖ tuned)", f"{_nats(found['kl'])} per answer"),
         ("Same answer as the base", f"{100 * found['same_answer']:.1f} %"),
     ]
     if found.get("accuracy_before") is not None:

@@ -51,7 +51,7 @@ def test_the_table_has_six_lines_and_four_columns_in_one_unit(rows):
     ]
     assert lora[1:] == ["1", "1", "1"]
     # The best of the others is named; ours and those with old data are none of them.
-    assert others[1] == "0.5 (OSF)"
+    assert others[1] == "0.5 (OSF, the only one that was run)"
     assert replay[1] == "0.75" and papers[1] == "0.9"
     assert [line[1] for line in ours] == ["0.025", "0.25"]  # the two that come first in `_OURS`
     assert "commands to JSON 0.8;" in front.in_short(rows)
