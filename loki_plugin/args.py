@@ -150,6 +150,9 @@ class LokiConfig(Block):
 def _targets(value):
     """One name is a list of it; another text is a regular expression, which must be one."""
     if isinstance(value, list):
+        other = next((v for v in value if not isinstance(v, str)), None)
+        if other is not None:
+            raise ValueError(f"{other!r} is no name; give names of linear modules, such as q_proj")
         words = [v for v in value if v in (DOWN, ALL)]
         if words:
             raise ValueError(f"`{words[0]}` stands by itself: write `targets: {words[0]}`")

@@ -49,7 +49,10 @@ def _not_bool(value):
 def _at_home(value):
     """A path that begins with `~` as a shell would give it."""
     if isinstance(value, str) and value.startswith("~"):
-        return str(Path(value).expanduser())
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError as error:
+            raise ValueError(f"{value!r} names the home of nobody here") from error
     return value
 
 

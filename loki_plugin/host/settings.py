@@ -42,6 +42,12 @@ def parse(cfg) -> LokiConfig:
     if not isinstance(block, dict):
         raise ValueError(f"`loki:` must be a block of settings, got {block!r}")
     block = block.to_dict() if hasattr(block, "to_dict") else block
+    unnamed = next((key for key in block if not isinstance(key, str)), None)
+    if unnamed is not None:
+        raise ValueError(
+            f"`loki:` has a field {unnamed!r}, which is no name; known fields:"
+            f" {', '.join(_fields_at(()))}"
+        )
     try:
         return LokiConfig(**block)
     except ValidationError as error:

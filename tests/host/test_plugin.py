@@ -108,6 +108,23 @@ def test_paths_begin_at_home_as_in_a_shell(monkeypatch):
     assert found.protect.text == "/home/me/t.txt"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"loki": {1: 2}}, "`loki:` has a field 1, which is no name; known fields: .*quota"),
+        ({"lora_target_modules": ["q_proj", 5]}, "loki.targets: 5 is no name; give names of"),
+        ({"loki": {"cache_dir": "~nobody-here/x"}}, "'~nobody-here/x' names the home of nobody"),
+    ],
+)
+def test_what_is_no_name_is_told_in_a_sentence(given, said):
+    from axolotl.utils.dict import DictDefault
+
+    from loki_plugin.host import settings
+
+    with pytest.raises(ValueError, match=said):
+        settings.prepare(DictDefault({"adapter": "loki", "plugins": ["loki"], **given}))
+
+
 def test_contradicting_lora_settings_are_overridden_in_one_visible_block(run_config, monkeypatch):
     seen = []
     monkeypatch.setattr(
