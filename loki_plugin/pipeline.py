@@ -15,7 +15,7 @@ from . import ranks
 from .analysing.analysis import analyse, convergence
 from .analysing.attribution.devices import first_device, give_back
 from .analysing.attribution.quadrature import Rule, quadrature
-from .analysing.calibration.prompts import Calibration, check_positions, load_prompts
+from .analysing.calibration.prompts import Calibration, load_prompts
 from .analysing.pace import Pace, duration, why_elsewhere
 from .analysing.scores.cache import cache_folder, open_log, prune
 from .analysing.scores.log import ScoreLog, fill
@@ -93,7 +93,6 @@ def _choose(
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records
         )
-        check_positions(model, (p.ids for p in calibration.prompts))
         mark = fingerprint(model)
         settings = config.attribution.model_dump(exclude={"batch_size"})
         log = open_log(

@@ -322,13 +322,6 @@ def test_rows_that_no_score_decides_need_no_analysis(tmp_path, monkeypatch, bloc
         choose_rows(model(), None, config, Inputs.read(config, analysed=False))
 
 
-def test_prompts_beyond_the_positions_of_the_model_are_told(source, tokenizer, tmp_path):
-    short = model()
-    short.config.max_position_embeddings = 4
-    with pytest.raises(ValueError, match=r"\d+ prompts are longer than the 4 positions .* up to"):
-        choose_rows(short, tokenizer, configure(source, tmp_path))
-
-
 def test_too_few_rows_beside_the_excluded_ones_are_told_before_the_analysis(
     source, tokenizer, tmp_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ranks
-from ..analysing.calibration.prompts import Prompt, check_positions
+from ..analysing.calibration.prompts import Prompt
 from ..args import LokiConfig
 from ..choices import LINEAR_RANK, SELF
 from ..evaluating.watching import Watch
@@ -126,7 +126,6 @@ class Run:
                 )
                 self.told.append(("texts", told_of(inputs.texts)))
             texts = protecting_prompts(tokenizer, self.config, inputs, unknown)
-            check_positions(model, (text.ids for text in texts))
             if self.watch:
                 texts = self.watch.without(texts)
             held = anchored(tokenizer, inputs, texts)

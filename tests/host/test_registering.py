@@ -113,7 +113,10 @@ def test_a_refused_configuration_is_left_as_it_was():
         ({"shrink_embeddings": True}, "shrink_embeddings: it cuts tokens off"),
         ({"lisa_step_interval": 5}, "lisa_step_interval: LISA trains layers"),
         ({"spectrum_top_fraction": 0.5}, "spectrum_top_fraction: Spectrum trains layers"),
-        ({"lora_exclude_modules": ["0"]}, "lora_exclude_modules: name what trains in `loki.targets`"),
+        (
+            {"lora_exclude_modules": ["0"]},
+            "lora_exclude_modules: name what trains in `loki.targets`",
+        ),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: it spreads the rows"),
         (
             {"context_parallel_size": 2, "val_set_size": 0.1},

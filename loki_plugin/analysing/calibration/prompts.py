@@ -7,13 +7,10 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from ...choices import FEW_SHOT, SEED, SELF, SOURCE, TARGET
 from .dialogues import CALLS
@@ -122,22 +119,6 @@ def load_prompts(
     # from equal lengths.
     ordered = sorted(prompts.values(), key=lambda p: p.ids if few_shot else (len(p.ids), p.key))
     return Calibration(ordered, dropped, source)
-
-
-def check_positions(model: nn.Module, prompts: Iterable[Sequence[int]]) -> None:
-    """Check that no text has more tokens than the model has positions.
-
-    Raises:
-        ValueError: some have.
-    """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    long = [len(ids) for ids in prompts if limit and len(ids) > limit]
-    if long:
-        raise ValueError(
-            f"calibration: {len(long)} prompts are longer than the {limit} positions of the model,"
-            f" up to {max(long)} tokens; cut them, or leave them out with"
-            f" `calibration: {{max_tokens: {limit}}}`"
-        )
 
 
 @dataclass(frozen=True)
