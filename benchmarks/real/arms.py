@@ -7,7 +7,6 @@ tokenizer, the task, and what may be known of the base.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from benchmarks.forgetting.building import (
     osf,
 )
 from benchmarks.real.lab import Lab
-from benchmarks.real.rivals import fora, least_used, lora_null, oplora
+from benchmarks.real.rivals import fora, lora_null, oplora
 from loki_plugin import implant
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.anchor import Anchor
@@ -51,7 +50,6 @@ class Arm:
         every: steps from one anchor to the next, which counts that many times.
         starts: where answers begin counts as much as all other tokens, as in the product.
         marked: answers begin behind what stands before every answer of the task, wherever that is.
-        begun: so many beginnings of dialogues, up to where the answer begins, come beside them.
         rest: weight of KL(base || tuned) at the task's own targets, the target left out.
         eaft: Axolotl's loss `use_eaft` instead of cross-entropy.
         again: another order and another start of what is new: how much is noise?
@@ -69,7 +67,6 @@ class Arm:
     every: int = 1
     starts: bool = True
     marked: bool = False
-    begun: int = 0
     rest: float = 0.0
     eaft: bool = False
     again: bool = False
@@ -271,23 +268,11 @@ ARMS: dict[str, Arm] = {
     "auto_all": Arm(soft_all(), ROWS, anchor=1.0, anchored="written"),
     "auto_q10": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written"),
     "auto_w3": Arm(soft_all(), ROWS, anchor=3.0, anchored="written"),
-    "auto_w10": Arm(soft_all(), ROWS, anchor=10.0, anchored="written"),
-    "auto_q10_w3": Arm(soft_rows(10), ROWS, anchor=3.0, anchored="written"),
     "auto_q10_rank16": Arm(soft_rows(10, rank=16), ROWS, anchor=1.0, anchored="written"),
-    # The same with more beginnings of answers in each step.
-    "auto_begun4": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", begun=4),
-    "auto_one_begun4": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", count=1, begun=4),
-    "auto_one_begun2": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", count=1, begun=2),
-    # The same with A frozen: as drawn, or in the directions that are used least (LoRA-Null).
+    # The same with A frozen: as drawn, or in what the task gains.
     "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
-    "least_anchor": Arm(least_used(), (3e-3, 1e-3), anchor=1.0, anchored="written"),
-    "least_anchor_r64": Arm(least_used(64), (3e-3, 1e-3), anchor=1.0, anchored="written"),
-    "auto_frozen_r64": Arm(soft_all(rank=64, frozen=True), ROWS, anchor=1.0, anchored="written"),
     "auto_gain_frozen": Arm(by_gain(), ROWS, anchor=1.0, anchored="written"),
-    "auto_gain_frozen_r64": Arm(by_gain(rank=64), ROWS, anchor=1.0, anchored="written"),
     "auto_gain": Arm(by_gain(frozen=False), ROWS, anchor=1.0, anchored="written"),
-    "gain_frozen": Arm(by_gain(), ROWS),
-    "least": Arm(least_used(), (3e-3, 1e-3)),
     # With fewer of these texts, in the directions too.
     "auto_all_own80": Arm(soft_all(own=80), ROWS, anchor=1.0, anchored="written", own=80),
     "auto_all_own40": Arm(soft_all(own=40), ROWS, anchor=1.0, anchored="written", own=40),
@@ -349,22 +334,13 @@ def extra_loss(model, arm: Arm, lab: Lab):
     starts = [lab.starts(ids, mark) for ids in texts] if arm.starts else None
     if arm.behind is not None and starts:
         texts = [ids[: at[-1] + 1 + arm.behind] for ids, at in zip(texts, starts, strict=True)]
-    whole = len(texts)
-    if arm.begun and starts:
-        places = [(ids, at[-1]) for ids, at in zip(texts, starts, strict=True) if at]
-        texts += [ids[: last + 1] for ids, last in places]
-        starts += [[last] for _, last in places]
     # It asks the base once per text and keeps the answer, as training does.
     anchor = Anchor(texts, arm.anchor, arm.count, arm.every, starts=starts)
 
     def extra(step: int) -> torch.Tensor | float:
         if step % anchor.every:
             return 0.0
-        drawn = random.Random(f"{lab.draw}/{step}/0/0").sample(range(whole), arm.count)
-        begun = random.Random(f"begun/{lab.draw}/{step}").sample(
-            range(whole, len(texts)), arm.begun
-        )
-        kl = anchor.divergence(model, drawn + begun)
+        kl = anchor.divergence(model, anchor.draw(step, lab.draw))
         return anchor.weight * anchor.every * kl
 
     return extra

@@ -15,7 +15,7 @@ from benchmarks.writer import table
 # At most this share of what LoRA forgets was aimed at.
 AIMS = {("smollm2-135m-instruct", "snips"): 0.05, ("smollm2-135m-instruct", "bfcl"): 0.05}
 OTHERWISE = 0.2
-_NO_SETTING = ("_talks", "frozen", "gain", "least", "begun", "rest")
+_NO_SETTING = ("_talks", "frozen", "gain", "rest")
 _SHOWN = {
     "arm": "arm", "of_lora": "KL dialogues / LoRA's", "kl_dialogues": "KL, its own answers",
     "kl_people": "KL, people's answers", "kl_text": "KL, text", "ce_rise": "rise of cross-entropy",

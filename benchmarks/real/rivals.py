@@ -81,7 +81,8 @@ def lora_null(frozen: bool = False) -> Callable:
         for name, module in _adapted(wrapped):
             moments, r = known[name], module.r["default"]
             if id(moments) not in least:
-                least[id(moments)] = _least(moments, r)
+                whole = moments.ordinary + (0 if moments.sinks is None else moments.sinks)
+                least[id(moments)] = torch.linalg.eigh(whole.double()).eigenvectors[:, :r].float()
             n, weight = least[id(moments)], module.get_base_layer().weight
             with torch.no_grad():
                 u, s, v = torch.linalg.svd(weight @ n, full_matrices=False)
@@ -92,31 +93,6 @@ def lora_null(frozen: bool = False) -> Callable:
         return wrapped
 
     return build
-
-
-def least_used(r: int = 16) -> Callable:
-    """LoRA-Null's frozen A beside the whole base: A = Nᵀ stays, B starts at zero and trains."""
-
-    def build(model, lab: Lab):
-        known = {name: m for site, m in lab.moments() for name in site.names}
-        wrapped = lora(r=r)(model, lab)
-        least: dict[int, torch.Tensor] = {}
-        for name, module in _adapted(wrapped):
-            moments = known[name]
-            if id(moments) not in least:
-                least[id(moments)] = _least(moments, r)
-            a = module.lora_A["default"].weight
-            a.data.copy_(least[id(moments)].T)
-            a.requires_grad_(False)
-        return wrapped
-
-    return build
-
-
-def _least(moments, r: int) -> torch.Tensor:
-    """N [I, r], the directions that hold least of what is read."""
-    whole = moments.ordinary + (0 if moments.sinks is None else moments.sinks)
-    return torch.linalg.eigh(whole.double()).eigenvectors[:, :r].float()
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
