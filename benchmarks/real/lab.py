@@ -19,8 +19,9 @@ from loki_plugin import attribute, select_rows
 from loki_plugin.choices import ALL
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.eigen import leading, soften
-from loki_plugin.protecting.finding import Wanted, solve, targeted
+from loki_plugin.protecting.finding import targeted
 from loki_plugin.protecting.moments import Moments, Reader, Site, batched
+from loki_plugin.protecting.solving import Wanted, solve
 
 
 class Lab(Base):

@@ -9,7 +9,7 @@ from benchmarks.real.lab import Lab
 from benchmarks.writer import command, write
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.eigen import leading
-from loki_plugin.protecting.finding import Wanted, solve
+from loki_plugin.protecting.solving import Wanted, solve
 
 _SHARE = 0.99
 

@@ -24,9 +24,10 @@ from ..model.anatomy import linear_sizes
 from ..model.fingerprint import fingerprint
 from ..model.linears import kind_of
 from .directions import FILE_NAME, Directions
-from .finding import Wanted, find_directions, targeted
+from .finding import find_directions, targeted
 from .keeping import by_one, key_of, read_kept
 from .packed import packed
+from .solving import Wanted
 
 LOG = logging.getLogger("loki_plugin")
 

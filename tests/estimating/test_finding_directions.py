@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.estimating.finding import finding
 from loki_plugin.protecting import eigen
-from loki_plugin.protecting.finding import Wanted, find_directions, targeted
+from loki_plugin.protecting.finding import find_directions, targeted
+from loki_plugin.protecting.solving import Wanted
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_plugin.protecting import packed as packing
 from loki_plugin.protecting.directions import SOFTEST, Directions, is_soft
-from loki_plugin.protecting.finding import Wanted, find_directions
+from loki_plugin.protecting.finding import find_directions
 from loki_plugin.protecting.packed import BLOCK, BYTES, WIDE, Packed, packed, rounded
 from loki_plugin.protecting.reading import ProtectedA, outside
+from loki_plugin.protecting.solving import Wanted
 
 
 def soft_directions(size: int, count: int, seed: int = 0, strongest: float = 0.9) -> torch.Tensor:

@@ -12,7 +12,8 @@ from loki_plugin import input_directions
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting import eigen, moments
 from loki_plugin.protecting.eigen import beside, leading, soften, without
-from loki_plugin.protecting.finding import Wanted, find_directions
+from loki_plugin.protecting.finding import find_directions
+from loki_plugin.protecting.solving import Wanted
 
 LENGTHS = (40, 64, 23, 57, 64, 31)  # 279 tokens for at most 69 directions
 
