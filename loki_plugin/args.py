@@ -44,9 +44,7 @@ class LokiConfig(Block):
     )
     magnitude: bool = Field(False, description="rank |score| instead of the signed score")
     seed: Count = Field(SEED, ge=0, description="seed of the `random` strategy")
-    rows: File | None = Field(
-        None, min_length=1, description="a rows file; skips analysing and selecting"
-    )
+    rows: File | None = Field(None, description="a rows file; skips analysing and selecting")
     targets: Annotated[str | list[str], BeforeValidator(lambda v: _targets(v))] = Field(
         DOWN,
         min_length=1,

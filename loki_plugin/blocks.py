@@ -46,8 +46,14 @@ def _not_bool(value):
     return value
 
 
-def _at_home(value):
-    """A path that begins with `~` as a shell would give it."""
+def at_home(value):
+    """A path that begins with `~` as a shell would give it.
+
+    Raises:
+        ValueError: it is empty, or names the home of nobody.
+    """
+    if value == "":
+        raise ValueError("the path is empty; give one, or leave it out")
     if isinstance(value, str) and value.startswith("~"):
         try:
             return str(Path(value).expanduser())
@@ -58,7 +64,7 @@ def _at_home(value):
 
 Count = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
-File = Annotated[str, BeforeValidator(_at_home)]
+File = Annotated[str, BeforeValidator(at_home)]
 
 
 class CalibrationArgs(Block):

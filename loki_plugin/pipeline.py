@@ -86,10 +86,10 @@ def _choose(
         if not config.strategy.startswith("global"):  # there the fullest layer is still to be found
             check_rank(config.rank, count)
         excluded = [selection.check_shape(anatomy) for selection in inputs.excluded]
-        shape, taken = (anatomy.num_layers, anatomy.hidden_size), [s.rows for s in excluded]
-        Election(shape, config.quota, config.strategy, exclude=taken)  # refused ahead of hours
         if not config.needs_scores:
             return _without_scores(model, anatomy, config, excluded)
+        shape, taken = (anatomy.num_layers, anatomy.hidden_size), [s.rows for s in excluded]
+        Election(shape, config.quota, config.strategy, exclude=taken)  # refused ahead of hours
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records
         )

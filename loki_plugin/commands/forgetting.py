@@ -128,6 +128,7 @@ def forgetting_command(
 
 def _held_back(config, base, tuned, output, gate, options):
     """The run's own figures again: of its adapter, or of the checkpoint that --tuned names."""
+    from ..blocks import at_home
     from ..evaluating.again import measure_again
 
     context = click.get_current_context()
@@ -141,14 +142,13 @@ def _held_back(config, base, tuned, output, gate, options):
         )
     run = read_run(Path(config))
     folder = Path(run.get("output_dir") or "./model-out")  # Axolotl's own default
-    cache = (run.get("loki") or {}).get("cache_dir")
     report, told = measure_again(
         base or run["base_model"],
         folder,
         Path(tuned or folder),
         options["device"],
         options["dtype"],
-        str(Path(cache).expanduser()) if cache else None,
+        at_home((run.get("loki") or {}).get("cache_dir")),
         revision=run.get("revision_of_model"),
         trust_remote_code=bool(run.get("trust_remote_code")),
         overrides=run.get("overrides_of_model_config"),

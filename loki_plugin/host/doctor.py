@@ -55,7 +55,7 @@ def examine(folder: str | None = None, given: Mapping[str, Any] | None = None) -
     """
     block = (given or {}).get("loki")
     if folder is None and isinstance(block, Mapping) and block.get("cache_dir"):
-        folder = str(Path(str(block["cache_dir"])).expanduser())
+        folder = str(block["cache_dir"])
     return [
         *(run(given) if given is not None else []),
         *versions(),
@@ -265,11 +265,15 @@ def cache(given: str | None) -> list[Finding]:
     """Where analyses are kept: can it be written, how full is it, how much room is left?"""
     from ..analysing.scores.cache import cache_folder, entries, kept, why_not_writable
     from ..args import LokiConfig
+    from ..blocks import at_home
 
-    folder = cache_folder(given)
+    do = "set LOKI_CACHE_DIR, or `loki.cache_dir` in the YAML, to a folder of yours"
+    try:
+        folder = cache_folder(at_home(given))
+    except ValueError as error:
+        return [Finding("cache", BROKEN, str(error), do)]
     why = why_not_writable(folder)
     if why is not None:
-        do = "set LOKI_CACHE_DIR, or `loki.cache_dir` in the YAML, to a folder of yours"
         return [Finding("cache", BROKEN, f"{folder} cannot be written: {why}", do)]
     analyses = entries(folder)
     size = sum(a.bytes for a in analyses) + sum(k.bytes for k in kept(folder))

@@ -92,6 +92,10 @@ def test_the_cache_is_that_of_the_run(tmp_path):
     given = {"plugins": ["loki"], "base_model": "none", "loki": {"cache_dir": str(folder)}}
     assert str(folder) in by_name(doctor.examine(None, given))["cache"].found
     assert str(other) in by_name(doctor.examine(str(other), given))["cache"].found
+    given["loki"]["cache_dir"] = "~nobody-here/cache"
+    found = by_name(doctor.examine(None, given))
+    assert found["settings"].state == found["cache"].state == "broken"
+    assert "names the home of nobody here" in found["cache"].found
 
 
 def test_the_short_name_may_be_switched_off(monkeypatch):

@@ -220,6 +220,7 @@ def test_names_of_lora_targets_that_the_base_lacks_are_left_out_and_said(run_con
         ({"cache_limit": True}, "loki.cache_limit: .*got True, expected a number"),
         ({"attribution": {"rule": "simpson"}}, "loki.attribution.rule"),
         ({"rows": "a.json", "exclude": ["b.json"]}, "loki.rows and loki.exclude disagree"),
+        ({"rows": ""}, "loki.rows: the path is empty; give one, or leave it out"),
         ([1], "`loki:` must be a block of settings"),
     ],
 )

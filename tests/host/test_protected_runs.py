@@ -153,7 +153,8 @@ def test_text_that_the_model_writes_protects_and_is_the_same_where_a_run_goes_on
     dialogues = sum('"messages"' in line for line in file.read_text().splitlines())
     assert f"wrote {dialogues} dialogues and {own - dialogues} plain texts" in our_log.text
     assert report["protection"]["text"] == "self" and report["protection"]["prompts"] == 8 + own
-    assert f"of {own} texts, in which {dialogues} answers begin" in our_log.text  # the anchor
+    said = f"every step adds 1 x KL(base || tuned) on 2 of {own} texts, in which {dialogues} "
+    assert f"{said}answers begin" in our_log.text
     again = run_config | {
         "resume_from_checkpoint": str(out / "checkpoint-3"),
         "output_dir": str(tmp_path / "resumed"),

@@ -74,7 +74,7 @@ def distance(base, adapter, watch):
 @pytest.mark.slow
 @pytest.mark.parametrize("protect", [{}, {"directions": 5, "soft": True, "anchor": 0.1}])
 def test_a_run_that_forgets_too_much_is_stopped_and_saves_the_checkpoint_that_it_names(
-    run_config, train, base, started, our_log, protect, tmp_path
+    run_config, train, base, started, our_log, protect, tmp_path, monkeypatch
 ):
     run_config |= EVALUATED | {"max_steps": 12, "use_tensorboard": True, "save_total_limit": 1}
     run_config["loki"]["protect"] = protect or "off"
@@ -108,7 +108,10 @@ def test_a_run_that_forgets_too_much_is_stopped_and_saves_the_checkpoint_that_it
     assert (entry["eval_loki_kl"], entry["eval_loki_kept"]) == pytest.approx(truth, rel=1e-3)
     loss = {"loss": entry["eval_loss"]}
     assert found["path"][1] == {"step": 2, "kl": entry["eval_loki_kl"], "kept": truth[1]} | loss
-    # And by the command, of the checkpoint as of what was saved.
+    # And by the command, of the checkpoint as of what was saved; paths may begin at home.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_config["loki"]["cache_dir"] == str(tmp_path / "cache")
+    run_config["loki"]["cache_dir"] = "~/cache"
     for tuned in (["--tuned", str(kept)], []):
         asked = [
             "forgetting",
