@@ -262,7 +262,7 @@ def adapted_layers(
     missing = [m for m in linears if m not in modules]
     if missing:
         raise ValueError(f"the rows file names {missing[0]}, which the adapter lacks")
-    layers = {names[m]: m for m in modules if m in names}
+    layers = {i: m for m, i in names.items() if m in modules}
     bare = [i for i, rows in enumerate(selection.rows) if len(rows) and i not in layers]
     if bare:
         raise ValueError(f"the rows file selects rows in layers {bare} that the adapter lacks")
