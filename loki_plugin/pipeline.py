@@ -27,6 +27,7 @@ from .model.anatomy import Anatomy, find_anatomy
 from .model.fingerprint import fingerprint
 from .model.linears import chosen, chosen_down
 from .model.loading import is_loaded
+from .model.positions import check_lengths
 from .rows import Made, RowSelection
 from .selecting.select import Election, quota_to_count, rows_without_scores, select_rows
 
@@ -93,6 +94,7 @@ def _choose(
         calibration = load_prompts(
             tokenizer, **config.calibration.model_dump(), records=inputs.records
         )
+        check_lengths(model, [prompt.ids for prompt in calibration.prompts])
         mark = fingerprint(model)
         settings = config.attribution.model_dump(exclude={"batch_size"})
         log = open_log(

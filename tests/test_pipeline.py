@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.families import tiny
 from helpers.runs import configure, model
 from helpers.tokenizers import make_tokenizer
 
@@ -209,6 +210,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch.distributed as dist
 from transformers import AutoTokenizer
+from helpers.families import tiny
 from helpers.runs import configure, model
 from loki_plugin.analysing import analysis
 from loki_plugin.pipeline import choose_rows
@@ -332,3 +334,18 @@ def test_too_few_rows_beside_the_excluded_ones_are_told_before_the_analysis(
     config = configure(source, tmp_path, exclude=[taken])
     with pytest.raises(ValueError, match=r"layer 0 has only 0 rows left .* the quota takes \d+"):
         choose_rows(model(), tokenizer, config)
+
+
+def test_prompts_beyond_the_positions_that_a_model_has_learned_are_told_first(
+    tokenizer, tmp_path, analysed
+):
+    rows = [{"prompt": "say the number"}, {"prompt": "and " * 100}]
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    gpt2, config = tiny("gpt2", vocab_size=400), configure(str(source), tmp_path / "c")
+    with pytest.raises(ValueError, match="1 of 2 calibration prompts are too long"):
+        choose_rows(gpt2, tokenizer, config)
+    assert not analysed
+    short = config.calibration.model_copy(update={"max_tokens": 64})
+    choose_rows(gpt2, tokenizer, config.model_copy(update={"calibration": short}))
+    assert analysed == [1]

@@ -13,6 +13,9 @@ import click
 
 from ..choices import QUOTA, STRATEGY
 
+# Of an Axolotl YAML; Axolotl itself looks at their kinds when it trains.
+_BLOCKS = ("loki", "peft", "bnb_config_kwargs", "overrides_of_model_config")
+
 JSON = "print JSON and nothing else; what is logged goes to stderr"
 
 
@@ -85,7 +88,11 @@ def write_json(path: str, facts: Any) -> str:
 
 
 def read_run(config: Path) -> dict[str, Any]:
-    """An Axolotl YAML, as it stands."""
+    """An Axolotl YAML, as it stands.
+
+    Raises:
+        ValueError: it is none, or a key that is read here has a value of another kind.
+    """
     import yaml
 
     try:
@@ -94,9 +101,12 @@ def read_run(config: Path) -> dict[str, Any]:
         raise ValueError(f"'{config}' is not YAML in UTF-8: {error}") from error
     if not isinstance(run, dict) or not run.get("base_model"):
         raise ValueError(f"'{config}' is no Axolotl configuration: it has no base_model")
-    for key in ("base_model", "output_dir"):
+    for key in ("base_model", "output_dir", "optimizer"):
         if not isinstance(run.get(key) or "", str):
             raise ValueError(f"'{config}': {key} must be a text, got {run[key]!r}")
+    for key in _BLOCKS:
+        if not isinstance(run.get(key) or {}, dict):
+            raise ValueError(f"'{config}': `{key}:` must be a block of settings, got {run[key]!r}")
     return run
 
 

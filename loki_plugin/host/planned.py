@@ -20,7 +20,7 @@ def planned(run: Mapping[str, Any]) -> Planned:
     """Read the YAML's keys; what is not given is as Axolotl has it.
 
     Raises:
-        ValueError: a size that is no positive whole number, or a block that is none.
+        ValueError: a size that is no positive whole number.
     """
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
@@ -41,10 +41,7 @@ def planned(run: Mapping[str, Any]) -> Planned:
     if half is None and any(run.get(key) for key in ("fp16", "float16", "load_in_8bit")):
         half = torch.float16
     dtype = half or torch.float32
-    more = run.get("bnb_config_kwargs") or {}
-    if not isinstance(more, dict):
-        raise ValueError(f"`bnb_config_kwargs:` must be a block of settings, got {more!r}")
-    nested = more.get("bnb_4bit_use_double_quant", True)
+    nested = (run.get("bnb_config_kwargs") or {}).get("bnb_4bit_use_double_quant", True)
     bits = 4 if run.get("load_in_4bit") else 8 if run.get("load_in_8bit") else 0
     kept = run.get("peft_autocast_adapter_dtype") is False
     optimizer = value("optimizer")

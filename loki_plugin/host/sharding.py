@@ -206,8 +206,11 @@ def _fsdp_config(cfg) -> dict:
 
 
 def zero_faults(deepspeed: dict) -> list[str]:
-    """One line where a DeepSpeed configuration asks for ZeRO-3."""
-    if (deepspeed.get("zero_optimization") or {}).get("stage") != 3:
+    """One line where a DeepSpeed configuration asks for ZeRO-3, or cannot be read."""
+    zero = deepspeed.get("zero_optimization") or {}
+    if not isinstance(zero, dict):
+        return [f"  deepspeed: its `zero_optimization` must be a block of settings, got {zero!r}"]
+    if zero.get("stage") != 3:
         return []
     return [f"  deepspeed: ZeRO-3 shards the base; use ZeRO-1 or 2, or {_INSTEAD}"]
 

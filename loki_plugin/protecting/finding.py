@@ -25,6 +25,7 @@ from ..analysing.precision import exact_products
 from ..choices import DOWN
 from ..model.anatomy import find_anatomy, linear_sizes
 from ..model.linears import chosen, chosen_down
+from ..model.positions import check_lengths
 from .eigen import EXACT_COPIES, budget
 from .moments import Moments, Reader, batched
 from .solving import Wanted, solve
@@ -132,6 +133,7 @@ def find_directions(
     Raises:
         ValueError: as `input_directions`.
     """
+    check_lengths(model, prompts)
     anatomy = find_anatomy(model)
     modules = targeted(model, targets)
     sizes = [linear_sizes(m) for m in modules.values()]

@@ -312,7 +312,11 @@ def test_without_bf16_in_the_yaml_axolotl_takes_it_on_a_card_that_has_it(big, tm
     [
         ({"peft": "x"}, "`peft:` must be a block of settings, got 'x'"),
         ({"bnb_config_kwargs": "x"}, "`bnb_config_kwargs:` must be a block of settings, got 'x'"),
+        ({"overrides_of_model_config": [1]}, "`overrides_of_model_config:` must be a block of"),
+        ({"loki": 5}, "`loki:` must be a block of settings, got 5"),
+        ({"optimizer": ["adamw"]}, "optimizer must be a text, got ['adamw']"),
         ({"deepspeed": [1]}, "deepspeed: [1] is no configuration"),
+        ({"deepspeed": {"zero_optimization": 3}}, "`zero_optimization` must be a block of"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size: it spreads the rows"),
         ({"base_model": 7}, "base_model must be a text, got 7"),
         ({"output_dir": ["x"]}, "output_dir must be a text, got ['x']"),

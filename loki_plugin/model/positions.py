@@ -1,0 +1,39 @@
+"""Models that have learned a vector for each position read no longer texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+_POSITIONS = re.compile(r"wpe|pos(ition)?s?(_|$)")
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """The tokens that a model with a table of positions can read (GPT-2, OPT); None: any number."""
+    tokens = model.get_input_embeddings()
+    around = next(m for m in model.modules() if any(child is tokens for child in m.children()))
+    for name, table in around.named_children():
+        if isinstance(table, nn.Embedding) and table is not tokens and _POSITIONS.search(name):
+            return table.num_embeddings - getattr(table, "offset", 0)
+    return None
+
+
+def check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+    """Check that the model has positions for every prompt.
+
+    Args:
+        prompts: token ids.
+
+    Raises:
+        ValueError: one is longer; how many are, and what to do.
+    """
+    most = learned_positions(model)
+    longer = [len(ids) for ids in prompts if most is not None and len(ids) > most]
+    if longer:
+        raise ValueError(
+            f"{len(longer)} of {len(prompts)} calibration prompts are too long for this model,"
+            f" which has learned {most} positions; the longest has {max(longer)} tokens. Set"
+            f" `calibration: {{max_tokens: {most}}}`, which drops longer ones"
+        )

@@ -1,0 +1,32 @@
+"""How long a text a model with learned positions can read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.families import FAMILIES, tiny
+from helpers.prompts import prompts
+
+from loki_plugin.model.positions import check_lengths, learned_positions
+from loki_plugin.protecting.finding import Wanted, find_directions
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_where_the_table_of_positions_ends_the_model_ends(family):
+    model = tiny(family)
+    most = learned_positions(model)
+    assert most == (64 if family in {"gpt2", "opt", "opt-post-norm"} else None)
+    ids = torch.ones(1, 65, dtype=torch.long)
+    model(ids[:, :-1])
+    if most is None:
+        model(ids)
+        check_lengths(model, [[1] * 65])
+    else:
+        with pytest.raises(IndexError):
+            model(ids)
+
+
+def test_longer_prompts_are_told_before_any_is_read():
+    said = "1 of 2 calibration prompts .* has learned 64 positions; the longest has 65 tokens"
+    with pytest.raises(ValueError, match=f"{said}.*`calibration: {{max_tokens: 64}}`"):
+        find_directions(tiny("gpt2"), prompts(lengths=(5, 65)), Wanted(0.9))
