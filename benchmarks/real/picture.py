@@ -10,16 +10,13 @@ from benchmarks.real.matching import CHOSEN_BY, Row, at, curves, goals
 # Arms with a colour; all others are thin and grey.
 SHOWN = {
     "lora_all_r16": ("LoRA r16, all linears", "black"),
-    "full": ("full fine-tuning", "tab:gray"),
-    "osf": ("OSF", "tab:brown"),
-    "lora_replay5": ("LoRA + 5 % real data", "tab:olive"),
-    "lora_anchor": ("LoRA + our anchor alone", "tab:purple"),
-    "random_q30": ("random rows, 30 %", "tab:cyan"),
+    "full": ("full fine-tuning", "tab:brown"),
     "loki_q30": ("LoKI as in the paper, 30 % of the rows", "tab:blue"),
-    "auto_q10": ("10 % of the rows, `protect: auto`", "tab:green"),
-    "lora_soft": ("all linears, soft inputs alone", "tab:orange"),
+    "lora_replay5": ("LoRA + 5 % real data", "tab:orange"),
     "lora_selfreplay50": ("LoRA + 50 % own text", "tab:pink"),
+    "lora_null_frozen": ("LoRA-Null, A frozen", "tab:purple"),
     "auto_all": ("all linears, `protect: auto`", "tab:red"),
+    "auto_q10": ("10 % of the rows, `protect: auto`", "tab:green"),
 }
 _LEARNED = {
     "task_loss": "held-out loss of the new task (learned: to the right)",
@@ -34,7 +31,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def draw(
-    rows: list[Row], path: Path, axis_of: str, titles: Mapping[tuple[str, str], str] | None = None
+    rows: list[Row],
+    path: Path,
+    axis_of: str,
+    titles: Mapping[tuple[str, str], str] | None = None,
+    others: str = "all other arms",
 ) -> None:
     """The same against `task_loss` or `task_score`, of all (base, task) or of those with titles."""
     from matplotlib.figure import Figure
@@ -52,15 +53,15 @@ def draw(
             mine = [c for k, c in runs.items() if k[0] == arm]
             goal = goals(task, axis_of)
             best = min(mine, key=lambda c: _forgot(c, axis_of, goal))[1:]
-            name, colour = SHOWN.get(arm, ("all other arms", "0.85"))
+            name, colour = SHOWN.get(arm, (others, "0.8"))
             strong = arm in SHOWN
             (line,) = axis.plot(
                 [r[axis_of] for r in best],
                 [max(r[CHOSEN_BY], _FLOOR) for r in best],
                 color=colour,
                 marker="o" if strong else ".",
-                markersize=3.5 if strong else 2,
-                linewidth=1.6 if strong else 0.7,
+                markersize=4 if strong else 2,
+                linewidth=2 if strong else 0.8,
             )
             handles.setdefault(name.replace("`", ""), line)
         if (goal := goals(task, axis_of)) is not None:
