@@ -64,7 +64,7 @@ def run(lab: Lab, arm: str, name: str, steps: int, work: Path) -> dict[str, Any]
 
 
 def report(lab: Lab, arms: list[str], name: str, steps: int) -> None:
-    """Write `results/real_through.md`: both ways at the same step, arm by arm."""
+    """Write `results/real_through.md`: both ways at the same step, arm by arm as they come."""
     curves = matching.curves(matching.read(RESULTS))
     rows = []
     for arm in arms:
@@ -75,11 +75,12 @@ def report(lab: Lab, arms: list[str], name: str, steps: int) -> None:
             told = {k: f"{values[k]:.3g}" if values.get(k) is not None else "" for k in _COMPARED}
             rows.append({"arm": arm, "way": way, "rate": ARMS[arm].rates[0], **told})
             print(rows[-1], flush=True)
-    write(
-        "real_through",
-        f"{lab.name}, {name}, {steps} steps of {BATCH} sequences, seed 0, at each arm's first rate"
-        f" ({os.environ['OMP_NUM_THREADS']} thread). Axolotl trains in float32 and in its own"
-        " order, with all calibration prompts and with text that the model writes in the run.",
-        command("real", DATA=str(lab.data.folder)),
-        rows,
-    )
+        write(
+            "real_through",
+            f"{lab.name}, {name}, {steps} steps of {BATCH} sequences, seed 0, at each arm's first"
+            f" rate ({os.environ['OMP_NUM_THREADS']} thread). Axolotl trains in float32 and in its"
+            " own order, with all calibration prompts and with text that the model writes in the"
+            " run.",
+            command("real", DATA=str(lab.data.folder)),
+            rows,
+        )
