@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..args import LokiConfig
+from ..choices import LINEAR_RANK
 from ..implanting.checkpoint import open_tensors
 from ..implanting.saved import WEIGHTS
 from ..rows import FILE_NAME, RowSelection
@@ -32,6 +33,7 @@ def rows_of(folder: Path, config: LokiConfig) -> RowSelection:
             " adapter keeps its rows; take `rows` out of the `loki:` block, or start a new adapter"
         )
     _check_rank(folder, rows, config.rank)
+    _check_linear_rank(folder, rows, config.linear_rank or LINEAR_RANK)
     return rows
 
 
@@ -55,6 +57,21 @@ def _check_rank(folder: Path, rows: RowSelection, rank: int | None) -> None:
         f" {'dense' if rank is None else f'of rank {rank}'}; an adapter keeps its form: set"
         f" `loki: {{rank: {had[0]}}}`"
     )
+
+
+def _check_linear_rank(folder: Path, rows: RowSelection, rank: int) -> None:
+    """Check that the adapter has the rank of the run in its further linears."""
+    had = {
+        shape[0]
+        for key, shape in _shapes(folder).items()
+        if key.endswith(".lora_A.weight") and any(f".{n}.lora" in key for n in rows.linears)
+    }
+    if had and had != {rank}:
+        raise ValueError(
+            f"lora_model_dir '{folder}' has rank {max(had)} in its further linears, and this run is"
+            f" of rank {rank} there; an adapter keeps its form: set"
+            f" `loki: {{linear_rank: {max(had)}}}`"
+        )
 
 
 def check_tokens(cfg, tokens: int, rows: int) -> None:

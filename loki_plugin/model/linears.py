@@ -12,14 +12,18 @@ from ..choices import ALL, DOWN
 from .anatomy import Anatomy, in_experts, linear_sizes
 
 PREFIX = "base_model.model."  # PEFT's, around the base model
+# Weights that are read past their modules, and so past an adapter on them: of Mamba's layers by
+# kernels, or by transformers' own code while it trains; of Gemma 3n while it trains alone.
+_OF_MAMBA, _OF_ALTUP = ("out_proj", "x_proj", "dt_proj"), "correction_coefs"
+_ROUTER = re.compile(r"gate|router")
 
 
 def other_linears(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
     """By name inside the model, in the model's order: every linear module of its decoder layers.
 
     Left out are down-projections, routed experts (transformers holds them as one parameter, which
-    is no module), what routes to them, and Mamba's `out_proj`, whose weight fused kernels read past
-    the module, and so past an adapter on it.
+    is no module), what routes to them, what chooses tokens for sparse attention, without a gradient
+    (DeepSeek's indexer), and linears whose weight is read past the module or not as that of one.
     """
     names = {id(module): name for name, module in model.named_modules()}
     down = {id(module) for module in anatomy.down}
@@ -34,20 +38,27 @@ def other_linears(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
             inside.append(local)
             if id(module) in down or in_experts(local):
                 continue
-            if not _routes(layer, local) and not _is_read_by_kernels(layer, local):
+            if not _routes(layer, local) and not _is_read_past(layer, local):
                 found[names[id(module)]] = module
     return found
 
 
 def _routes(layer: nn.Module, local: str) -> bool:
-    """Whether a linear stands beside routed experts: it says where a token goes."""
-    parent: Any = layer.get_submodule(local.rpartition(".")[0])
-    return isinstance(getattr(parent, "experts", None), nn.Module)
+    """Whether a linear, or the router around it, stands beside routed experts: it says where a
+    token goes. So does an indexer, to the tokens that are looked at."""
+    around = local.rpartition(".")[0]
+    if _ROUTER.fullmatch(kind_of(around)):
+        around = around.rpartition(".")[0]
+    beside: Any = layer.get_submodule(around)
+    return isinstance(getattr(beside, "experts", None), nn.Module) or ".indexer." in f".{local}"
 
 
-def _is_read_by_kernels(layer: nn.Module, local: str) -> bool:
+def _is_read_past(layer: nn.Module, local: str) -> bool:
+    """Whether the weight is read past the module, or, grouped, not as that of a linear."""
     parent: Any = layer.get_submodule(local.rpartition(".")[0])
-    return kind_of(local) == "out_proj" and hasattr(parent, "A_log") and hasattr(parent, "D")
+    mamba = hasattr(parent, "A_log") and hasattr(parent, "D")
+    grouped = type(layer.get_submodule(local)).__name__.endswith("GroupedLinear")
+    return grouped or kind_of(local) == _OF_ALTUP or (mamba and kind_of(local) in _OF_MAMBA)
 
 
 def has_routed_experts(anatomy: Anatomy) -> bool:

@@ -169,6 +169,23 @@ def test_an_adapter_goes_on_in_its_own_form(run_config, tmp_path, had, rank, mes
         Files.read(load(run_config))
 
 
+@pytest.mark.parametrize(("rank", "fits"), [(8, False), (4, True), (None, False)])
+def test_an_adapter_goes_on_with_its_own_rank_in_further_linears(run_config, tmp_path, rank, fits):
+    name = "model.layers.0.self_attn.q_proj"
+    folder = tmp_path / "first"
+    RowSelection([range(4, 10)] * 3, 64, linears=[name]).save(folder / "loki_rows.json")
+    stored = {f"base_model.model.{name}.lora_A.weight": torch.zeros(4, 64)}
+    save_file(stored, folder / "adapter_model.safetensors")
+    run_config["lora_model_dir"] = str(folder)
+    run_config["loki"] = {"targets": ["q_proj", "down_proj"], "linear_rank": rank}
+    if fits:
+        assert Files.read(load(run_config)).goes_on
+        return
+    said = rf"has rank 4 in its further linears, and this run is of rank {rank or 16} there"
+    with pytest.raises(ValueError, match=said + r".*\{linear_rank: 4\}"):
+        Files.read(load(run_config))
+
+
 def test_an_adapter_may_go_on_beside_disjoint_rows(run_config, tmp_path):
     RowSelection([range(20, 26)] * 3, 64).save(tmp_path / "other.json")
     run_config["lora_model_dir"] = adapter_with_rows(tmp_path / "first", 4)
