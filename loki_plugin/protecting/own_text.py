@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from .. import ranks
 from ..analysing.attribution.devices import first_device, give_back, out_of_memory
 from ..analysing.attribution.quiet import attending
-from ..analysing.calibration.rendering import chat
+from ..analysing.calibration.rendering import chat, dialogue
 from ..choices import TEXT_BATCH, TEXT_COUNT, TEXT_TOKENS, TextKind
 from ..model.quantised import evaluating
 from .asking import A_LIST, asked_in, lists
@@ -92,8 +92,8 @@ def write_texts(
 ) -> list[dict[str, Any]]:
     """Let `model` write: `{"messages": [...]}`, what a user says and its answer, `{"text": ...}`.
 
-    The state of the random generators is put back. Empty texts and repeated ones are left out, so
-    that fewer than `count` may come.
+    The state of the random generators is put back. Empty texts, repeated ones, and dialogues that
+    the chat template does not tell as they stand are left out, so that fewer than `count` may come.
 
     Args:
         count: dialogues and texts together, half of each; texts only, where the chat template has
@@ -142,8 +142,10 @@ def write_texts(
             for words, ids in zip(asked, go_on(begun, marks.ends), strict=True):
                 answer = _words(tokenizer, ids)
                 if answer and (not finished or ids[-1] in marks.ends):
-                    messages = [("user", words), ("assistant", answer)]
-                    found.append({"messages": [{"role": r, "content": c} for r, c in messages]})
+                    roles = [("user", words), ("assistant", answer)]
+                    messages = [{"role": r, "content": c} for r, c in roles]
+                    if is_told(tokenizer, messages):
+                        found.append({"messages": messages})
         if count > dialogues:
             texts = go_on([[marks.beginning]] * (count - dialogues), marks.ends)
             plain = dict.fromkeys(filter(None, (_words(tokenizer, ids) for ids in texts)))
@@ -156,9 +158,20 @@ def write_texts(
             + "; is its tokenizer the right one?"
         )
     if len(found) < count:
-        why = "empty, repeated or not finished" if finished else "empty or repeated"
+        why = "empty, repeated or not told by the chat template"
+        why += ", or not finished" if finished else ""
         LOG.info("loki: of %d texts %d are %s", count, count - len(found), why)
     return found
+
+
+def is_told(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether the chat template tells a dialogue as it stands: some leave out what a model thought,
+    which is all there is of an answer that was cut off."""
+    try:
+        dialogue(tokenizer, messages, "a text of the model", answer=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _asked(

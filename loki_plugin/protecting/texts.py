@@ -80,7 +80,9 @@ def own_texts(
         ValueError: as `write_texts`.
     """
     asked = count or config.protect.count, seed, turns
-    return ranks.broadcast(*by_one(model, lambda: _write(model, tokenizer, config, *asked)))
+    found = ranks.broadcast(*by_one(model, lambda: _write(model, tokenizer, config, *asked)))
+    # Earlier versions kept dialogues that the template does not tell.
+    return [r for r in found if r.messages is None or own_text.is_told(tokenizer, r.messages)]
 
 
 def told_of(texts: Sequence[Record]) -> str:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from loki_plugin.analysing.calibration.prompts import load_texts
 from loki_plugin.analysing.calibration.sources import load_records, record_of
+from loki_plugin.args import LokiConfig
 from loki_plugin.cli import loki
 from loki_plugin.model.fingerprint import fingerprint
 from loki_plugin.model.quantised import quantised_modules
-from loki_plugin.protecting import asking, own_text
+from loki_plugin.protecting import asking, own_text, texts
 from loki_plugin.protecting.own_text import Marks, Turn, user_turn, write_texts
 
 SAID = [
@@ -293,6 +294,35 @@ def test_turns_that_the_model_does_not_know_are_not_begun_for_it(tokenizer, monk
     asked = [{"role": "user", "content": "say the number"}]
     whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     assert begun[1] == whole and written[0]["messages"][0] == asked[0]
+
+
+def test_thoughts_that_the_template_leaves_out_are_no_answer(tmp_path, monkeypatch):
+    """Templates of reasoning models tell of an answer what stands behind its thoughts."""
+    said = "{{ m['content'].split('</think>')[-1] }}"
+    thinking = make_tokenizer(tmp_path, CHATML.replace("{{ m['content'] }}", said))
+    thoughts = thinking("say the number</think>", add_special_tokens=False)["input_ids"]
+    answer = thinking("the number", add_special_tokens=False)["input_ids"]
+    begun = []
+
+    def half_thoughts(model, starts, tokens, stop):
+        begun.extend(starts)
+        said = [[*answer, *thinking(f" {len(begun)}{n}")["input_ids"]] for n in range(len(starts))]
+        if "assistant" in thinking.decode(starts[0]):
+            said[::2] = [thoughts] * len(said[::2])
+        return said
+
+    monkeypatch.setattr(own_text, "_generate", half_thoughts)
+    written = write_texts(model(), thinking, 12, 5)
+    talks = [row for row in written if "messages" in row]
+    assert 0 < len(talks) < 6
+    assert len(load_texts(thinking, [record_of(row, "here") for row in written])) == len(written)
+    # A cache of an earlier version has them.
+    bad = {"messages": [{"role": "user", "content": "say"},
+                        {"role": "assistant", "content": "so</think>"}]}  # fmt: skip
+    monkeypatch.setattr(texts, "_write", lambda *rest: [record_of(r, "x") for r in [bad, *talks]])
+    config = LokiConfig(cache_dir=str(tmp_path))
+    found = texts.own_texts(model(), thinking, config)
+    assert [r.messages for r in found] == [r["messages"] for r in talks]
 
 
 def test_tokens_new_to_the_model_leave_plain_text_only(tmp_path):
