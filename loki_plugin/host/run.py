@@ -53,6 +53,7 @@ class Run:
         from ..model.anatomy import find_anatomy
         from ..model.linears import chosen, has_routed_experts
         from ..model.loading import is_loaded
+        from ..model.positions import check_lengths
         from ..pipeline import choose_rows, is_analysed
 
         meet()
@@ -96,6 +97,9 @@ class Run:
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
             run.measured = load_questions(tokenizer, calibration, files.inputs.records)
+        asked = [*run.measured, *(run.watch.prompts if run.watch else ())]
+        held = run.anchor.prompts if run.anchor else ()
+        check_lengths(model, [*(text.ids for text in asked), *held])
         LOG.info(block("rows", run.told))
         return run
 

@@ -1,4 +1,4 @@
-"""Models that have learned a vector for each position read no longer texts."""
+"""Models that have a table of positions read no longer texts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from torch import nn
 
 _POSITIONS = re.compile(r"wpe|pos(ition)?s?(_|$)")
+_OF_SINES = ("gptj", "codegen", "ctrl", "roformer")  # their tables are not learned, and end too
 
 
 def learned_positions(model: nn.Module) -> int | None:
     """The tokens that a model with a table of positions can read (GPT-2, OPT); None: any number."""
+    config = model.config.get_text_config()
+    if config.model_type in _OF_SINES:
+        return config.max_position_embeddings
     tokens = model.get_input_embeddings()
     around = next(m for m in model.modules() if any(child is tokens for child in m.children()))
     for name, table in around.named_children():
         if isinstance(table, nn.Embedding) and table is not tokens and _POSITIONS.search(name):
-            return table.num_embeddings - getattr(table, "offset", 0)
+            behind = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's places
+            return table.num_embeddings - getattr(table, "offset", behind)
     return None
 
 
@@ -34,6 +39,6 @@ def check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     if longer:
         raise ValueError(
             f"{len(longer)} of {len(prompts)} calibration prompts are too long for this model,"
-            f" which has learned {most} positions; the longest has {max(longer)} tokens. Set"
+            f" which has {most} positions; the longest has {max(longer)} tokens. Set"
             f" `calibration: {{max_tokens: {most}}}`, which drops longer ones"
         )

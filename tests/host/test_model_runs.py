@@ -259,3 +259,28 @@ def test_of_routed_experts_only_a_4_bit_run_merges_onto_either_base(
         assert merged["proof"]["ok"]
         assert len(merged["advice"]["ratios"]) == merged["linears"] > 0
         assert merged["advice"]["losses"].keys() == {"original", "dequantised"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loki": {"protect": {"anchor": 1.0}}},
+        {"loki": {"report": True}},
+        {"val_set_size": 0.2, "eval_steps": 2},
+    ],
+    ids=["anchor", "report", "evaluations"],
+)
+def test_texts_beyond_the_positions_of_a_model_end_a_run_before_it_trains(
+    tmp_path, run_config, train, more
+):
+    """Where nothing is analysed or searched, the anchor and what measures would meet them first."""
+    folder, rows = tmp_path / "gpt2", tmp_path / "rows.json"
+    settings = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 128}
+    save(AutoConfig.for_model("gpt2", **settings), folder)
+    rows.write_text(json.dumps([[1, 2]] * 3))
+    block = {"rows": str(rows), "calibration": {"source": "builtin"}} | more.get("loki", {})
+    config = run_config | {"base_model": str(folder), "sequence_len": 64} | more
+    config["loki"] = run_config["loki"] | block
+    with pytest.raises(ValueError, match="too long for this model, which has 128 positions"):
+        train(config)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers.families import FAMILIES, tiny
 from helpers.prompts import prompts
+from transformers import AutoModelForCausalLM
 
+from benchmarks.standins import published, shrink
 from loki_plugin.model.positions import check_lengths, learned_positions
 from loki_plugin.protecting.finding import Wanted, find_directions
 
@@ -26,7 +28,20 @@ def test_where_the_table_of_positions_ends_the_model_ends(family):
             model(ids)
 
 
+@pytest.mark.parametrize("family", ["gptj", "codegen", "ctrl", "roformer", "roberta"])
+def test_tables_of_other_kinds_end_too(family):
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(shrink(published(family)))
+    model = AutoModelForCausalLM.from_config(small.config).eval()
+    most = learned_positions(model)
+    assert most is not None
+    ids = torch.full((1, most + 1), 5)
+    model(input_ids=ids[:, :-1])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids)
+
+
 def test_longer_prompts_are_told_before_any_is_read():
-    said = "1 of 2 calibration prompts .* has learned 64 positions; the longest has 65 tokens"
+    said = "1 of 2 calibration prompts .* has 64 positions; the longest has 65 tokens"
     with pytest.raises(ValueError, match=f"{said}.*`calibration: {{max_tokens: 64}}`"):
         find_directions(tiny("gpt2"), prompts(lengths=(5, 65)), Wanted(0.9))
