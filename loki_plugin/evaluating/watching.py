@@ -28,6 +28,7 @@ from .. import ranks
 from ..analysing.attribution.devices import give_back, out_of_memory
 from ..analysing.calibration.prompts import Text
 from ..choices import WATCH_KEPT, WATCH_KL
+from ..model.causal import looks_ahead
 from ..model.loading import is_sharded
 from ..model.quantised import evaluating
 from ..protecting.anchor import adapter_off
@@ -61,7 +62,7 @@ def measure(
     """
     texts, total, kept = [*prompts, *own], 0.0, 0
     with evaluating(model), torch.no_grad():
-        for batch in _batches(texts, at_once):
+        for batch in _batches(texts, at_once, looks_ahead(model)):
             with adapter_off(model):
                 base = _logits(model, [texts[i] for i in batch])
             tuned = _logits(model, [texts[i] for i in batch])
@@ -74,11 +75,12 @@ def measure(
     return Distance(total / tokens, kept / len(prompts) if prompts else None)
 
 
-def _batches(texts: Sequence[Text], tokens: int) -> Iterator[list[int]]:
-    """Indices of texts that run together, of neighbouring lengths."""
+def _batches(texts: Sequence[Text], tokens: int, alike: bool) -> Iterator[list[int]]:
+    """Indices of texts that run together, of neighbouring lengths, or of the same."""
     batch: list[int] = []
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
-        if batch and (len(batch) + 1) * len(texts[i].ids) > tokens:
+        longer = batch and len(texts[i].ids) > len(texts[batch[0]].ids)
+        if batch and ((len(batch) + 1) * len(texts[i].ids) > tokens or (alike and longer)):
             yield batch
             batch = []
         batch.append(i)

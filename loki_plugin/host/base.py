@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def look_at(run: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         model = build_empty(shape, run.get("model_type"), bool(run.get("trust_remote_code")))
         anatomy = find_anatomy(model)
-        targets = (run.get("loki") or {}).get("targets") or DOWN
+        targets = _targets(run)
         chosen_down(anatomy, targets)
         check_adaptable(anatomy, model, chosen(model, anatomy, targets))
     except ValueError as error:
@@ -158,6 +158,10 @@ def read_config(run: Mapping[str, Any]) -> Any:
     return config
 
 
+def _targets(run: Mapping[str, Any]) -> str | Sequence[str]:
+    return (run.get("loki") or {}).get("targets") or DOWN
+
+
 def quantisation_of(config: Any) -> str | None:
     """How a checkpoint is stored quantised; None = it is not."""
     quantisation = getattr(config, "quantization_config", None) or {}
@@ -174,12 +178,15 @@ def check_stored(cfg) -> None:
     from dataclasses import replace
 
     from ..implanting.checkpoint import Base, open_checkpoint
+    from ..model.linears import chosen
 
     folder = _folder(cfg)
     if folder is None:
         return
     try:
-        open_checkpoint(replace(Base.of_run(cfg), name=folder))
+        found = open_checkpoint(replace(Base.of_run(cfg), name=folder))
+        for name in chosen(found.model, found.anatomy, _targets(cfg)):
+            found.linear(name)
     except ValueError as error:
         raise ValueError(
             f"rows trained on base_model '{cfg.base_model}' could not be merged into it afterwards:"

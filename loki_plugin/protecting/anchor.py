@@ -28,6 +28,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .. import ranks
+from ..model.causal import looks_ahead
 from ..model.loading import is_sharded
 from ..model.quantised import evaluating
 
@@ -215,6 +216,9 @@ def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tens
 
 def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """[all real tokens, V]."""
+    # Asked first: under FSDP all ranks answer it together, in their first pass.
+    if looks_ahead(model) and len({len(p) for p in prompts}) > 1:
+        return torch.cat([_logits(model, [p]) for p in prompts])
     device = model.get_input_embeddings().weight.device
     # Padding stands on the right, after every real token, where causal attention never looks.
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True)

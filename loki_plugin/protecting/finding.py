@@ -24,6 +24,7 @@ from ..analysing.attribution.quiet import quiet
 from ..analysing.precision import exact_products
 from ..choices import DOWN
 from ..model.anatomy import find_anatomy, linear_sizes
+from ..model.causal import looks_ahead
 from ..model.linears import chosen, chosen_down
 from ..model.positions import check_lengths
 from .eigen import EXACT_COPIES, budget
@@ -140,8 +141,9 @@ def find_directions(
     wanted.check([size[0] for size in sizes if size])
     kept = list(prompts[HELD_OUT - 1 :: HELD_OUT]) if coverage else []
     # Prompts that are kept back come last: the moments before them are those without them.
-    batches = batched([p for i, p in enumerate(prompts) if not kept or (i + 1) % HELD_OUT])
-    last = batched(kept)
+    alike = looks_ahead(model)
+    seen = [p for i, p in enumerate(prompts) if not kept or (i + 1) % HELD_OUT]
+    batches, last = batched(seen, alike), batched(kept, alike)
     tokens = sum(len(p) for p in prompts)
     wide = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float64
     itemsize = 8 if wide else 4

@@ -95,7 +95,7 @@ class Reader:
         """Which modules read the same tensor, in the order in which they run on `batch`.
 
         Raises:
-            ValueError: a module that does not run on text.
+            ValueError: a module that does not run on text, or not once for each token.
         """
         found: list[Site] = []
         inputs: list[torch.Tensor] = []  # alive, so that no two of them lie in one place
@@ -109,6 +109,12 @@ class Reader:
             if same is not None:
                 same.names.append(name)
                 return
+            if x.shape[:-1].numel() != real.numel():
+                raise ValueError(
+                    f"{name} reads {x.shape[:-1].numel()} vectors where the texts have"
+                    f" {real.numel()} tokens, padding included: which of them general text is"
+                    " cannot be told. Leave it out of `loki.targets`, or set `protect: off`"
+                )
             lengths = _rows(x, real).float().norm(dim=-1)
             sizes = linear_sizes(module)
             assert sizes is not None
@@ -119,8 +125,9 @@ class Reader:
         missing = [name for name in self.modules if name not in reached]
         if missing:
             raise ValueError(
-                f"{missing[0]} does not run on text, so that what general text does there cannot"
-                " be protected; leave it out of `targets`"
+                f"{missing[0]} does not run on text ({len(missing)} modules do not), so that what"
+                " general text does there cannot be protected; name the others in `loki.targets`:"
+                " a list of names, or a regular expression for whole names"
             )
         return found
 
@@ -176,11 +183,15 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
 
 
-def batched(prompts: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
-    """Prompts of like length together, at most `TOKENS` tokens with padding; one may exceed it."""
+def batched(prompts: Sequence[Sequence[int]], alike: bool = False) -> list[list[torch.Tensor]]:
+    """Prompts of like length together, at most `TOKENS` tokens with padding; one may exceed it.
+
+    With `alike`, of the same length: nothing is padded.
+    """
     batches: list[list[torch.Tensor]] = []
     for prompt in sorted(prompts, key=len):
-        if not batches or (len(batches[-1]) + 1) * len(prompt) > TOKENS:
+        full = batches and (len(batches[-1]) + 1) * len(prompt) > TOKENS
+        if not batches or full or (alike and len(batches[-1][0]) < len(prompt)):
             batches.append([])
         batches[-1].append(torch.as_tensor(prompt))
     return batches

@@ -66,6 +66,18 @@ def test_what_could_not_be_merged_is_refused_with_trusted_code_too(tmp_path, tru
     assert "layers.1.mlp.down_proj.weight matches 0 tensors" in str(error.value)
 
 
+def test_so_is_a_further_linear_that_is_stored_in_another_form(tmp_path):
+    cfg = stored("qwen2.5-vl", tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    lost = next(k for k in held if k.endswith("layers.1.mlp.up_proj.weight"))
+    save_file({k: v for k, v in held.items() if k != lost}, file, {"format": "pt"})
+    check_stored(cfg)  # rows of the down-projections alone are not concerned
+    cfg.loki = {"targets": "all"}
+    with pytest.raises(ValueError, match=r"afterwards: .*layers.1.mlp.up_proj.weight matches 0"):
+        check_stored(cfg)
+
+
 def test_a_text_model_is_accepted(base):
     from axolotl.utils.dict import DictDefault
 

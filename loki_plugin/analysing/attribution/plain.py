@@ -171,7 +171,11 @@ def _outputs(anatomy: Anatomy, ids: torch.Tensor) -> tuple[list[torch.Tensor], t
         hidden = anatomy.decoder(input_ids=ids, use_cache=False).last_hidden_state
     missing = [name for i, name in enumerate(anatomy.names) if i not in seen]
     if missing:
-        raise ValueError(f"{missing[0]} does not run in a pass of the model")
+        raise ValueError(
+            f"{missing[0]} does not run in a pass of the model over text; name what trains in"
+            " `loki.targets`, a list of names or a regular expression for whole names, with"
+            " `quota: 100`, which needs no analysis"
+        )
     return [seen[i] for i in range(len(seen))], hidden[:, -1:]
 
 
