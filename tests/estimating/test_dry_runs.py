@@ -148,8 +148,10 @@ def test_our_modules_never_wait_in_a_training_step(found):
     for case, settings in TRAININGS.items():
         waits = found["training", case]["waits"]
         files = {w.split(" at ")[1].split(":")[0] for w in waits} & ours
-        # The anchor hands the device its texts, and what the base said of them.
-        assert files <= ({"anchor.py"} if "anchor" in settings else set()), (case, waits)
+        # The anchor hands the device its texts, and what the base said of them. In its first step
+        # it asks once whether the model looks ahead.
+        may = {"anchor.py", "causal.py"} if "anchor" in settings else set()
+        assert files <= may, (case, waits)
 
 
 def test_auto_keeps_the_analysis_of_an_8b_model_in_4_bits_within_12_gb(found):
