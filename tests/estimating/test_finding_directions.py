@@ -43,10 +43,10 @@ def test_passes_and_products_are_those_of_the_real_thing(small_budget):
     for layer in llama.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda *args: layers.append(1))
     find_directions(llama, prompts, Wanted(directions=20), coverage=True)
-    # Two passes of a few tokens to see whether the model looks ahead, and one more batch to see
-    # which linears read the same; the prompts that are kept back make 3 of two batches, so that the
-    # last of them are not full.
-    assert len(layers) == 2 * 4 + 4 + 3 * (2 + 4)
+    # A few tokens to see whether the model looks ahead, and one more batch to see which linears
+    # read the same; the prompts that are kept back make 3 of two batches, so that the last of them
+    # are not full.
+    assert len(layers) == 4 + 4 + 3 * (2 + 4)
     moments = sum(2 * 40 * 64 * size**2 for size in sizes)
     exact = 2 * sum(22 / 3 * size**3 for size in sizes)
     assert needed.wide == pytest.approx(moments + exact)

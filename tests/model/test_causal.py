@@ -26,6 +26,13 @@ def test_language_models_look_back_only(family, dtype):
     assert not looks_ahead(tiny(family).to(dtype))
 
 
+def test_a_model_without_a_head_is_asked_too():
+    llama = tiny("llama")
+    whole = find_directions(llama, TEXTS, Wanted(directions=2)).basis
+    bare = find_directions(llama.model, TEXTS, Wanted(directions=2)).basis
+    assert all(torch.equal(a, b) for a, b in zip(whole, bare, strict=True))
+
+
 @pytest.fixture(params=["bert", "paligemma"])
 def both_ways(request):
     kind = {"bert": AutoModelForCausalLM, "paligemma": AutoModelForImageTextToText}[request.param]

@@ -190,7 +190,7 @@ def test_the_lumped_kl_and_its_gradient_are_those_of_the_plain_formula(dtype):
 def test_the_base_is_asked_once_and_what_is_lumped_is_a_lower_bound(rank, monkeypatch):
     model, drawn = tuned(rank), list(range(len(PROMPTS)))
     passes = []
-    looks_ahead(model)  # two passes, once for each model
+    looks_ahead(model)  # a pass, once for each model
     model.get_base_model().model.register_forward_hook(lambda *a: passes.append(1))
     whole, anchor = float(truth(model).detach()), Anchor(PROMPTS, 1.0, 4)
     passes.clear()
