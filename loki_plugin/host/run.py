@@ -97,7 +97,8 @@ class Run:
         if files.config.report and files.inputs.records:
             calibration = files.config.calibration
             run.measured = load_questions(tokenizer, calibration, files.inputs.records)
-        asked = [*run.measured, *(run.watch.prompts if run.watch else ())]
+        watched = [*run.watch.prompts, *run.watch.own] if run.watch else []
+        asked = [*run.measured, *watched]
         held = run.anchor.prompts if run.anchor else ()
         check_lengths(model, [*(text.ids for text in asked), *held])
         LOG.info(block("rows", run.told))

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from torch import nn
 
 _POSITIONS = re.compile(r"wpe|pos(ition)?s?(_|$)")
-_OF_SINES = ("gptj", "codegen", "ctrl", "roformer")  # their tables are not learned, and end too
+# Their tables are not modules beside the tokens' embeddings, and end too.
+_OF_OTHERS = ("gptj", "codegen", "ctrl", "roformer")
 
 
-def learned_positions(model: nn.Module) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """The tokens that a model with a table of positions can read (GPT-2, OPT); None: any number."""
     config = model.config.get_text_config()
-    if config.model_type in _OF_SINES:
+    if config.model_type in _OF_OTHERS:
         return config.max_position_embeddings
     tokens = model.get_input_embeddings()
-    around = next(m for m in model.modules() if any(child is tokens for child in m.children()))
-    for name, table in around.named_children():
+    beside = (m for m in model.modules() if any(child is tokens for child in m.children()))
+    for name, table in next(beside, model).named_children():
         if isinstance(table, nn.Embedding) and table is not tokens and _POSITIONS.search(name):
             behind = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's places
             return table.num_embeddings - getattr(table, "offset", behind)
@@ -34,7 +35,7 @@ def check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
     Raises:
         ValueError: one is longer; how many are, and what to do.
     """
-    most = learned_positions(model)
+    most = positions_of(model)
     longer = [len(ids) for ids in prompts if most is not None and len(ids) > most]
     if longer:
         raise ValueError(

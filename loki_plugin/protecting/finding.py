@@ -141,7 +141,7 @@ def find_directions(
     wanted.check([size[0] for size in sizes if size])
     kept = list(prompts[HELD_OUT - 1 :: HELD_OUT]) if coverage else []
     # Prompts that are kept back come last: the moments before them are those without them.
-    alike = looks_ahead(model)
+    alike = looks_ahead(model, anatomy.decoder)
     seen = [p for i, p in enumerate(prompts) if not kept or (i + 1) % HELD_OUT]
     batches, last = batched(seen, alike), batched(kept, alike)
     tokens = sum(len(p) for p in prompts)

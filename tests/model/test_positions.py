@@ -9,14 +9,14 @@ from helpers.prompts import prompts
 from transformers import AutoModelForCausalLM
 
 from benchmarks.standins import published, shrink
-from loki_plugin.model.positions import check_lengths, learned_positions
+from loki_plugin.model.positions import check_lengths, positions_of
 from loki_plugin.protecting.finding import Wanted, find_directions
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_where_the_table_of_positions_ends_the_model_ends(family):
     model = tiny(family)
-    most = learned_positions(model)
+    most = positions_of(model)
     assert most == (64 if family in {"gpt2", "opt", "opt-post-norm"} else None)
     ids = torch.ones(1, 65, dtype=torch.long)
     model(ids[:, :-1])
@@ -33,7 +33,7 @@ def test_tables_of_other_kinds_end_too(family):
     with torch.device("meta"):
         small = AutoModelForCausalLM.from_config(shrink(published(family)))
     model = AutoModelForCausalLM.from_config(small.config).eval()
-    most = learned_positions(model)
+    most = positions_of(model)
     assert most is not None
     ids = torch.full((1, most + 1), 5)
     model(input_ids=ids[:, :-1])
