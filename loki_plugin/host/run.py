@@ -98,9 +98,8 @@ class Run:
             calibration = files.config.calibration
             run.measured = load_questions(tokenizer, calibration, files.inputs.records)
         watched = [*run.watch.prompts, *run.watch.own] if run.watch else []
-        asked = [*run.measured, *watched]
-        held = run.anchor.prompts if run.anchor else ()
-        check_lengths(model, [*(text.ids for text in asked), *held])
+        ids = [*(prompt.ids for prompt in run.measured), *(text.ids for text in watched)]
+        check_lengths(model, [*ids, *(run.anchor.prompts if run.anchor else ())])
         LOG.info(block("rows", run.told))
         return run
 
