@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import writer
+from benchmarks import gpu_protecting, writer
 from benchmarks.attribution import build, obvious
 from benchmarks.floor import flops
 from benchmarks.machine import PeakMemory, describe, matmul_rate, synchronize
@@ -47,8 +47,11 @@ SHAPES = {
     "tiny": (2, 256, 384, 2, 64, 512),
 }
 # What one run measures: prompts, their tokens T, tokens of a training step, steps of each method.
-FULL = SimpleNamespace(models=("8B", "0.5B"), prompts=208, length=150, tokens=2048, steps=5)
-TINY = SimpleNamespace(models=("tiny",), prompts=4, length=10, tokens=8, steps=1)
+# Directions are found of so many layers, from so many texts.
+FULL = SimpleNamespace(
+    models=("8B", "0.5B"), prompts=208, length=150, tokens=2048, steps=5, found=2, texts=440
+)
+TINY = SimpleNamespace(models=("tiny",), prompts=4, length=10, tokens=8, steps=1, found=1, texts=16)
 STEPS = 7  # S
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 GIB = 2**30
@@ -217,10 +220,31 @@ def training(bench: Bench, model: nn.Module, options: SimpleNamespace, name: str
     model.set_attn_implementation("sdpa")
 
 
-def _time_step(bench, model, wrap, batch, options, row, compiled: bool = False) -> float:
+def protecting(
+    bench: Bench, model: nn.Module, options: SimpleNamespace, name: str, weights: str
+) -> None:
+    """What `protect: auto` costs: to find directions, and in a step against LoRA without it."""
+    batch = torch.randint(options.vocabulary, (1, bench.size.tokens)).to(bench.device)
+    plain = methods(options)[ALL]
+    with bench.part(f"training step, {ALL}, again", name, weights, "sdpa") as row:
+        lora = _time_step(bench, model, plain, batch, options, row)
+    for method, wrap in gpu_protecting.wrappers(options).items():
+        with bench.part(f"training step, {method}", name, weights, "sdpa") as row:
+            extra = gpu_protecting.anchored(options)
+            seconds = _time_step(bench, model, wrap, batch, options, row, extra=extra)
+            row["note"] += f", {seconds / lora:.2f} x LoRA's"
+    with bench.part("finding the directions of all linears", name, weights, "sdpa") as row:
+        bench.need(30 if bench.device.type == "cuda" else 1)
+        gpu_protecting.finding(options, bench.size.found, bench.size.texts, row)
+
+
+def _time_step(
+    bench, model, wrap, batch, options, row, compiled: bool = False, extra=None
+) -> float:
     bench.need(60 if compiled else 2)
     with PeakMemory(bench.device) as memory:
         trained = Training(model, wrap, options)
+        trained.extra = extra
         if compiled:
             for layer in find_anatomy(trained.model).layers:
                 layer.compile()
@@ -314,6 +338,7 @@ def measure(bench: Bench) -> None:
                 continue
             analysis(bench, model, name, weights)
             training(bench, model, options, name, weights)
+            protecting(bench, model, options, name, weights)
             if not four_bit and name == bench.size.models[-1]:
                 compiling(bench, model, options, name)
             del model

@@ -53,12 +53,11 @@ def methods(options) -> dict[str, Callable[[nn.Module], nn.Module]]:
     # r (2 (H + I) + (I + H)) = k I
     equal = round(k * options.intermediate / (3 * (options.hidden + options.intermediate)))
 
-    # Hard and soft directions cost the same; which ones they are does not matter here.
-    inputs = options.intermediate
-    directions = [
-        torch.linalg.qr(torch.randn(inputs, inputs // 8, generator=draw))[0]
-        for _ in range(options.layers)
-    ]
+    def protected(model):
+        # Hard and soft directions cost the same; which ones they are does not matter here.
+        size = (options.intermediate, options.intermediate // 8)
+        drawn = (torch.randn(size, device=options.device) for _ in rows)
+        return implant(model, rows, protect=[torch.linalg.qr(x)[0].cpu() for x in drawn])
 
     def lora(r, targets):
         return lambda m: get_peft_model(m, LoraConfig(r=r, lora_alpha=r, target_modules=targets))
@@ -77,7 +76,7 @@ def methods(options) -> dict[str, Callable[[nn.Module], nn.Module]]:
 
     found = {
         DENSE: lambda m: implant(m, rows),
-        PROTECTED: lambda m: implant(m, rows, protect=directions),
+        PROTECTED: protected,
         LOW_RANK: lambda m: implant(m, rows, rank=16),
         ALL: lora(16, "all-linear"),
         EQUAL: lora(equal, MLP),
@@ -101,13 +100,17 @@ class Training:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.1)
+        self.extra: Callable[[nn.Module], torch.Tensor] | None = None  # what is added to its loss
 
     def step(self, batch: torch.Tensor) -> float:
         """Its seconds."""
         synchronize(self.device)
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        self.model(input_ids=batch, labels=batch).loss.backward()
+        loss = self.model(input_ids=batch, labels=batch).loss
+        if self.extra:
+            loss = loss + self.extra(self.model)
+        loss.backward()
         self.optimizer.step()
         synchronize(self.device)
         return time.perf_counter() - start

@@ -23,8 +23,9 @@ from loki_plugin.analysing.calibration.prompts import load_texts
 from loki_plugin.analysing.calibration.sources import record_of
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.eigen import leading, soften
+from loki_plugin.protecting.installing import folded_delta
 from loki_plugin.protecting.own_text import write_texts
-from loki_plugin.protecting.reading import ProtectedA, folded_delta
+from loki_plugin.protecting.reading import ProtectedA
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

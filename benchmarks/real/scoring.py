@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from loki_plugin.protecting.anchor import adapter_off
 
-_TOKENS = 1024  # that run at once
+# Tokens that run at once, and positions whose logits are held at once.
+_TOKENS, _POSITIONS = 1024, 256
+_ON_CARDS = 8  # times as many
 _AT_ONCE = 32  # answers
-_POSITIONS = 256  # whose logits are held at once
 _PREFIX = 8  # tokens that all sequences of a batch begin with, from which on they run once
 
 
@@ -166,7 +167,8 @@ def score(
 
     Args:
         keep: keep what the head reads.
-        together: sizes of groups that begin alike: each runs by itself, its beginning once.
+        together: sizes of groups that begin alike: each runs by itself, its beginning once; not on
+            a card.
     """
     n = len(sequences)
     log_p, count = torch.zeros(n), torch.tensor([float(a.targets) for a in sequences])
@@ -174,8 +176,11 @@ def score(
     kl = None if reference is None else torch.zeros(n)
     kept: list[torch.Tensor] = [torch.empty(0)] * n
     head = inner(model).get_output_embeddings()
+    many = _ON_CARDS if head.weight.device.type == "cuda" else 1
     with _evaluating(model):
-        parts = batches(sequences) if together is None else _groups(together)
+        # A card is quicker with large batches than with beginnings that run once.
+        alone = together is None or many > 1
+        parts = batches(sequences, many) if alone else _groups(together or ())
         for indices in parts:
             part = [sequences[i] for i in indices]
             hidden, wanted = _after_prefix(model, part)
@@ -185,7 +190,7 @@ def score(
             base = None
             if reference is not None:
                 base = torch.cat([reference.hidden[i] for i in indices]).to(hidden.device)
-            for at in torch.arange(len(wanted)).split(_POSITIONS):
+            for at in torch.arange(len(wanted)).split(many * _POSITIONS):
                 logs = head(hidden[at]).float().log_softmax(-1)
                 right = (logs.argmax(-1) == wanted[at]).cpu()
                 whole[owner[at][~right]] = False
@@ -202,11 +207,11 @@ def score(
     return Scored(log_p, count, whole, first, kl, kept if keep else None)
 
 
-def batches(sequences: Sequence[Asked]) -> Iterator[list[int]]:
-    """Indices of sequences of like length, at most `_TOKENS` tokens with padding."""
+def batches(sequences: Sequence[Asked], many: int = 1) -> Iterator[list[int]]:
+    """Indices of sequences of like length, at most `many * _TOKENS` tokens with padding."""
     batch: list[int] = []
     for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids)):
-        if batch and (len(batch) + 1) * len(sequences[i].ids) > _TOKENS:
+        if batch and (len(batch) + 1) * len(sequences[i].ids) > many * _TOKENS:
             yield batch
             batch = []
         batch.append(i)

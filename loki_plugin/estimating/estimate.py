@@ -110,14 +110,29 @@ class Estimator:
         """Bytes that the directions of a share may take on a card of so many gigabytes."""
         return int(10**9 * (self.config.protect.memory or min(card / 10, PROTECT_GB)))
 
-    def protection_flops(self, run: Planned, card: int) -> float:
-        """Of one micro batch: every A is read through its P, forwards and backwards: 4 r I u."""
+    def _folded(self, run: Planned, card: int) -> int:
+        """Bytes of every A P, in the dtype that is computed in; few tokens make none."""
         found, _ = self._directions(card)
         rows = dict(zip(self.anatomy.names, self.counts, strict=True))
-        passes = 3 if run.checkpointing else 2
+        size = min(run.adapter_dtype.itemsize, run.stored.dtype.itemsize)
+        widths = [(self._width(name, rows), r.size) for r, n in found if n for name, _ in r.linears]
+        return sum(size * width * inputs for width, inputs in widths if width <= run.tokens)
+
+    def protection_flops(self, run: Planned, card: int) -> float:
+        """Of one micro batch: A goes through its P once, and so does its gradient: 4 r I u each;
+        an anchor's pass has a gradient of its own. Few tokens go through P instead, each time."""
+        found, _ = self._directions(card)
+        rows = dict(zip(self.anatomy.names, self.counts, strict=True))
+        few = 3 if run.checkpointing else 2
+
+        def through(width: int) -> int:
+            if run.tokens < width:
+                return few * (run.tokens + self.anchor_tokens())
+            return (3 if self.config.protect.anchor else 2) * width
+
         return float(
             sum(
-                passes * 4 * min(self._width(name, rows), run.tokens) * each.size * count
+                4 * through(self._width(name, rows)) * each.size * count
                 for each, count in found
                 for name, _ in each.linears
             )
@@ -200,6 +215,7 @@ class Estimator:
             logits=run.logits,
             anchor=anchor,
             directions=self._directions_at_once(card),
+            folded=self._folded(run, card),
         )
         states = state_bytes(run.optimizer, tensors, run.adapter_dtype)
         resident = {

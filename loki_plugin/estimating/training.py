@@ -89,6 +89,7 @@ class Shapes:
         logits: bool = True,
         anchor: int = 0,
         directions: int = 0,
+        folded: int = 0,
     ) -> dict[str, int]:
         """Bytes at each moment, gradients among them.
 
@@ -100,6 +101,7 @@ class Shapes:
             logits: whether the loss makes them.
             anchor: tokens of anchor prompts, which run without checkpoints beside the loss.
             directions: bytes of those that are made wide at once.
+            folded: bytes of what the adapter reads through directions, kept for a step.
         """
         size, state = self.itemsize, tokens * self.hidden
         more = beside or [0] * len(ranks)
@@ -117,12 +119,13 @@ class Shapes:
             said = anchor * self.vocabulary * (size + _ANCHOR_LOGITS)
             pulled += max(said, self._inside(anchor, cast))
         inside = self._inside(tokens, cast) + max(gradients) + directions
-        return {
+        moments = {
             "loss": loss + tokens * made * _LOGITS + (sum(gradients) if anchor else 0),
             "anchor": pulled,
             "layer": max(max(layers) + inside, sum(inputs) + _NORM_BACK * _NORM * state),
             "step": sum(gradients),
         }
+        return {name: size and size + folded for name, size in moments.items()}
 
     def _inside(self, tokens: int, cast: bool) -> int:
         """Bytes that the backward of one layer makes and leaves."""

@@ -175,7 +175,7 @@ class Run:
         from ..implanting.adapter import install, trainable_share
         from ..model.fingerprint import fingerprint
         from ..model.loading import is_loaded
-        from ..protecting.reading import protect_inputs
+        from ..protecting.installing import protect_inputs
 
         fresh = not cfg.lora_model_dir
         install(model, self.selection, self.config.rank, fresh)
@@ -202,7 +202,7 @@ class Run:
     def prepare_trainer(self, cfg, trainer) -> None:
         from ..implanting.recording import record
         from ..implanting.training import prepare_trainer, save_whole_checkpoints
-        from ..protecting.reading import DirectionsBesideCheckpoints
+        from ..protecting.installing import DirectionsBesideCheckpoints
         from .preference import model_of
 
         if cfg.rl:

@@ -23,7 +23,8 @@ from ..model.anatomy import Anatomy, find_anatomy
 from ..model.linears import PREFIX, chosen, chosen_down
 from ..model.quantised import never_pack
 from ..protecting.directions import Directions
-from ..protecting.reading import ProtectedA, protect_inputs
+from ..protecting.installing import protect_inputs
+from ..protecting.reading import ProtectedA
 from ..rows import RowSelection
 from .carrier import check_adaptable, lora_settings
 from .naming import name_by_parameter

@@ -15,22 +15,14 @@ matrices, for edits and for the start of A; CorDA (2406.05223) starts A and B fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .. import ranks
-from ..model.anatomy import find_anatomy
-from ..model.linears import PREFIX
-from .directions import FILE_NAME, Directions, is_soft
+from .directions import is_soft
 from .packed import Packed, packed
 
 # Folding again takes away what rounding left; it converges at once.
@@ -56,6 +48,7 @@ class ProtectedA(nn.Linear):
 
     def __init__(self, weight: nn.Parameter, directions: torch.Tensor | Packed):
         nn.Module.__init__(self)
+        _count_updates()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.register_parameter("bias", None)
@@ -69,6 +62,10 @@ class ProtectedA(nn.Linear):
         self.directions = directions
         self._folded: torch.Tensor | None = None  # A P as saved, while A has that version
         self._version = -1
+        # A P as the passes of one training step read it, and of which state of A it was made.
+        self._read: torch.Tensor | None = None
+        self._read_of: tuple | None = None
+        self._spent = False  # a backward went through it: A may change next
 
     def extra_repr(self) -> str:
         kind = "softly_protected" if self.soft else "protected"
@@ -89,6 +86,9 @@ class ProtectedA(nn.Linear):
             self._folded = None  # the weight may change next, also unseen by its version
         weight, tokens = self.weight, x.numel() // x.shape[-1]
         v = self.placed(x.device)
+        known = self._known(x)
+        if known is not None:
+            return nn.functional.linear(x, _Known.apply(weight, known, self))
         # In half precision V would not be orthogonal, and much of what it takes out would stay.
         with torch.autocast(x.device.type, enabled=False):
             if tokens < self.out_features:
@@ -97,6 +97,30 @@ class ProtectedA(nn.Linear):
                 weight = _Outside.apply(weight.to(self.wide), v).to(weight.dtype)
         return nn.functional.linear(x, weight)
 
+    def _known(self, x: torch.Tensor) -> torch.Tensor | None:
+        """A P, made once for all passes of a step: a recomputing checkpoint's, the anchor's too.
+
+        It stays until A may have changed. Optimizers write past its version, so that outside a
+        backward it is made anew as soon as one went through it or an optimizer has stepped. None
+        where few tokens are cheaper, and in an evaluation, which makes none.
+        """
+        if torch.compiler.is_compiling() or not self.weight.requires_grad:
+            return None
+        kind, dtype = x.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        of = (id(self.weight), self.weight._version, _UPDATES[0], x.device, dtype)
+        inside = torch._C._current_graph_task_id() != -1
+        if self._read is None or self._read_of != of or (self._spent and not inside):
+            self._read = None
+            many = x.numel() // x.shape[-1] >= self.out_features
+            if many and (self.training or torch.is_grad_enabled()):
+                with torch.no_grad(), torch.autocast(kind, enabled=False):
+                    whole = outside(self.weight.to(self.wide), self.placed(x.device))
+                    self._read = whole.to(self.weight.dtype).to(dtype)
+                self._read_of, self._spent = of, False
+        return self._read
+
     def fold(self) -> torch.Tensor:
         """What is saved: A P [r, I]. A becomes what loading that gives, in place.
 
@@ -104,7 +128,7 @@ class ProtectedA(nn.Linear):
         trains again, folding gives the same bytes. Of a sharded weight these are the rows that
         this rank holds.
         """
-        weight = self._held()
+        weight, self._read = self._held(), None
         if weight.is_meta:
             return weight
         if not self.soft:
@@ -192,6 +216,34 @@ class _Outside(torch.autograd.Function):
         return outside(gradient, ctx.u), None
 
 
+class _Known(torch.autograd.Function):
+    """A P that is there already; its backward is that of `_Outside`."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, known: torch.Tensor, module: ProtectedA):
+        ctx.module, ctx.dtype = module, weight.dtype
+        return known.detach()  # each pass has a tensor of its own, and all one memory
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        module = ctx.module
+        module._spent = True
+        v = module.placed(gradient.device)
+        return outside(gradient.to(module.wide), v).to(ctx.dtype), None, None
+
+
+# Steps of all optimizers of this process so far.
+_UPDATES = [0]
+
+
+@functools.cache
+def _count_updates() -> None:
+    def count(*_):
+        _UPDATES[0] += 1
+
+    register_optimizer_step_post_hook(count)
+
+
 def _placed(v: torch.Tensor | Packed, device: torch.device) -> torch.Tensor | Packed:
     if isinstance(v, Packed):
         if v.numbers.device == device:
@@ -214,93 +266,6 @@ def _shared(directions: torch.Tensor, dtype: torch.dtype, device: torch.device) 
 
 
 _COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def protect_inputs(
-    model: PeftModel,
-    directions: Directions | Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
-    fresh: bool = True,
-    checked: bool = False,
-) -> None:
-    """Make the adapter of an implanted model read less, or nothing, of the directions.
-
-    Args:
-        model: a LoRA model whose targeted linears carry the adapter.
-        directions: what `input_directions` returns, or a `Directions`.
-        fresh: False for an adapter that was saved with these directions.
-        checked: they were found on this model, or checked on it, before what hosts do to a base
-            ahead of training: casting what is not quantised, growing embeddings.
-
-    Raises:
-        ValueError: directions that do not fit the model, or DeepSpeed ZeRO-3, which saves weights
-            past their modules.
-    """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "protected inputs do not work with DeepSpeed ZeRO-3: it saves the adapter's weights"
-            " without folding them. Use ZeRO-2 or DDP, or leave `loki.protect` out"
-        )
-    found = Directions.of(directions)
-    if checked:
-        found.check_sizes(model)
-    else:
-        found.check(model)
-    adapter = model.active_adapter
-    known = found.by_module([n.removeprefix(PREFIX) for n in find_anatomy(model).names])
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
-            continue
-        basis = known.get(name.removeprefix(PREFIX))
-        if basis is None:
-            raise ValueError(
-                f"there are no directions for {name.removeprefix(PREFIX)}, which trains; find them"
-                " for the same `targets`"
-            )
-        if basis.shape[1]:
-            weight = module.lora_A[adapter].weight
-            module.lora_A[adapter] = ProtectedA(weight, basis)
-            if not fresh:
-                module.lora_A[adapter].take_folded()
-            module.get_delta_weight = functools.partial(folded_delta, module)
-    model._loki_directions = found  # saved beside the adapter and its rows
-
-
-def folded_delta(module: LoraLayer, adapter: str) -> torch.Tensor:
-    """PEFT's ΔW, which it merges; it reads lora_A's weight past its forward."""
-    a = module.lora_A[adapter]
-    if not isinstance(a, ProtectedA):  # another adapter of the same layer
-        return type(module).get_delta_weight(module, adapter)
-    folded, own = a.fold(), a.weight.data
-    if a.soft:
-        a.weight.data = folded
-    try:
-        return type(module).get_delta_weight(module, adapter)
-    finally:
-        a.weight.data = own
-
-
-def protected_modules(model: nn.Module) -> Iterable[tuple[str, ProtectedA]]:
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, ProtectedA))
-
-
-def fold(model: nn.Module) -> None:
-    """Fold every protected A of `model`."""
-    for _, module in protected_modules(model):
-        module.fold()
-
-
-class DirectionsBesideCheckpoints(TrainerCallback):
-    """A checkpoint without its directions could be resumed with others."""
-
-    def __init__(self, directions: Directions):
-        self.directions = directions
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        # Only the rank that saves has folded; the others must hold the same bytes.
-        fold(model)
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if ranks.is_first() and folder.is_dir() and not (folder / FILE_NAME).exists():
-            self.directions.save(folder / FILE_NAME)
 
 
 def leakage(update: torch.Tensor, u: torch.Tensor) -> float:

@@ -116,8 +116,9 @@ def test_only_the_selected_rows_move(method, prefer, train, base, watched):
     assert_equal(watched["before"], base_tensors(model))
     assert_confined(out, rank)
     assert not (out / "model.safetensors").exists()  # Axolotl's save of the base that TRL wrapped
-    ids = torch.arange(3, 40)[None]
+    ids = torch.arange(3, 40, device=model.device)[None]
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    plain.to(model.device)
     with torch.no_grad():
         reference = plain(input_ids=ids).logits
         with model.eval().disable_adapter():  # what TRL asks for the reference

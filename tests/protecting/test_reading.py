@@ -18,7 +18,7 @@ from loki_plugin.implanting import adapter
 from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.fingerprint import fingerprint
-from loki_plugin.protecting import reading
+from loki_plugin.protecting import installing, reading
 from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.protecting.leaking import check_adapter, measure_leakage
 
@@ -101,7 +101,8 @@ def test_few_and_many_tokens_go_different_ways_to_the_same_answer(rank):
     u = torch.linalg.qr(torch.randn(80, 9))[0]
     a = reading.ProtectedA(torch.nn.Parameter(torch.randn(6, 80)), u)
     x = torch.randn(40, 80)
-    whole, single = a(x), torch.cat([a(row[None]) for row in x])
+    with torch.no_grad():  # in an evaluation each call goes its own way
+        whole, single = a.eval()(x), torch.cat([a(row[None]) for row in x])
     assert torch.allclose(whole, single, atol=1e-5)
     truth = (x.double() - x.double() @ u.double() @ u.double().T) @ a.weight.double().T
     assert torch.allclose(whole.double(), truth, atol=1e-4)
@@ -155,7 +156,7 @@ def test_stock_peft_loads_what_is_saved_as_the_running_model(tmp_path, rank, sof
     names = {n.split(".", 7)[-1] for n in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {"lora_A.weight", "lora_B.weight"}
     stock = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
-    assert not list(reading.protected_modules(stock))
+    assert not list(installing.protected_modules(stock))
     with torch.no_grad():
         ours, theirs = model.eval()(input_ids=IDS).logits, stock(input_ids=IDS).logits
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -257,7 +258,7 @@ def test_a_protected_model_can_be_copied_and_moved():
         assert torch.allclose(twin.merge_and_unload()(input_ids=IDS).logits, tuned, atol=1e-4)
         assert torch.equal(model(input_ids=IDS).logits, before)
     model.to(torch.bfloat16)
-    (_, a), *_ = reading.protected_modules(model)
+    (_, a), *_ = installing.protected_modules(model)
     assert a.weight.dtype == torch.bfloat16 and a.directions.dtype == torch.float32
 
 
@@ -268,7 +269,7 @@ def test_linears_that_read_one_input_share_its_directions_wherever_they_are(give
     wider: dict = {}
     known = {n: wider.setdefault(id(v), v.to(given)) for n, v in known.items()}
     model = implant(tiny("llama"), ROWS, protect=known, targets="all")
-    protected = [m for _, m in reading.protected_modules(model)]
+    protected = [m for _, m in installing.protected_modules(model)]
     assert len(protected) == 21
     for device in ("cpu", "meta"):  # which stands for a card here
         placed = [m.placed(torch.device(device)) for m in protected]
@@ -280,7 +281,7 @@ def test_layers_without_rows_or_without_directions_stay_plain():
     basis = directions()
     basis[0] = basis[0][:, :0]
     model = implant(tiny("llama"), [[1, 2], [], [5, 6]], protect=basis)
-    assert [n.split(".")[4] for n, _ in reading.protected_modules(model)] == ["2"]
+    assert [n.split(".")[4] for n, _ in installing.protected_modules(model)] == ["2"]
 
 
 def test_a_saved_adapter_is_read_back_with_its_leakage(tmp_path):
@@ -293,7 +294,7 @@ def test_a_saved_adapter_is_read_back_with_its_leakage(tmp_path):
     assert shares[1] == 0 and all(0 < share < 1e-6 for share in (shares[0], shares[2]))
     with pytest.raises(ValueError, match="holds other directions than those in use"):
         check_saved_protection(tmp_path, names, Directions(directions(count=19)))
-    *_, (_, last) = reading.protected_modules(model)
+    *_, (_, last) = installing.protected_modules(model)
     last.fold = lambda: None  # what a trainer that saves past the modules would write
     train(model)
     model.save_pretrained(tmp_path)
@@ -338,11 +339,11 @@ def test_directions_that_were_checked_stand_what_a_host_does_to_the_base():
     model.resize_token_embeddings(97 + 3, mean_resizing=False)
     wrapped = implant(model, ROWS)
     with pytest.raises(ValueError, match="found on another model"):
-        reading.protect_inputs(wrapped, made)
-    reading.protect_inputs(wrapped, made, checked=True)
-    assert len(list(reading.protected_modules(wrapped))) == 3
+        installing.protect_inputs(wrapped, made)
+    installing.protect_inputs(wrapped, made, checked=True)
+    assert len(list(installing.protected_modules(wrapped))) == 3
     with pytest.raises(ValueError, match="the directions are for 2 layers"):
-        reading.protect_inputs(wrapped, Directions(made.basis[:2]), checked=True)
+        installing.protect_inputs(wrapped, Directions(made.basis[:2]), checked=True)
 
 
 def test_the_directions_file_keeps_everything(tmp_path):

@@ -15,7 +15,7 @@ from loki_plugin import RowSelection, implant, input_directions
 from loki_plugin.implanting import adapter
 from loki_plugin.implanting.saved import check_saved_protection
 from loki_plugin.model.anatomy import find_anatomy
-from loki_plugin.protecting import reading
+from loki_plugin.protecting import installing, reading
 from loki_plugin.protecting.directions import FILE_NAME, SOFTEST, Directions
 from loki_plugin.protecting.leaking import measure_leakage
 
@@ -124,7 +124,7 @@ def test_a_saved_adapter_is_installed_again_with_its_function(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
     adapter.install(again, RowSelection(ROWS, 48), 2, fresh=False)
-    reading.protect_inputs(again, basis, fresh=False)
+    installing.protect_inputs(again, basis, fresh=False)
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 

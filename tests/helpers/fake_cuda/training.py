@@ -70,8 +70,9 @@ def implanted(
     from loki_plugin.implanting.adapter import constrained_modules
     from loki_plugin.model.anatomy import find_anatomy
     from loki_plugin.model.linears import chosen
+    from loki_plugin.protecting.installing import protected_modules
     from loki_plugin.protecting.packed import BYTES, WIDE
-    from loki_plugin.protecting.reading import ProtectedA, protected_modules
+    from loki_plugin.protecting.reading import ProtectedA
 
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     with _disable_current_modes():  # rows are read on the host
