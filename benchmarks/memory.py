@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.writer import command, table, write
 from loki_plugin.args import LokiConfig
-from loki_plugin.choices import STEPS
+from loki_plugin.choices import PROTECT_GB, STEPS
 from loki_plugin.estimating.base import Stored
 from loki_plugin.estimating.estimate import CONTEXT, Estimator
 from loki_plugin.estimating.planned import Planned
@@ -49,6 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "LoRA r16 on all linears": {"quota": 100, "rank": 16, "targets": "all"},
 }
 ANCHORED, CARD, PROTECTED = 120, 24, "Llama-3.1-8B"
+_LAYERS = 8  # of the model whose kernels are counted
 
 
 def estimator(name: str, rank: int | None) -> Estimator:
@@ -154,7 +155,27 @@ def dry_runs(names: list[str]) -> str:
                     f"{name} {'NF4' if nf4 else 'bf16'}: analysis, dense, rank {RANK}: {told} GB"
                 )
                 print(lines[-1], flush=True)
-    return "Dry runs of whole models: " + "; ".join(lines) + "." if lines else ""
+        told = "Dry runs of whole models: " + "; ".join(lines) + "." if lines else ""
+        return told + ("\n\n" + launches(library) if PROTECTED in names else "")
+
+
+def launches(library: Path) -> str:
+    """How many kernels a step is under `protect: auto`: what a quick card waits for."""
+    shape, heads, tied = MODELS[PROTECTED]
+    lora = {
+        "what": "training", "shape": (_LAYERS, *shape[1:]), "heads": heads, "tied": tied,
+        "length": SEQUENCE, "rank": RANK, "targets": "all", "quota": 100,
+    }  # fmt: skip
+    memory = PROTECT_GB * _LAYERS / shape[0]
+    directions = lora | {"protect": {"inputs": 0.99, "soft": True, "memory": memory}}
+    auto = directions | {"anchor": ANCHORED, "known": True}
+    counted = [
+        sum(found["kernels"].values()) for found in dry_run(library, "any", lora, directions, auto)
+    ]
+    return (
+        f"Kernels of a training step on {_LAYERS} layers of {PROTECTED} in bf16, LoRA on all"
+        " linears: {:,}; with directions: {:,}; with the anchor too: {:,}.".format(*counted)
+    )
 
 
 def gigabytes(count: int) -> str:
@@ -175,8 +196,8 @@ def main():
     ]
     about = (
         "A prediction: formulas that dry runs on fake CUDA tensors confirm, for Llamas in these"
-        " shapes; nothing was measured on a GPU. Weights are in all figures. Analysis: one prompt"
-        f" of {PROMPT} tokens, S = {STEPS}; beside it how many run at once with"
+        " shapes; what was measured on a GPU is in gpu.md. Weights are in all figures. Analysis:"
+        f" one prompt of {PROMPT} tokens, S = {STEPS}; beside it how many run at once with"
         " `batch_size: auto` on a card of so many GB. Training: quota"
         f" {QUOTA}, sequences of {SEQUENCE:,} tokens, micro batch 1, gradient checkpoints, bf16"
         f" adapter, {OPTIMIZER}, logits made (no fused loss); dense, and rank {RANK}; beside it"

@@ -40,7 +40,7 @@ class Base:
     ):
         self.name, self.data, self.device = base, data, torch.device(device)
         self.folder = bases.path(base)
-        self.amount = probes.AMOUNTS[amount]
+        self.amount, self.amount_name = probes.AMOUNTS[amount], amount
         self.work = (work or bases.folder() / "work") / base
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.seed = self.draw = 0

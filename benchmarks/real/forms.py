@@ -44,7 +44,7 @@ _ANCHORED: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = {
 
 def compare(lab: Lab, task: str, forms=_FORMS, name: str = "form") -> list[dict]:
     """A line per form that ran on `task`, at the task loss where arms are compared."""
-    rows = matching.read(RESULTS)
+    rows = matching.read(RESULTS, lab.amount_name)
     lines = {
         x["arm"]: x
         for x in matching.matched(rows, "task_loss")

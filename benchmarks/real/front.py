@@ -61,15 +61,8 @@ _TASK_NAMES = {
 
 
 def kept(folder: Path = RESULTS) -> list[Row]:
-    """The runs of real bases in `folder`, of each base and task the fullest measurement alone."""
-    rows = [r for r in matching.read(folder) if r["amount"] != "ci"]
-    found = []
-    for base, task in dict.fromkeys((r["base"], r["task"]) for r in rows):
-        some = [r for r in rows if (r["base"], r["task"]) == (base, task)]
-        amounts = {r["amount"] for r in some if r["arm"] == RIVAL} or {r["amount"] for r in some}
-        fullest = "full" if "full" in amounts else min(amounts)
-        found += [r for r in some if r["amount"] == fullest]
-    return found
+    """The runs of real bases in `folder`, of each base and task those of one amount."""
+    return matching.kept([r for r in matching.read(folder) if r["amount"] != "ci"])
 
 
 def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
@@ -88,9 +81,40 @@ def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
     return written
 
 
+def finals(folder: Path = RESULTS) -> str:
+    """The ways that were measured most thoroughly, each base and task by itself."""
+    rows = matching.read(folder, "full")
+    parts = []
+    lines = matching.matched(rows, "task_loss")
+    for base, task in dict.fromkeys((x["base"], x["task"]) for x in lines):
+        some = [
+            x for x in lines if (x["base"], x["task"]) == (base, task) and x[CHOSEN_BY] is not None
+        ]
+        devices = {
+            x["arm"]: {r["device"] for r in rows if (r["task"], r["arm"]) == (task, x["arm"])}
+            for x in some
+        }
+        told = [
+            {
+                "way to train": _name(x["arm"]),
+                "KL, the base's own answers": f"{x[CHOSEN_BY]:.2g}",
+                "of LoRA's": _cell(x),
+                "seeds apart": f"{x['spread']:.1g}" if x["spread"] is not None else "",
+                "KL, people's answers": f"{x['kl_people']:.2g}",
+                "KL, text": f"{x['kl_text']:.2g}",
+                "facts kept (%)": f"{100 * x['facts_kept']:.0f}",
+                "seeds": x["seeds"],
+                "on": " and ".join(sorted(d.upper().replace("CUDA", "GPU") for d in of)),
+            }
+            for x, of in ((x, devices[x["arm"]]) for x in some)
+        ]
+        parts += [f"{_title(base, task)}:\n\n{table(told)}"]
+    return "\n\n".join(parts) or NOTHING
+
+
 def filled(text: str, page: str, rows: list[Row]) -> str:
     """`text` of a page with its blocks as the runs have them."""
-    for name in ("picture", "table", "demo"):
+    for name in ("picture", "table", "demo", "finals"):
         pattern = rf"(<!-- real:{name} -->\n).*?(<!-- /real:{name} -->)"
         new = block(name, page, rows)
         text = re.sub(pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
@@ -103,6 +127,8 @@ def block(name: str, page: str, rows: list[Row]) -> str:
         if not DEMO.is_file():
             return "*`python -m demo --results` has not run yet.*"
         return f"```text\n{shown(json.loads(DEMO.read_text('utf-8')), MODELS)}\n```"
+    if name == "finals":
+        return finals()
     return picture(page, rows) if name == "picture" else in_short(rows)
 
 

@@ -24,8 +24,9 @@ CHOSEN_BY = "kl_dialogues"
 _TEXT = {"base", "task", "arm", "amount", "precision", "device"}
 
 
-def read(folder: Path) -> list[Row]:
-    """All lines of `real_*.csv` that are runs; what was not measured at a point is None."""
+def read(folder: Path, amount: str | None = None) -> list[Row]:
+    """All lines of `real_*.csv` that are runs, or those of one amount; what was not measured at a
+    point is None."""
     rows = []
     for file in sorted(folder.glob("real_*.csv")):
         with file.open(newline="") as lines:
@@ -33,7 +34,21 @@ def read(folder: Path) -> list[Row]:
             if not {"arm", "step", "task_loss", CHOSEN_BY} <= set(reader.fieldnames or ()):
                 continue
             rows += [{k: _value(k, v) for k, v in row.items()} for row in reader]
-    return rows
+    return [row for row in rows if amount in (None, row["amount"])]
+
+
+def kept(rows: list[Row]) -> list[Row]:
+    """Of each base and task one amount alone: curves of two do not mix. The one in which most ways
+    to train ran."""
+    arms: dict[tuple, set[str]] = defaultdict(set)
+    for row in rows:
+        arms[row["base"], row["task"], row["amount"]].add(row["arm"])
+    most: dict[tuple, str] = {}
+    for (base, task, amount), ran in arms.items():
+        known = arms.get((base, task, most.get((base, task), "")), set())
+        if len(ran) > len(known):
+            most[base, task] = amount
+    return [row for row in rows if most[row["base"], row["task"]] == row["amount"]]
 
 
 def _value(name: str, text: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.real import matching, tasks
@@ -35,7 +36,7 @@ def write(folder: Path) -> Path:
     if not rows:
         raise ValueError(f"'{folder}' has no runs of real bases yet; `run` makes them")
     parts = [_head(folder, rows)]
-    amounts = list(dict.fromkeys(r["amount"] for r in rows))
+    amounts = [amount for amount, _ in Counter(r["amount"] for r in rows).most_common()]
     for amount in amounts:
         some = [r for r in rows if r["amount"] == amount]
         name = "real_pareto" + ("" if amount == amounts[0] else f"_{amount}")
@@ -46,7 +47,8 @@ def write(folder: Path) -> Path:
         found = matching.noise(some)
         if found:
             parts += ["### How much is noise", _NOISE, table([_plain(x) for x in found])]
-    parts += ["## What was aimed at", table(verdicts(rows))] if verdicts(rows) else []
+    aimed = verdicts(matching.kept(rows))
+    parts += ["## What was aimed at", table(aimed)] if aimed else []
     parts += ["## Not run", _not_run(rows)]
     path = folder / "real.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -62,8 +64,12 @@ _NOISE = (
 
 def _head(folder: Path, rows: list[Row]) -> str:
     machines = [m for f in sorted(folder.glob("real_*.json")) for m in json.loads(f.read_text())]
-    runs = matching.curves(rows)
-    hours = sum(c[-1]["seconds"] for c in runs.values()) / 3600
+    runs = [
+        curve
+        for amount in dict.fromkeys(r["amount"] for r in rows)
+        for curve in matching.curves(r for r in rows if r["amount"] == amount).values()
+    ]
+    hours = sum(curve[-1]["seconds"] for curve in runs) / 3600
     precisions = ", ".join(dict.fromkeys(r["precision"] for r in rows))
     return (
         "# Forgetting of real pretrained models\n\nWritten by `python -m benchmarks.real report`"

@@ -65,7 +65,7 @@ def run(lab: Lab, arm: str, name: str, steps: int, work: Path) -> dict[str, Any]
 
 def report(lab: Lab, arms: list[str], name: str, steps: int) -> None:
     """Write `results/real_through.md`: both ways at the same step, arm by arm as they come."""
-    curves = matching.curves(matching.read(RESULTS))
+    curves = matching.curves(matching.read(RESULTS, lab.amount_name))
     rows = []
     for arm in arms:
         found = run(lab, arm, name, steps, lab.work / "axolotl" / f"{name}-{arm}")

@@ -25,7 +25,7 @@ BYTES = 2 / WIDE + (1 - 1 / WIDE) * (1 + 2 / BLOCK)  # of a number, with its par
 _LARGEST = 127
 _LOWEST = -100  # of log2 s; bfloat16 ends at -126
 # Columns that are made whole at once.
-PART = 1024
+PART = 2048
 # Rounding moves a column's norm a little; a column that gets too long is rounded again, shorter.
 _ROUNDS = 8
 

@@ -197,10 +197,11 @@ def outside(x: torch.Tensor, u: torch.Tensor | Packed) -> torch.Tensor:
     if not isinstance(u, Packed):
         u = u.to(x.dtype)
         return x - (x @ u) @ u.T
-    left = x.clone()
+    rows = x.reshape(-1, x.shape[-1])
+    left = rows.clone()
     for part in u.parts(x.dtype):
-        left -= (x @ part) @ part.T
-    return left
+        left.addmm_(rows @ part, part.T, alpha=-1)
+    return left.view_as(x)
 
 
 class _Outside(torch.autograd.Function):

@@ -67,6 +67,38 @@ def test_what_did_not_run_or_did_not_learn_is_told(rows):
     assert front.in_short([r for r in rows if r["arm"] != "lora_all_r16"]) == front.NOTHING
 
 
+def test_two_amounts_of_one_task_never_mix(rows):
+    """Pages have the one with more ways to train; the fuller one has a table of its own."""
+    few = [r | {"amount": "brief", "kl_dialogues": 9.0} for r in rows if r["arm"] == "lora_soft"]
+    kept = front.matching.kept([*few, *rows])
+    assert kept == rows
+    many = [r | {"amount": "brief"} for r in rows] + [
+        r | {"amount": "brief"} for r in run(SMOL, "snips", "dora", 0.7)
+    ]
+    kept = front.matching.kept([*rows, *many])
+    assert {r["amount"] for r in kept if (r["base"], r["task"]) == (SMOL, "snips")} == {"brief"}
+    assert {r["amount"] for r in kept if r["task"] == "bfcl"} == {"full"}
+
+
+def test_the_finalists_are_told_from_the_fullest_runs_alone(rows, tmp_path, monkeypatch):
+    for row in rows:
+        row["device"] = "cuda" if row["arm"] == "osf" else "cpu"
+    other = [r | {"amount": "brief", "kl_dialogues": 9.0, "arm": "dora"} for r in rows]
+    every = [*rows, *other]
+    monkeypatch.setattr(
+        front.matching, "read", lambda _, amount: [r for r in every if r["amount"] == amount]
+    )
+    told = front.finals(tmp_path)
+    assert told.count("| way to train |") == 6 and "DoRA" not in told
+    _, best, *_ = cells(told.split("SmolLM2-135M, commands to JSON:")[1])
+    assert best == [
+        "all linears, `protect: auto`", "0.02", "0.025", "", "0.5", "0.5", "50", "1", "CPU",
+    ]  # fmt: skip
+    assert "| OSF | 0.4 | 0.5 |  | 0.5 | 0.5 | 50 | 1 | GPU |" in told
+    every.clear()
+    assert front.finals(tmp_path) == front.NOTHING
+
+
 def test_pages_are_filled_from_the_runs_and_from_nothing_else(rows, tmp_path):
     for page in front.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
