@@ -38,7 +38,14 @@ def test_every_part_is_measured_or_says_why_not(tmp_path, monkeypatch):
     assert "`python -m benchmarks.gpu --device cpu --size tiny`" in table
     assert table.count("\n| ") == 1 + len(found)
     for weights in ("bf16", "NF4"):
-        for what in ("analysis, B auto", "analysis, B = 8", "training step, LoKI dense"):
+        for what in (
+            "analysis, B auto",
+            "analysis, B = 8",
+            "training step, LoKI dense",
+            "training step, `auto`, all linears r = 16",
+            "training step, `auto`, 10 % of the rows",
+            "finding the directions of all linears",
+        ):
             assert found[what, weights, "sdpa"]["ms"] > 0
         eager = found["training step, LoKI dense", weights, "eager"]
         assert eager["ms"] > 0 and "x LoRA's" in eager["note"]
