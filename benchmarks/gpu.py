@@ -88,6 +88,9 @@ def analysis(bench: Bench, model: nn.Module, name: str, weights: str) -> None:
         ("analysis, B = 8", uniform, "sdpa", 8),
         ("analysis, B = 1", uniform[: len(uniform) // 4], "sdpa", 1),
         ("analysis, ragged, a fifth shared, B = 8", ragged, "sdpa", 8),
+        # Is it the new shapes that cost?
+        ("analysis, ragged, a fifth shared, B = 8, again", ragged, "sdpa", 8),
+        ("analysis, ragged, a fifth shared, B auto", ragged, "sdpa", "auto"),
         *[("analysis, B auto", uniform, other, "auto") for other in ATTENTIONS[1:]],
     ]
     for what, prompts, attention, batch in cases:
@@ -142,9 +145,9 @@ def measure(bench: Bench) -> None:
                 row["ms"] = round(1000 * (time.perf_counter() - start))
             if model is None:
                 continue
+            protecting(bench, model, options, name, weights)
             analysis(bench, model, name, weights)
             training(bench, model, options, name, weights)
-            protecting(bench, model, options, name, weights)
             if not four_bit and name == bench.size.models[-1]:
                 compiling(bench, model, options, name)
             del model
