@@ -127,6 +127,7 @@ def test_a_weight_that_is_written_to_loaded_or_folded_is_read_anew():
     assert_new(a)
     a(X)
     a.fold()
+    assert a._read is None  # nor is it held when the training is over
     assert_new(a)
     other = copy.deepcopy(a)
     with torch.no_grad():
