@@ -119,16 +119,15 @@ class Estimator:
         return sum(size * width * inputs for width, inputs in widths if width <= run.tokens)
 
     def protection_flops(self, run: Planned, card: int) -> float:
-        """Of one micro batch: A goes through its P once, and so does its gradient: 4 r I u each;
-        an anchor's pass has a gradient of its own. Few tokens go through P instead, each time."""
+        """Of one micro batch: A goes through its P once, and its gradient for each pass, that of
+        an anchor too: 4 r I u each. Few tokens go through P instead, forwards and backwards."""
         found, _ = self._directions(card)
         rows = dict(zip(self.anatomy.names, self.counts, strict=True))
-        few = 3 if run.checkpointing else 2
+        few, anchor = 3 if run.checkpointing else 2, self.anchor_tokens()
 
         def through(width: int) -> int:
-            if run.tokens < width:
-                return few * (run.tokens + self.anchor_tokens())
-            return (3 if self.config.protect.anchor else 2) * width
+            found = few * run.tokens if run.tokens < width else 2 * width
+            return found + (2 * anchor if anchor < width else width)
 
         return float(
             sum(

@@ -84,14 +84,16 @@ class ProtectedA(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._folded = None  # the weight may change next, also unseen by its version
-        weight, tokens = self.weight, x.numel() // x.shape[-1]
-        v = self.placed(x.device)
-        known = self._known(x)
+        weight, v = self.weight, self.placed(x.device)
+        # Which way is for the number of tokens alone to say: a checkpoint that is not reentrant
+        # hands what it computes again to the graph of the first time.
+        few = x.numel() // x.shape[-1] < self.out_features
+        known = None if few else self._known(x)
         if known is not None:
             return nn.functional.linear(x, _Known.apply(weight, known, self))
         # In half precision V would not be orthogonal, and much of what it takes out would stay.
         with torch.autocast(x.device.type, enabled=False):
-            if tokens < self.out_features:
+            if few:
                 x = _Outside.apply(x.to(self.wide), v).to(x.dtype)
             else:
                 weight = _Outside.apply(weight.to(self.wide), v).to(weight.dtype)
@@ -101,8 +103,8 @@ class ProtectedA(nn.Linear):
         """A P, made once for all passes of a step: a recomputing checkpoint's, the anchor's too.
 
         It stays until A may have changed. Optimizers write past its version, so that outside a
-        backward it is made anew as soon as one went through it or an optimizer has stepped. None
-        where few tokens are cheaper, and in an evaluation, which makes none.
+        backward it is made anew as soon as one went through it or an optimizer has stepped. None in
+        an evaluation, which makes none.
         """
         if torch.compiler.is_compiling() or not self.weight.requires_grad:
             return None
@@ -113,8 +115,7 @@ class ProtectedA(nn.Linear):
         inside = torch._C._current_graph_task_id() != -1
         if self._read is None or self._read_of != of or (self._spent and not inside):
             self._read = None
-            many = x.numel() // x.shape[-1] >= self.out_features
-            if many and (self.training or torch.is_grad_enabled()):
+            if self.training or torch.is_grad_enabled():
                 with torch.no_grad(), torch.autocast(kind, enabled=False):
                     whole = outside(self.weight.to(self.wide), self.placed(x.device))
                     self._read = whole.to(self.weight.dtype).to(dtype)
