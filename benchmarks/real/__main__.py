@@ -11,6 +11,7 @@ from benchmarks.real import (
     bases,
     beginning,
     building,
+    finals,
     forms,
     front,
     pace,
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
     parser.add_argument("--seeds", default="0", help="numbers by commas")
     parser.add_argument("--rates", default="", help="by commas; default: the arm's own")
+    parser.add_argument("--finals", action="store_true", help="those of finals.py, for `run`")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th run, for n processes")
     parser.add_argument("--best", action="store_true", help="the first of the arm's rates only")
     parser.add_argument("--steps", type=int, default=sweep.POINTS[-1], help="of a run at most")
     parser.add_argument("--points", default="", help="steps to measure at, by commas")
@@ -103,6 +106,12 @@ def main() -> None:
         for arm in arms
         for rate in given or (ARMS[arm].rates[:1] if options.best else ARMS[arm].rates)
     ]
+    if options.finals:
+        keys = [key for base in names for key in finals.keys(base, options.amount)]
+    try:
+        keys = finals.part(keys, options.part)
+    except ValueError as error:
+        parser.error(str(error))
     sweep.run_all(
         labs,
         keys,
