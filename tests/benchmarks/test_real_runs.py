@@ -125,7 +125,7 @@ def test_forms_are_told_by_their_bytes(lab, monkeypatch):
     rows = []
     for arm, kl in (("lora_all_r16", 0.8), ("lora_soft", 0.4), ("form_8bit", 0.5)):
         rows += [line(arm, 0, 3.0, 0.0), line(arm, 9, 0.2, kl)]
-    monkeypatch.setattr(matching, "read", lambda folder: rows)
+    monkeypatch.setattr(matching, "read", lambda folder, amount: rows)
     whole, eight = forms.compare(lab, "snips")
     v, sizes = torch.zeros(64, 10), {name: size for name, (_, size) in forms._FORMS.items()}
     assert [sizes[n](v) for n in ("lora_soft", "form_bf16", "form_quarter")] == [2560, 1280, 4096]
