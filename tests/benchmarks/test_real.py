@@ -192,12 +192,12 @@ def test_replay_and_moments_see_nothing_of_what_is_measured(lab):
 
 def test_moments_count_every_real_token_alike(lab):
     name = "model.layers.1.mlp.down_proj"
-    inputs = []
+    inputs, texts = [], lab.written  # they are written before the hook is there
     handle = lab.known.get_submodule(name).register_forward_pre_hook(
         lambda m, a: inputs.append(a[0][0])
     )
     with torch.no_grad():
-        for ids in lab.written:
+        for ids in texts:
             lab.known(torch.tensor([ids]))
     handle.remove()
     x = torch.cat(inputs)
