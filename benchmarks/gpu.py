@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -178,7 +179,8 @@ def main() -> None:
     measure(bench)
     ran = writer.command("gpu", WHEEL=options.wheel)
     about = (
-        f"Random weights, S = {STEPS}, rule left. Milliseconds are those of one prompt, or of one"
+        f"loki_plugin {version('loki_plugin')}. Random weights, S = {STEPS}, rule left."
+        " Milliseconds are those of one prompt, or of one"
         " training step; the share of the matmul rate counts the floor's FLOPs."
     )
     path = writer.write("gpu", about, ran, bench.rows, device=bench.device)

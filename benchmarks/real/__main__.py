@@ -28,6 +28,7 @@ from benchmarks.real.probes import AMOUNTS
 from benchmarks.real.tasks import TASKS
 from benchmarks.writer import RESULTS
 
+_TASK, _SEED = "snips", "0"  # what `run` takes where nothing is said
 # What writes a results file of its own.
 _REPORTS = {
     "directions": lambda lab, options: seen.report(lab),
@@ -45,8 +46,8 @@ def main() -> None:
     )
     parser.add_argument("--base", default="", help=f"of: {', '.join(bases.NAMES)}")
     parser.add_argument("--arms", default="", help="names by commas; default: all")
-    parser.add_argument("--tasks", default="snips", help=f"of: {', '.join(TASKS)}")
-    parser.add_argument("--seeds", default="0", help="numbers by commas")
+    parser.add_argument("--tasks", default=_TASK, help=f"of: {', '.join(TASKS)}")
+    parser.add_argument("--seeds", default=_SEED, help="numbers by commas")
     parser.add_argument("--rates", default="", help="by commas; default: the arm's own")
     parser.add_argument("--finals", action="store_true", help="those of finals.py, for `run`")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th run, for n processes")
@@ -68,6 +69,13 @@ def main() -> None:
         parser.error(f"--repositories {options.repositories}: only `data` reads repositories")
     if options.repositories and not options.repositories.is_dir():
         parser.error(f"--repositories {options.repositories}: no such folder")
+    chosen_otherwise = (options.arms, options.rates, options.best, options.tasks, options.seeds)
+    if options.finals and chosen_otherwise != ("", "", False, _TASK, _SEED):
+        parser.error(
+            "--finals says which runs; leave out --tasks, --arms, --seeds, --rates, --best"
+        )
+    if (options.finals or options.part != "1/1") and options.what != "run":
+        parser.error(f"{options.what}: --finals and --part are for `run`")
     if options.what == "bases":
         for name in options.base.split(",") if options.base else bases.NAMES:
             print(bases.path(name))

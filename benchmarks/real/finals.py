@@ -1,4 +1,6 @@
-"""The finals: six ways to train, all tasks, three seeds, at the rates that one seed chose.
+"""The finals: six ways to train, all tasks, three seeds, each at one rate.
+
+That is the best of those that ran on one seed; where a way has not run on a task yet, a guess.
 
     python -m benchmarks.real run --finals --stage final --amount full
 
@@ -12,7 +14,7 @@ from benchmarks.real.sweep import Key
 from benchmarks.real.tasks import TASKS
 
 SEEDS = (0, 1, 2)
-# arm -> its rate, and where another was better on a task.
+# arm -> its rate, and tasks that have another.
 RATES: dict[str, tuple[float, dict[str, float]]] = {
     "auto_q10": (1e-3, {"counterfact": 2e-3, "wikidyk": 2e-3}),
     "auto_all": (1e-3, {"bfcl": 5e-4}),

@@ -91,7 +91,11 @@ def finals(folder: Path = RESULTS) -> str:
             x for x in lines if (x["base"], x["task"]) == (base, task) and x[CHOSEN_BY] is not None
         ]
         devices = {
-            x["arm"]: {r["device"] for r in rows if (r["task"], r["arm"]) == (task, x["arm"])}
+            x["arm"]: {
+                r["device"]
+                for r in rows
+                if (r["base"], r["task"], r["arm"]) == (base, task, x["arm"])
+            }
             for x in some
         }
         told = [

@@ -112,30 +112,31 @@ class Estimator:
 
     def _folded(self, run: Planned, card: int) -> int:
         """Bytes of every A P, in the dtype that is computed in; few tokens make none."""
-        found, _ = self._directions(card)
-        rows = dict(zip(self.anatomy.names, self.counts, strict=True))
         size = min(run.adapter_dtype.itemsize, run.stored.dtype.itemsize)
-        widths = [(self._width(name, rows), r.size) for r, n in found if n for name, _ in r.linears]
-        return sum(size * width * inputs for width, inputs in widths if width <= run.tokens)
+        sizes = [(width, inputs) for width, inputs, count in self._reading(card) if count]
+        return sum(size * width * inputs for width, inputs in sizes if width <= run.tokens)
 
     def protection_flops(self, run: Planned, card: int) -> float:
         """Of one micro batch: A goes through its P once, and its gradient for each pass, that of
         an anchor too: 4 r I u each. Few tokens go through P instead, forwards and backwards."""
-        found, _ = self._directions(card)
-        rows = dict(zip(self.anatomy.names, self.counts, strict=True))
         few, anchor = 3 if run.checkpointing else 2, self.anchor_tokens()
 
         def through(width: int) -> int:
             found = few * run.tokens if run.tokens < width else 2 * width
             return found + (2 * anchor if anchor < width else width)
 
-        return float(
-            sum(
-                4 * through(self._width(name, rows)) * each.size * count
-                for each, count in found
-                for name, _ in each.linears
-            )
-        )
+        read = self._reading(card)
+        return float(sum(4 * through(width) * inputs * count for width, inputs, count in read))
+
+    def _reading(self, card: int) -> list[tuple[int, int, int]]:
+        """Of each protected linear r, I and u."""
+        found, _ = self._directions(card)
+        rows = dict(zip(self.anatomy.names, self.counts, strict=True))
+        return [
+            (self._width(name, rows), each.size, count)
+            for each, count in found
+            for name, _ in each.linears
+        ]
 
     def _width(self, name: str, rows: Mapping[str, int]) -> int:
         if name not in rows:

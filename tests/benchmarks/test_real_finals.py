@@ -36,6 +36,22 @@ def test_a_faulty_part_is_told(told, capsys, monkeypatch):
     assert "expected i/n with 1 <= i <= n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("run --finals --arms full", "--finals says which runs"),
+        ("run --finals --seeds 1", "--finals says which runs"),
+        ("run --finals --best", "--finals says which runs"),
+        ("report --part 1/2", "report: --finals and --part are for `run`"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(line, told, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["real", *line.split()])
+    with pytest.raises(SystemExit):
+        real.main()
+    assert told in capsys.readouterr().err
+
+
 def test_the_command_runs_its_part(monkeypatch):
     ran = []
     monkeypatch.setattr(sweep, "run_all", lambda labs, keys, file, *_: ran.append((keys, file)))
