@@ -193,7 +193,7 @@ class ProtectArgs(Block):
         " tokens",
     )
     anchor_batch: Count = Field(
-        2, ge=1, description="prompts per micro batch and rank for the anchor"
+        2, ge=1, description="texts of one anchor on each rank, all in a step's first micro batch"
     )
     anchor_every: Count = Field(
         1, ge=1, description="steps from one anchor to the next, which then counts that many times"

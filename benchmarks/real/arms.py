@@ -32,6 +32,8 @@ from loki_plugin.protecting.anchor import Anchor
 from loki_plugin.protecting.directions import SOFTEST
 from loki_plugin.protecting.packed import rounded as rounded_directions
 
+BATCH = 4
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -53,6 +55,7 @@ class Arm:
         rest: weight of KL(base || tuned) at the task's own targets, the target left out.
         eaft: Axolotl's loss `use_eaft` instead of cross-entropy.
         again: another order and another start of what is new: how much is noise?
+        batch: sequences in a step.
     """
 
     build: Callable[[Any, Lab], Any]
@@ -70,6 +73,7 @@ class Arm:
     rest: float = 0.0
     eaft: bool = False
     again: bool = False
+    batch: int = BATCH
 
 
 def soft_rows(
@@ -273,6 +277,16 @@ ARMS: dict[str, Arm] = {
     "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
     "auto_gain_frozen": Arm(by_gain(), ROWS, anchor=1.0, anchored="written"),
     "auto_gain": Arm(by_gain(frozen=False), ROWS, anchor=1.0, anchored="written"),
+    # Larger batches, with as many texts in a step as ever, and with as many more.
+    "auto_b16": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", batch=16),
+    "auto_b16_8": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", batch=16, count=8),
+    "auto_b32": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", batch=32),
+    "auto_q10_b16": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written", batch=16),
+    # Fewer texts: one in a step, two in every second step.
+    "auto_one": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", count=1),
+    "auto_every2": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", every=2),
+    # LoRA-Null's A, frozen in the directions that inputs use least, beside the anchor: no P.
+    "auto_null_frozen": Arm(lora_null(frozen=True), ROWS, anchor=1.0, anchored="written"),
     # With fewer of these texts, in the directions too.
     "auto_all_own80": Arm(soft_all(own=80), ROWS, anchor=1.0, anchored="written", own=80),
     "auto_all_own40": Arm(soft_all(own=40), ROWS, anchor=1.0, anchored="written", own=40),

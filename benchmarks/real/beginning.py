@@ -6,10 +6,10 @@ import statistics
 
 import torch
 
-from benchmarks.real.arms import ARMS
+from benchmarks.real.arms import ARMS, BATCH
 from benchmarks.real.lab import Lab
 from benchmarks.real.scoring import score
-from benchmarks.real.sweep import _WARM_UP, BATCH, _built, _step
+from benchmarks.real.sweep import _WARM_UP, _built, _step
 from benchmarks.writer import command, write
 
 _ARMS = ("lora_all_r16", "lora_soft", "auto_all")

@@ -7,10 +7,10 @@ import time
 
 import torch
 
-from benchmarks.real.arms import ARMS
+from benchmarks.real.arms import ARMS, BATCH
 from benchmarks.real.lab import Lab
 from benchmarks.real.scoring import Asked
-from benchmarks.real.sweep import BATCH, _built, _step
+from benchmarks.real.sweep import _built, _step
 from benchmarks.writer import command, write
 
 _ARMS = ("lora_all_r16", "lora_soft", "auto_all", "auto_q10")

@@ -32,7 +32,7 @@ from benchmarks.real.scoring import (
 )
 
 POINTS = (0, 3, 6, 10, 15, 20, 26, 33, 40, 50, 60, 80, 100)
-BATCH, _WARM_UP = 4, 5
+_WARM_UP = 5
 FIELDS = (
     "base", "task", "arm", "seed", "rate", "step", "task_loss", "task_score", "task_accepted",
     "facts_kept", "facts_first", "choice_score", "choice_lost", "choice_won", "kl_dialogues",
@@ -131,7 +131,7 @@ def run(
     model, extra = _built(arm, lab)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, key.rate, weight_decay=arm.decay)
-    stream = lab.stream(arm, BATCH)
+    stream = lab.stream(arm, arm.batch)
     about = {
         **{k: getattr(key, k) for k in ("base", "task", "arm", "seed", "rate", "amount")},
         "trained_parameters": sum(p.numel() for p in trained),

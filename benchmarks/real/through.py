@@ -15,10 +15,10 @@ from typing import Any
 from peft import PeftModel
 
 from benchmarks.real import matching
-from benchmarks.real.arms import ARMS
+from benchmarks.real.arms import ARMS, BATCH
 from benchmarks.real.lab import Lab
 from benchmarks.real.scoring import score
-from benchmarks.real.sweep import _WARM_UP, BATCH
+from benchmarks.real.sweep import _WARM_UP
 from benchmarks.writer import RESULTS, command, write
 from demo.running import NO_KERNELS, claim, environment, train
 

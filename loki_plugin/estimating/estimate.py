@@ -116,10 +116,10 @@ class Estimator:
         sizes = [(width, inputs) for width, inputs, count in self._reading(card) if count]
         return sum(size * width * inputs for width, inputs in sizes if width <= run.tokens)
 
-    def protection_flops(self, run: Planned, card: int) -> float:
+    def protection_flops(self, run: Planned, card: int, anchored: bool = True) -> float:
         """Of one micro batch: A goes through its P once, and its gradient for each pass, that of
         an anchor too: 4 r I u each. Few tokens go through P instead, forwards and backwards."""
-        few, anchor = 3 if run.checkpointing else 2, self.anchor_tokens()
+        few, anchor = 3 if run.checkpointing else 2, anchored * self.anchor_tokens()
 
         def through(width: int) -> int:
             found = few * run.tokens if run.tokens < width else 2 * width
@@ -144,7 +144,7 @@ class Estimator:
         return (self.config.rank or rows[name]) if rows[name] else 0
 
     def anchor_tokens(self) -> int:
-        """Of the anchor texts of one micro batch, on average; of the model's own at most."""
+        """Of the anchor texts of one step, on average; of the model's own at most."""
         settings = self.config.protect
         mean = sum(self.lengths) / len(self.lengths)
         if settings.text == SELF:
@@ -226,19 +226,17 @@ class Estimator:
         }
         work = Work.of(self.model, self.anatomy)
         flops = work.training(run.tokens, run.length, sum(each), run.checkpointing)
-        flops += work.anchor(anchor)
-        passes = (3 if run.checkpointing else 2) * run.micro_batches
+        flops = run.micro_batches * flops + work.anchor(anchor)
+        passes = (3 if run.checkpointing else 2) * run.micro_batches + 2 * bool(anchor)
+        # The first micro batch has the anchor.
+        wide = (run.micro_batches - 1) * self.protection_flops(run, card, anchored=False)
+        wide += self.protection_flops(run, card)
         return {
             **resident,
             "activations_bytes": moments,
             "bytes": sum(resident.values()) + max(moments.values()),
             "optimizer_known": states is not None,
-            "step_seconds": self._times(
-                run,
-                flops * run.micro_batches,
-                passes,
-                self.protection_flops(run, card) * run.micro_batches,
-            ),
+            "step_seconds": self._times(run, flops, passes, wide),
         }
 
     def _by_layer(self, of_rows: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -61,7 +61,7 @@ class Anchor:
         prompts: token ids of texts.
         starts: of each text the places of the tokens behind which an answer begins.
         weight: λ in loss + λ·KL.
-        batch: texts of one micro step on one rank.
+        batch: texts of one optimizer step on one rank; the first of its micro steps has them all.
         every: steps from one anchor to the next; each then counts that many times.
         last: the latest KL in nats per token, a tensor; None before the first step.
     """
@@ -77,14 +77,14 @@ class Anchor:
         self.prompts, self.weight, self.batch, self.every = list(prompts), weight, batch, every
         self.starts = list(starts or [()] * len(self.prompts))
         self.last: torch.Tensor | None = None
-        self._step, self._micro = -1, 0
+        self._step = -1  # the last one that was begun
         self._said: dict[int, Said] = {}
         self._held = 0  # bytes of it
 
     def attach(self, trainer: Trainer) -> None:
         """Wrap `trainer.compute_loss`; evaluation stays as it is.
 
-        However many micro steps are accumulated, their anchors add up to λ times the mean KL.
+        However many micro steps are accumulated, an optimizer step has one anchor, λ times the KL.
         """
         compute = trainer.compute_loss
         trainer.add_callback(_FromTheStart(self))
@@ -96,23 +96,23 @@ class Anchor:
                 return_outputs=return_outputs,
                 num_items_in_batch=num_items_in_batch,
             )
-            if not model.training or trainer.state.global_step % self.every:
+            step = trainer.state.global_step
+            if not model.training or step % self.every or step == self._step:
                 return found
+            self._step = step
             loss, *outputs = found if return_outputs else (found,)
             wrapped = trainer.accelerator.unwrap_model(model)
-            kl = self.divergence(wrapped, self.draw(trainer.state.global_step, trainer.args.seed))
+            kl = self.divergence(wrapped, self.draw(step, trainer.args.seed))
             self.last = kl.detach()
-            weight = self.weight * self.every / _counted(trainer, num_items_in_batch)
+            weight = self.weight * self.every * _divided(trainer, num_items_in_batch)
             loss = loss + weight * kl.to(loss.device)
             return (loss, *outputs) if return_outputs else loss
 
         trainer.compute_loss = compute_loss
 
     def draw(self, step: int, seed: int) -> list[int]:
-        """Which texts the next micro step takes; by the step, so that a run resumes."""
-        self._micro = self._micro + 1 if step == self._step else 0
-        self._step = step
-        chance = random.Random(f"{seed}/{step}/{self._micro}/{ranks.current()}")
+        """Which texts a step takes; by its number, so that a run resumes."""
+        chance = random.Random(f"{seed}/{step}/0/{ranks.current()}")
         return chance.sample(range(len(self.prompts)), min(self.batch, len(self.prompts)))
 
     def divergence(self, model: PeftModel, drawn: Sequence[int]) -> torch.Tensor:
@@ -181,15 +181,15 @@ class _FromTheStart(TrainerCallback):
         self.anchor = anchor
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.anchor._step, self.anchor._micro = -1, 0
+        self.anchor._step = -1
 
 
-def _counted(trainer: Trainer, num_items_in_batch) -> int:
-    """By what the anchor of a micro step is divided here: the trainer may do it itself later."""
+def _divided(trainer: Trainer, num_items_in_batch) -> int:
+    """By what the trainer will divide the loss of a micro step."""
     divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
     if divides and trainer.compute_loss_func is None:
-        return 1
-    return trainer.current_gradient_accumulation_steps
+        return trainer.current_gradient_accumulation_steps
+    return 1
 
 
 def said(model: PeftModel, text: Sequence[int]) -> Said:

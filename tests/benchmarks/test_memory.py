@@ -17,3 +17,5 @@ def test_protection_adds_its_directions_and_what_the_anchor_takes():
         assert 0 < float(line["directions_GB"]) < float(line["auto_adds_GB"]) + 0.05
         assert 0 < float(line["directions_add"].rstrip("%")) < 20
         assert 5 < float(line["anchor_adds"].rstrip("%")) < 20
+        added = float(line["directions_add"].rstrip("%")) + float(line["anchor_adds"].rstrip("%"))
+        assert added / 8 < float(line["both_of_8"].rstrip("%")) < 0.8 * added

@@ -224,6 +224,20 @@ def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
     assert all(facts["step_seconds"][c] > plain["step_seconds"][c] for c in plain["step_seconds"])
 
 
+def test_a_step_has_one_anchor_however_much_is_accumulated(big, tmp_path):
+    def seconds(accumulated, protect):
+        run = {"gradient_accumulation_steps": accumulated, "loki": {"protect": protect}}
+        return asked(big | run, tmp_path, "--json")["training"]["step_seconds"]
+
+    def added(accumulated):
+        plain, anchored = seconds(accumulated, "off"), seconds(accumulated, {"anchor": 1.0})
+        return {card: anchored[card] - plain[card] for card in plain}
+
+    once = added(1)
+    assert min(once.values()) > 1e-4
+    assert added(8) == pytest.approx(once, abs=3e-6)  # they are rounded
+
+
 def test_what_is_not_known_of_the_texts_is_said(big, tmp_path):
     prompts, time = "the anchor is counted with calibration prompts", "to write is not counted"
     for text, told in (("own.txt", prompts), ("self", time)):

@@ -141,10 +141,24 @@ def test_evaluation_is_not_anchored(tmp_path):
 
 def test_prompts_depend_on_the_step_so_that_a_run_resumes():
     anchor, again = Anchor(PROMPTS, 1.0, 2), Anchor(PROMPTS, 1.0, 2)
-    drawn = [anchor.draw(step, 7) for step in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)]
-    assert [again.draw(step, 7) for step in (3, 3, 4, 4)] == drawn[6:]
+    drawn = [anchor.draw(step, 7) for step in range(10)]
+    assert [again.draw(step, 7) for step in (8, 3)] == [drawn[8], drawn[3]]
     assert len({tuple(d) for d in drawn}) > 4
     assert len(Anchor(PROMPTS, 1.0, 99).draw(0, 7)) == len(PROMPTS)
+
+
+def test_however_much_is_accumulated_a_step_has_one_anchor(tmp_path, monkeypatch):
+    anchor, drawn = Anchor(PROMPTS, 1.0, 2), []
+    asked = anchor.divergence
+
+    def divergence(model, texts):
+        drawn.append(texts)
+        return asked(model, texts)
+
+    monkeypatch.setattr(anchor, "divergence", divergence)
+    run(tmp_path, anchor, accumulate=4, size=1, steps=3)
+    fresh = Anchor(PROMPTS, 1.0, 2)
+    assert drawn == [fresh.draw(step, 42) for step in range(3)]
 
 
 def test_a_training_that_begins_again_draws_what_a_fresh_one_draws(tmp_path, monkeypatch):
