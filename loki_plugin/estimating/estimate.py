@@ -118,7 +118,8 @@ class Estimator:
 
     def protection_flops(self, run: Planned, card: int, anchored: bool = True) -> float:
         """Of one micro batch: A goes through its P once, and its gradient for each pass, that of
-        an anchor too: 4 r I u each. Few tokens go through P instead, forwards and backwards."""
+        an anchor too where it is `anchored`: 4 r I u each. Few tokens go through P instead,
+        forwards and backwards."""
         few, anchor = 3 if run.checkpointing else 2, anchored * self.anchor_tokens()
 
         def through(width: int) -> int:

@@ -101,7 +101,7 @@ class Shapes:
             logits: whether the loss makes them.
             anchor: tokens of anchor prompts, which run without checkpoints beside the loss.
             directions: bytes of those that are made wide at once.
-            folded: bytes of what the adapter reads through directions, kept for a step.
+            folded: bytes of what the adapter reads through directions, kept for a micro batch.
         """
         size, state = self.itemsize, tokens * self.hidden
         more = beside or [0] * len(ranks)

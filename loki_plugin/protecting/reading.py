@@ -100,7 +100,8 @@ class ProtectedA(nn.Linear):
         return nn.functional.linear(x, weight)
 
     def _known(self, x: torch.Tensor) -> torch.Tensor | None:
-        """A P, made once for all passes of a step: a recomputing checkpoint's, the anchor's too.
+        """A P, made once for all passes of a micro batch: a recomputing checkpoint's, and in a
+        step's first one the anchor's too.
 
         It stays until A may have changed. Optimizers write past its version, so that outside a
         backward it is made anew as soon as one went through it or an optimizer has stepped. None in
