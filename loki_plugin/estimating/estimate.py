@@ -112,9 +112,10 @@ class Estimator:
 
     def _folded(self, run: Planned, card: int) -> int:
         """Bytes of every A P, in the dtype that is computed in; few tokens make none."""
+        tokens = max(run.tokens, self.anchor_tokens())
         size = min(run.adapter_dtype.itemsize, run.stored.dtype.itemsize)
         sizes = [(width, inputs) for width, inputs, count in self._reading(card) if count]
-        return sum(size * width * inputs for width, inputs in sizes if width <= run.tokens)
+        return sum(size * width * inputs for width, inputs in sizes if width <= tokens)
 
     def protection_flops(self, run: Planned, card: int, anchored: bool = True) -> float:
         """Of one micro batch: A goes through its P once, and its gradient for each pass, that of
@@ -123,8 +124,9 @@ class Estimator:
         few, anchor = 3 if run.checkpointing else 2, anchored * self.anchor_tokens()
 
         def through(width: int) -> int:
-            found = few * run.tokens if run.tokens < width else 2 * width
-            return found + (2 * anchor if anchor < width else width)
+            made = run.tokens >= width  # A P
+            found = 2 * width if made else few * run.tokens
+            return found + (2 * anchor if anchor < width else width if made else 2 * width)
 
         read = self._reading(card)
         return float(sum(4 * through(width) * inputs * count for width, inputs, count in read))
@@ -215,6 +217,7 @@ class Estimator:
             cast=cast,
             logits=run.logits,
             anchor=anchor,
+            waiting=run.micro_batches > 1,
             directions=self._directions_at_once(card),
             folded=self._folded(run, card),
         )
@@ -227,11 +230,12 @@ class Estimator:
         }
         work = Work.of(self.model, self.anatomy)
         flops = work.training(run.tokens, run.length, sum(each), run.checkpointing)
-        flops = run.micro_batches * flops + work.anchor(anchor)
-        passes = (3 if run.checkpointing else 2) * run.micro_batches + 2 * bool(anchor)
-        # The first micro batch has the anchor.
-        wide = (run.micro_batches - 1) * self.protection_flops(run, card, anchored=False)
-        wide += self.protection_flops(run, card)
+        # The first micro batch of one step in `anchor_every` has the anchor.
+        steps = self.config.protect.anchor_every
+        flops = run.micro_batches * flops + work.anchor(anchor) / steps
+        passes = (3 if run.checkpointing else 2) * run.micro_batches + 2 * bool(anchor) / steps
+        plain = self.protection_flops(run, card, anchored=False)
+        wide = run.micro_batches * plain + (self.protection_flops(run, card) - plain) / steps
         return {
             **resident,
             "activations_bytes": moments,

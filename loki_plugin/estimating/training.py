@@ -88,6 +88,7 @@ class Shapes:
         cast: bool = False,
         logits: bool = True,
         anchor: int = 0,
+        waiting: bool = False,
         directions: int = 0,
         folded: int = 0,
     ) -> dict[str, int]:
@@ -100,6 +101,7 @@ class Shapes:
             cast: whether the adapter's dtype is wider than the activations'.
             logits: whether the loss makes them.
             anchor: tokens of anchor prompts, which run without checkpoints beside the loss.
+            waiting: whether gradients of an earlier micro batch are there already.
             directions: bytes of those that are made wide at once.
             folded: bytes of what the adapter reads through directions, kept for a micro batch.
         """
@@ -110,7 +112,8 @@ class Shapes:
         inputs = [state * size] * len(kept) if checkpointing else kept
         final = state * (size + _NORM)
         # The anchor's backward comes first: then all gradients are there before the loss's begins.
-        there = [sum(gradients if anchor else gradients[i + 1 :]) for i in range(len(kept))]
+        waiting |= bool(anchor)
+        there = [sum(gradients if waiting else gradients[i + 1 :]) for i in range(len(kept))]
         layers = [sum(inputs[:i]) + kept[i] + there[i] for i in range(len(kept))]
         loss, made = sum(inputs) + final, self.vocabulary if logits else 0
         pulled = 0
@@ -120,7 +123,7 @@ class Shapes:
             pulled += max(said, self._inside(anchor, cast))
         inside = self._inside(tokens, cast) + max(gradients) + directions
         moments = {
-            "loss": loss + tokens * made * _LOGITS + (sum(gradients) if anchor else 0),
+            "loss": loss + tokens * made * _LOGITS + (sum(gradients) if waiting else 0),
             "anchor": pulled,
             "layer": max(max(layers) + inside, sum(inputs) + _NORM_BACK * _NORM * state),
             "step": sum(gradients),

@@ -73,6 +73,9 @@ def not_counted(run: Mapping[str, Any]) -> list[str]:
         found.append(f"{', '.join(spread)}: memory is that of one GPU that holds everything")
     if run.get("rl"):
         found.append(f"rl: {run['rl']}: counted as plain fine-tuning on the same number of tokens")
+    moved = [key for key in ("activation_offloading", "layer_offloading") if run.get(key)]
+    if moved:
+        found.append(f"{', '.join(moved)}: what they move to the CPU is counted on the card")
     if run.get("quantize_moe_experts"):
         found.append("quantize_moe_experts: routed experts are counted as not quantised")
     if ((run.get("loki") or {}).get("attribution") or {}).get("path") == "sequence":

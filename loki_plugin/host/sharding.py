@@ -231,21 +231,23 @@ def meet() -> None:
 
 
 def let_anchor_pass(cfg, protect: ProtectArgs) -> None:
-    """See to it, where several processes train, that the anchor's second pass has a gradient.
+    """See to it, where gradients are reduced as they come, that the anchor's pass has one.
 
     DDP counts the gradients of each parameter, and a reentrant checkpoint, which is Axolotl's
     default, delivers them once for each pass: PyTorch ends such a step with "marked as ready
-    twice". Under FSDP2 they lose the gradient of the first pass. So checkpoints are made
-    non-reentrant, and the log says so; what is computed stays the same.
+    twice". DeepSpeed says "already reduced", and under FSDP2 the gradient of one pass is lost, both
+    on a single rank too. So checkpoints are made non-reentrant, and the log says so; what is
+    computed stays the same.
     """
-    if ranks.count() == 1 or not protect.anchor or not cfg.get("gradient_checkpointing"):
+    alone = ranks.count() == 1 and not is_fsdp2(cfg) and not cfg.get("deepspeed")
+    if alone or not protect.anchor or not cfg.get("gradient_checkpointing"):
         return
     kwargs = dict(cfg.get("gradient_checkpointing_kwargs") or {})
     if kwargs.get("use_reentrant") is not False:
         cfg["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": False}
         LOG.info(
             "loki: gradient_checkpointing_kwargs.use_reentrant is now False: the anchor is a second"
-            " pass, and several processes train"
+            " pass, and gradients are reduced as they come"
         )
 
 

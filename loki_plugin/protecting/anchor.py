@@ -216,9 +216,11 @@ def divergence(model: PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tens
 
 def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """[all real tokens, V]."""
-    # Asked first: under FSDP all ranks answer it together, in their first pass.
-    if looks_ahead(model) and len({len(p) for p in prompts}) > 1:
-        return torch.cat([_logits(model, [p]) for p in prompts])
+    # Asked first: under FSDP all ranks answer it together, in their first pass. So they do each
+    # pass, also where one of them has drawn texts of one length.
+    if looks_ahead(model) and len(prompts) > 1:
+        if is_sharded(model) or len({len(p) for p in prompts}) > 1:
+            return torch.cat([_logits(model, [p]) for p in prompts])
     device = model.get_input_embeddings().weight.device
     # Padding stands on the right, after every real token, where causal attention never looks.
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True)

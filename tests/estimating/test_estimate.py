@@ -225,9 +225,12 @@ def test_the_paper_s_counts_and_what_is_assumed_are_said(big, tmp_path):
 
 
 def test_a_step_has_one_anchor_however_much_is_accumulated(big, tmp_path):
-    def seconds(accumulated, protect):
+    def training(accumulated, protect):
         run = {"gradient_accumulation_steps": accumulated, "loki": {"protect": protect}}
-        return asked(big | run, tmp_path, "--json")["training"]["step_seconds"]
+        return asked(big | run, tmp_path, "--json", "--card", "80")["training"]
+
+    def seconds(accumulated, protect):
+        return training(accumulated, protect)["step_seconds"]
 
     def added(accumulated):
         plain, anchored = seconds(accumulated, "off"), seconds(accumulated, {"anchor": 1.0})
@@ -236,6 +239,13 @@ def test_a_step_has_one_anchor_however_much_is_accumulated(big, tmp_path):
     once = added(1)
     assert min(once.values()) > 1e-4
     assert added(8) == pytest.approx(once, abs=3e-6)  # they are rounded
+    often, plain = seconds(8, {"anchor": 1.0, "anchor_every": 4}), seconds(8, "off")
+    for card, most in once.items():
+        assert often[card] - plain[card] == pytest.approx(most / 4, abs=3e-6)
+    # Gradients of earlier micro batches are there while the next one's loss is computed.
+    moments = [training(n, "off")["activations_bytes"] for n in (1, 2, 8)]
+    assert moments[1] == moments[2] and moments[1]["step"] == moments[0]["step"]
+    assert moments[1]["loss"] - moments[0]["loss"] == moments[0]["step"]
 
 
 def test_what_is_not_known_of_the_texts_is_said(big, tmp_path):

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loki_plugin.analysing.calibration.prompts import Text
+from loki_plugin.blocks import ProtectArgs
 from loki_plugin.evaluating.watching import measure
 from loki_plugin.host import settings
 from loki_plugin.host.files import Files
+from loki_plugin.host.sharding import let_anchor_pass
 from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.protecting.reading import leakage
 
@@ -139,6 +141,19 @@ def test_other_ways_of_sharding_are_refused(sharded, change, message):
     sharded["fsdp_config"] |= change
     with pytest.raises(ValueError, match=message):
         load(sharded)
+
+
+@pytest.mark.parametrize("shares", ["fsdp2", "deepspeed", "nobody"])
+def test_one_rank_that_reduces_gradients_has_checkpoints_that_bear_an_anchor(
+    run_config, sharded, shares
+):
+    """Reentrant ones, Axolotl's default, lose a gradient under FSDP2 and end a DeepSpeed run."""
+    cfg = sharded if shares == "fsdp2" else run_config
+    cfg |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None}
+    cfg |= {"deepspeed": "zero2.json"} if shares == "deepspeed" else {}
+    let_anchor_pass(cfg, ProtectArgs(anchor=1.0))
+    wanted = None if shares == "nobody" else {"use_reentrant": False}
+    assert cfg["gradient_checkpointing_kwargs"] == wanted
 
 
 @pytest.mark.parametrize("prefix", ["", "fsdp_"])

@@ -14,7 +14,7 @@ from loki_plugin.evaluating.watching import measure
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.model.causal import looks_ahead
 from loki_plugin.protecting import moments
-from loki_plugin.protecting.anchor import Anchor
+from loki_plugin.protecting.anchor import Anchor, _logits
 from loki_plugin.protecting.finding import Wanted, find_directions
 
 TEXTS = [list(range(5, 10)), list(range(20, 31)), list(range(40, 45))]
@@ -64,6 +64,14 @@ def test_texts_of_a_model_that_looks_ahead_are_not_padded(both_ways, monkeypatch
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.3)
+    passes = []
+    model.get_input_embeddings().register_forward_hook(lambda *a: passes.append(1))
+    _logits(model, [TEXTS[0], TEXTS[2]])  # of one length
+    assert len(passes) == 1
+    with monkeypatch.context() as patch:  # beside ranks whose texts are not
+        patch.setattr("loki_plugin.protecting.anchor.is_sharded", lambda model: True)
+        _logits(model, [TEXTS[0], TEXTS[2]])
+    assert len(passes) == 3
     each = [measure(model, [t], []).kl for t in texts]
     tokens = torch.tensor([float(len(t)) for t in TEXTS])
     wanted = float((torch.tensor(each) * tokens).sum() / tokens.sum())
