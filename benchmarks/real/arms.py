@@ -120,15 +120,15 @@ def soft_all(
     return build
 
 
-def by_gain(frozen: bool = True, rank: int = 16, count: int = 64) -> Callable:
+def by_gain(frozen: bool = True, rank: int = 16, texts: int = 64, **of) -> Callable:
     """`soft_all` whose A starts, and stays if `frozen`, in what the task uses most beside what
-    general text uses: the leading eigenvectors of P C P, C the moments of `count` task texts.
+    general text uses: the leading eigenvectors of P C P, C the moments of so many task `texts`.
     Near FoLoRA (arXiv 2606.00132), which weighs directions by a task's gain per forgetting."""
 
     def build(model, lab: Lab):
         assert lab.task is not None
-        wrapped = soft_all(rank=rank, frozen=frozen)(model, lab)
-        seen = lab.read([a.ids for a in lab.task.learned[:count]], "the task")
+        wrapped = soft_all(rank=rank, frozen=frozen, **of)(model, lab)
+        seen = lab.read([a.ids for a in lab.task.learned[:texts]], "the task")
         by_name = {name: (i, m.ordinary) for i, (site, m) in enumerate(seen) for name in site.names}
         leading: dict[int, torch.Tensor] = {}
         for name, module in wrapped.named_modules():
@@ -277,14 +277,15 @@ ARMS: dict[str, Arm] = {
     "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
     "auto_gain_frozen": Arm(by_gain(), ROWS, anchor=1.0, anchored="written"),
     "auto_gain": Arm(by_gain(frozen=False), ROWS, anchor=1.0, anchored="written"),
-    # Larger batches, with as many texts in a step as ever, and with as many more.
+    # Frozen so beside as many directions as a small card could hold while they are looked for.
+    "auto_gain_frozen_eighth": Arm(
+        by_gain(energy=None, count=1 / 8), ROWS, anchor=1.0, anchored="written"
+    ),
+    # Larger batches, with as many texts in a step as ever, and with as many more; half as many.
     "auto_b16": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", batch=16),
     "auto_b16_8": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", batch=16, count=8),
     "auto_b32": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", batch=32),
-    "auto_q10_b16": Arm(soft_rows(10), ROWS, anchor=1.0, anchored="written", batch=16),
-    # Fewer texts: one in a step, two in every second step.
     "auto_one": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", count=1),
-    "auto_every2": Arm(soft_all(), ROWS, anchor=1.0, anchored="written", every=2),
     # LoRA-Null's A, frozen in the directions that inputs use least, beside the anchor: no P.
     "auto_null_frozen": Arm(lora_null(frozen=True), ROWS, anchor=1.0, anchored="written"),
     # With fewer of these texts, in the directions too.
