@@ -112,6 +112,7 @@ class Anchor:
 
     def draw(self, step: int, seed: int) -> list[int]:
         """Which texts a step takes; by its number, so that a run resumes."""
+        # The 0 stood for the first micro step, when each had its draw: older runs resume alike.
         chance = random.Random(f"{seed}/{step}/0/{ranks.current()}")
         return chance.sample(range(len(self.prompts)), min(self.batch, len(self.prompts)))
 
@@ -218,9 +219,9 @@ def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """[all real tokens, V]."""
     # Asked first: under FSDP all ranks answer it together, in their first pass. So they do each
     # pass, also where one of them has drawn texts of one length.
-    if looks_ahead(model) and len(prompts) > 1:
-        if is_sharded(model) or len({len(p) for p in prompts}) > 1:
-            return torch.cat([_logits(model, [p]) for p in prompts])
+    apart = is_sharded(model) or len({len(p) for p in prompts}) > 1
+    if looks_ahead(model) and apart and len(prompts) > 1:
+        return torch.cat([_logits(model, [p]) for p in prompts])
     device = model.get_input_embeddings().weight.device
     # Padding stands on the right, after every real token, where causal attention never looks.
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True)
