@@ -14,34 +14,38 @@ from benchmarks.attribution import build
 from benchmarks.machine import synchronize
 from loki_plugin import implant
 from loki_plugin.choices import ALL, PROTECT_GB
+from loki_plugin.implanting.adapter import freeze
 from loki_plugin.model.anatomy import find_anatomy, linear_sizes
 from loki_plugin.protecting.anchor import Anchor
 from loki_plugin.protecting.directions import SOFTEST
-from loki_plugin.protecting.finding import find_directions, targeted
+from loki_plugin.protecting.finding import targeted
+from loki_plugin.protecting.fixing import fix_reads, task_reads
 from loki_plugin.protecting.packed import rounded
 from loki_plugin.protecting.solving import Wanted
 from loki_plugin.selecting.select import quota_to_count
 
 EVERY = "`auto`, all linears r = 16"
+MOVING = "`auto` with `freeze_a: false`, all linears r = 16"
 ROWS = "`auto`, 10 % of the rows"
 _TEXT, _TEXTS = 150, 2  # tokens of an anchor's text, texts in a step
 
 
 def finding(options: SimpleNamespace, layers: int, texts: int, row: dict[str, Any]) -> float:
-    """Seconds to find the directions of all linears of `layers` layers, as a run does it."""
+    """Seconds to set what all linears of `layers` layers read, as a run does it."""
     model = build(layers, options)
     draw = torch.Generator().manual_seed(2)
     prompts = torch.randint(options.vocabulary, (texts, _TEXT), generator=draw).tolist()
-    wanted = Wanted(0.99, None, True, _memory(layers / options.layers), torch.int8, settles=True)
+    rows = [torch.arange(options.hidden)] * layers
+    tuned = implant(model, rows, rank=16, targets=ALL)
     started = time.perf_counter()
-    found = find_directions(model, prompts, wanted, ALL, coverage=True)
+    task_reads(tuned, prompts[:64], prompts, Wanted(0.99, None, True, settles=True))
     synchronize(torch.device(options.device))
     seconds = time.perf_counter() - started
     row["ms"] = round(1000 * seconds)
     row["note"] = (
-        f"{layers} of {options.layers} layers, {found.tokens} tokens,"
-        f" {min(b.shape[1] for b in found.basis)} to {max(b.shape[1] for b in found.basis)}"
-        f" directions; {seconds * options.layers / layers:.0f} s for all layers"
+        f"{layers} of {options.layers} layers, {texts * _TEXT} tokens of text and"
+        f" {len(prompts[:64]) * _TEXT} of a task; {seconds * options.layers / layers:.0f} s for all"
+        " layers"
     )
     return seconds
 
@@ -49,6 +53,13 @@ def finding(options: SimpleNamespace, layers: int, texts: int, row: dict[str, An
 def wrappers(options: SimpleNamespace) -> dict[str, Any]:
     """Name -> what makes the trainable model of the frozen one, under as many directions as fit."""
     count = quota_to_count(10, options.hidden)
+
+    def still(model: nn.Module):
+        rows = [torch.arange(options.hidden)] * options.layers
+        tuned = implant(model, rows, rank=16, targets=ALL)
+        fix_reads(tuned)  # to what is there: which costs as much
+        freeze(tuned)
+        return tuned
 
     def every(model: nn.Module):
         rows = [torch.arange(options.hidden)] * options.layers
@@ -59,7 +70,7 @@ def wrappers(options: SimpleNamespace) -> dict[str, Any]:
         rows = [torch.arange(count)] * options.layers
         return implant(model, rows, protect=_drawn(model, targeted(model), options))
 
-    return {EVERY: every, ROWS: some}
+    return {EVERY: still, MOVING: every, ROWS: some}
 
 
 def anchored(options: SimpleNamespace):

@@ -47,7 +47,7 @@ def training(bench: Bench, model: nn.Module, options: SimpleNamespace, name: str
 def protecting(
     bench: Bench, model: nn.Module, options: SimpleNamespace, name: str, weights: str
 ) -> None:
-    """What `protect: auto` costs: to find directions, and in a step against LoRA without it."""
+    """What `protect: auto` costs: to set what updates read, and in a step beside LoRA's own."""
     batch = torch.randint(options.vocabulary, (1, bench.size.tokens)).to(bench.device)
     plain = methods(options)[ALL]
     with bench.part(f"training step, {ALL}, again", name, weights, "sdpa") as row:
@@ -57,7 +57,7 @@ def protecting(
             extra = gpu_protecting.anchored(options)
             seconds = _time_step(bench, model, wrap, batch, options, row, extra=extra)
             row["note"] += f", {seconds / lora:.2f} x LoRA's"
-    with bench.part("finding the directions of all linears", name, weights, "sdpa") as row:
+    with bench.part("setting what all linears read", name, weights, "sdpa") as row:
         bench.need(30 if bench.device.type == "cuda" else 1)
         gpu_protecting.finding(options, bench.size.found, bench.size.texts, row)
 

@@ -47,7 +47,10 @@ QUOTA, RANK, OPTIMIZER = 10, 32, "adamw_bnb_8bit"
 FORMS: dict[str, dict[str, Any]] = {
     "10 % of the rows, dense": {"quota": 10},
     "LoRA r16 on all linears": {"quota": 100, "rank": 16, "targets": "all"},
-}
+    "the same, A trains (`freeze_a: false`)": {
+        "quota": 100, "rank": 16, "targets": "all", "protect": {"auto": True, "freeze_a": False},
+    },
+}  # fmt: skip
 ANCHORED, CARD, PROTECTED = 120, 24, "Llama-3.1-8B"
 ACCUMULATED = 8  # micro batches of a step, of which one has the anchor
 _LAYERS = 8  # of the model whose kernels are counted
@@ -103,13 +106,11 @@ def protection(name: str) -> list[dict[str, Any]]:
     found = []
     for form, settings in FORMS.items():
         counts = [quota_to_count(settings["quota"], shape[1])] * shape[0]
+        auto = {"protect": "auto"} | settings
         plain, auto = (
-            Estimator(
-                model, anatomy, LokiConfig(**settings, protect=protect), counts, [ANCHORED] * 256,
-                analysed=False,
-            )
-            for protect in ("off", "auto")
-        )  # fmt: skip
+            Estimator(model, anatomy, LokiConfig(**of), counts, [ANCHORED] * 256, analysed=False)
+            for of in (auto | {"protect": "off"}, auto)
+        )
         trained, _ = plain.parameters()
         work = Work.of(model, anatomy)
         flops = work.training(run.tokens, run.length, trained, True)
@@ -152,7 +153,7 @@ def dry_runs(names: list[str]) -> str:
                 )
                 peaks = [trainings[0]["base_bytes"] + analysis["peak_bytes"]]
                 peaks += [
-                    sum(t[k] for k in ("base_bytes", "trained_bytes", "state_bytes", "peak_bytes"))
+                    sum(t[k] for k in ("base_bytes", "adapter_bytes", "state_bytes", "peak_bytes"))
                     for t in trainings
                 ]
                 told = ", ".join(map(gigabytes, peaks))
@@ -173,13 +174,15 @@ def launches(library: Path) -> str:
     }  # fmt: skip
     memory = PROTECT_GB * _LAYERS / shape[0]
     directions = lora | {"protect": {"inputs": 0.99, "soft": True, "memory": memory}}
-    auto = directions | {"anchor": ANCHORED, "known": True}
-    counted = [
-        sum(found["kernels"].values()) for found in dry_run(library, "any", lora, directions, auto)
-    ]
+    anchor = {"anchor": ANCHORED, "known": True}
+    still = lora | {"protect": directions["protect"] | {"freeze_a": True}}
+    steps = lora, still, still | anchor, directions, directions | anchor
+    counted = [sum(found["kernels"].values()) for found in dry_run(library, "any", *steps)]
     return (
         f"Kernels of a training step on {_LAYERS} layers of {PROTECTED} in bf16, LoRA on all"
-        " linears: {:,}; with directions: {:,}; with the anchor too: {:,}.".format(*counted)
+        " linears: {:,}; with an A that stands still: {:,}; with the anchor too, which is `protect:"
+        " auto`: {:,}; with `freeze_a: false`, directions alone: {:,}; with the anchor too:"
+        " {:,}.".format(*counted)
     )
 
 

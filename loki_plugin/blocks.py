@@ -158,8 +158,8 @@ class ProtectArgs(Block):
     auto: bool = Field(
         False,
         description="what the word `auto` stands for: soft directions of 99 % of the inputs, or as"
-        " many as `memory` holds, found on calibration prompts and the model's own text, and an"
-        " anchor of 1 on this text; what is set beside it counts",
+        " many as `memory` holds, found on calibration prompts and the model's own text, an anchor"
+        " of 1 on this text, and `freeze_a`; what is set beside it counts",
     )
     inputs: Number | None = Field(
         None,
@@ -175,6 +175,12 @@ class ProtectArgs(Block):
         False,
         description="the update reads those directions in inverse proportion to what general text"
         " uses of them, instead of not at all",
+    )
+    freeze_a: bool = Field(
+        False,
+        description="what a low-rank update reads is set once, to what the task uses most beside"
+        " what general text uses, and stands still: of its LoRA only B trains, and no directions"
+        " are held while it does; dense rows train as ever",
     )
     memory: Number | None = Field(
         None,
@@ -227,7 +233,9 @@ class ProtectArgs(Block):
         if isinstance(given, str):
             raise ValueError(f"got {given!r}, expected `auto`, `off`, or a block of settings")
         if isinstance(given, dict) and _is_true(given.get("auto")):
-            own = AUTO if given.get("directions") is None else AUTO.keys() - {"inputs"}
+            own = set(AUTO) if given.get("directions") is None else AUTO.keys() - {"inputs"}
+            if given.get("inputs", AUTO["inputs"]) is None and given.get("directions") is None:
+                own -= {"freeze_a"}
             given = {k: AUTO[k] for k in AUTO if k in own} | given
         return given
 
@@ -238,6 +246,11 @@ class ProtectArgs(Block):
         if self.soft and not self.reads:
             raise ValueError(
                 "`soft` says how directions are read; set `inputs` or `directions` too"
+            )
+        if self.freeze_a and not self.reads:
+            raise ValueError(
+                "`freeze_a` says what is read beside protected inputs; set `inputs`, `directions`"
+                " or `auto: true` too"
             )
         if self.soft and self.directions == 1:
             raise ValueError(

@@ -30,8 +30,9 @@ TextKind = Literal["both", "dialogues", "text"]
 TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
 PROTECT_GB = 1.25  # gigabytes of a card that directions take at most, and a tenth of it at most
 # What `protect: auto` stands for.
-AUTO = {"inputs": 0.99, "soft": True, "anchor": 1.0, "text": SELF}
+AUTO = {"inputs": 0.99, "soft": True, "anchor": 1.0, "text": SELF, "freeze_a": True}
 TEXT_COUNT, TEXT_TOKENS, TEXT_BATCH = 160, 80, 64
+TASK_TOKENS = 32_768  # of the task, at most, that tell what low-rank updates shall read
 TARGET: TargetName = "predicted"
 FEW_SHOT = 0
 DOWN, ALL = "down", "all"  # targets: rows of the down-projections only; every other linear too

@@ -146,6 +146,7 @@ ARMS: dict[str, Arm] = {
     "auto_frozen": Arm(soft_all(frozen=True), (2e-3, 1e-3), anchor=1.0, anchored="written"),
     "auto_gain_frozen": Arm(by_gain(), ROWS, anchor=1.0, anchored="written"),
     "auto_gain": Arm(by_gain(frozen=False), ROWS, anchor=1.0, anchored="written"),
+    "auto_gain_frozen_r32": Arm(by_gain(rank=32), ROWS, anchor=1.0, anchored="written"),
     # Frozen so beside as many directions as a small card could hold while they are looked for.
     "auto_gain_frozen_eighth": Arm(
         by_gain(energy=None, count=1 / 8), ROWS, anchor=1.0, anchored="written"

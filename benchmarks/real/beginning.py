@@ -12,7 +12,7 @@ from benchmarks.real.scoring import score
 from benchmarks.real.sweep import _WARM_UP, _built, _step
 from benchmarks.writer import command, write
 
-_ARMS = ("lora_all_r16", "lora_soft", "auto_all")
+_ARMS = ("lora_all_r16", "lora_soft", "auto_gain_frozen")
 
 
 def compare(lab: Lab, steps: int, precision: str) -> list[dict]:

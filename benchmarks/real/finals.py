@@ -17,7 +17,7 @@ SEEDS = (0, 1, 2)
 # arm -> its rate, and tasks that have another.
 RATES: dict[str, tuple[float, dict[str, float]]] = {
     "auto_q10": (1e-3, {"counterfact": 2e-3, "wikidyk": 2e-3}),
-    "auto_all": (1e-3, {"bfcl": 5e-4}),
+    "auto_gain_frozen": (1e-3, {}),
     "lora_all_r16": (1e-4, {"bfcl": 5e-5, "wikidyk": 3e-4}),
     "lora_null_frozen": (1e-3, {}),
     "full": (2e-5, {"counterfact": 5e-5, "banking77": 5e-5, "wikidyk": 5e-5}),

@@ -34,8 +34,9 @@ LINES, COLUMNS, PANELS = 6, 3, 2
 _OTHERS = "the best of all other ways, without old data"
 # Arms of this package, the most wanted first; the paper's own and those with old data stand apart.
 _OURS = (
-    "auto_all",
+    "auto_gain_frozen",
     "auto_q10",
+    "auto_all",
     "lora_anchor",
     "lora_soft",
     "loki_soft_q90",
@@ -48,6 +49,7 @@ _WAYS = {
     "freeze_bottom": "lower half frozen", "lora_eaft": "LoRA, EAFT's loss",
     "oplora": "OPLoRA", "fora": "FORA", "lora_null": "LoRA-Null",
     "lora_null_frozen": "LoRA-Null, A frozen",
+    "auto_all": "all linears, `auto` with `freeze_a: false`",
 }  # fmt: skip
 _NAMES = {
     "smollm2-135m-instruct": "SmolLM2-135M",

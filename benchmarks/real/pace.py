@@ -13,7 +13,7 @@ from benchmarks.real.scoring import Asked
 from benchmarks.real.sweep import _built, _step
 from benchmarks.writer import command, write
 
-_ARMS = ("lora_all_r16", "lora_soft", "auto_all", "auto_q10")
+_ARMS = ("lora_all_r16", "lora_soft", "auto_all", "auto_gain_frozen", "auto_q10")
 _STEPS, _WARM = 5, 2
 
 

@@ -15,7 +15,7 @@ SHOWN = {
     "lora_replay5": ("LoRA + 5 % real data", "tab:orange"),
     "lora_selfreplay50": ("LoRA + 50 % own text", "tab:pink"),
     "lora_null_frozen": ("LoRA-Null, A frozen", "tab:purple"),
-    "auto_all": ("all linears, `protect: auto`", "tab:red"),
+    "auto_gain_frozen": ("all linears, `protect: auto`", "tab:red"),
     "auto_q10": ("10 % of the rows, `protect: auto`", "tab:green"),
 }
 _LEARNED = {

@@ -9,8 +9,11 @@ from peft.tuners.lora import LoraLayer
 
 from benchmarks.real.lab import Lab
 from loki_plugin import implant
+from loki_plugin.choices import LINEAR_RANK
+from loki_plugin.implanting.adapter import freeze
 from loki_plugin.model.anatomy import find_anatomy
 from loki_plugin.protecting.directions import SOFTEST
+from loki_plugin.protecting.fixing import fix_reads, low_rank, task_reads
 from loki_plugin.protecting.packed import rounded as rounded_directions
 
 
@@ -34,6 +37,7 @@ def soft_all(
     strategy: str = "layer_balanced",
     small: bool = False,
     frozen: bool = False,
+    linear_rank: int = LINEAR_RANK,
     **of,
 ) -> Callable:
     """`targets: all`: rows of the down-projections and LoRA r16 on all other linears, each reading
@@ -49,7 +53,9 @@ def soft_all(
             packed = {id(v): v for v in known.values()}
             packed = {i: rounded_directions(v, SOFTEST) for i, v in packed.items()}
             known = {name: packed[id(v)] for name, v in known.items()}
-        wrapped = implant(model, rows, rank=rank, protect=known, targets="all")
+        wrapped = implant(
+            model, rows, rank=rank, protect=known, targets="all", linear_rank=linear_rank
+        )
         for name, parameter in wrapped.named_parameters():
             if frozen and ".lora_A." in name:
                 parameter.requires_grad_(False)
@@ -59,27 +65,21 @@ def soft_all(
 
 
 def by_gain(frozen: bool = True, rank: int = 16, texts: int = 64, **of) -> Callable:
-    """`soft_all` whose A starts, and stays if `frozen`, in what the task uses most beside what
-    general text uses: the leading eigenvectors of P C P, C the moments of so many task `texts`.
-    Near FoLoRA (arXiv 2606.00132), which weighs directions by a task's gain per forgetting."""
+    """`soft_all` with what updates read set from so many of the task's `texts`, as the product does
+    it (`freeze_a`); without `frozen` A starts there and trains, behind P."""
 
     def build(model, lab: Lab):
         assert lab.task is not None
-        wrapped = soft_all(rank=rank, frozen=frozen, **of)(model, lab)
-        seen = lab.read([a.ids for a in lab.task.learned[:texts]], "the task")
-        by_name = {name: (i, m.ordinary) for i, (site, m) in enumerate(seen) for name in site.names}
-        leading: dict[int, torch.Tensor] = {}
-        for name, module in wrapped.named_modules():
-            if isinstance(module, LoraLayer):
-                a = module.lora_A["default"]
-                i, c = by_name[name.removeprefix("base_model.model.")]
-                if i not in leading:
-                    v = a.directions.float()
-                    c = c - v @ (v.T @ c)
-                    c = c - (c @ v) @ v.T
-                    leading[i] = torch.linalg.eigh(c.double()).eigenvectors[:, -rank:].float()
-                # As long as the rows that PEFT draws.
-                a.weight.data.copy_(leading[i].T / 3**0.5)
+        wrapped = soft_all(rank=rank, linear_rank=rank, **of)(model, lab)
+        reads = task_reads(wrapped, [a.ids for a in lab.task.learned[:texts]])
+        if frozen:
+            fix_reads(wrapped, reads)
+            freeze(wrapped)
+            return wrapped
+        for name, layer in low_rank(wrapped).items():
+            a = layer.lora_A["default"]
+            a.weight.data.copy_(reads[name])
+            a.take_folded()
         return wrapped
 
     return build

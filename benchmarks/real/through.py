@@ -26,7 +26,7 @@ from demo.running import NO_KERNELS, claim, environment, train
 _LINEARS = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
 YAMLS: dict[str, dict[str, Any]] = {
     "lora_all_r16": {**_LINEARS, **NO_KERNELS},
-    "auto_all": {
+    "auto_gain_frozen": {
         **_LINEARS, "plugins": ["loki"], "loki": {"quota": 100, "protect": "auto"},
     },
     "auto_q10": {"adapter": "loki", "plugins": ["loki"], "loki": {"quota": 10}},

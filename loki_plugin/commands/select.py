@@ -52,8 +52,8 @@ def stability(scores, folder, quota, strategy, magnitude, exclude, rounds, plot,
         from ..protecting.directions import Directions
         from ..protecting.preparing import describe, report
 
-        protected = Directions.load(directions)
-        told += f"\n{describe(protected)}"
+        protected = Directions.load(directions).held()
+        told += f"\n{describe(protected)}" if protected.basis else "\nno directions are held"
         facts["protection"] = report(protected)
     return Answer(told, facts)
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..analysing.attribution.batches import auto_batch
 from ..analysing.attribution.memory import Memory
 from ..args import LokiConfig
-from ..choices import LINEAR_RANK, PROTECT_GB, SELF, TEXT_COUNT
+from ..choices import LINEAR_RANK, PROTECT_GB, SELF, TASK_TOKENS, TEXT_COUNT
 from ..model.anatomy import Anatomy, linear_sizes
 from ..model.linears import chosen
 from ..protecting.eigen import BUDGET, EXACT_COPIES
@@ -47,9 +47,14 @@ class Estimator:
 
     def parameters(self) -> tuple[int, int]:
         """Those that train, and all of the base."""
-        trained = trainable(self.anatomy.input_sizes, self.counts, self.config.rank)
-        whole = sum(sum(sizes) for sizes in self.linears().values()) * self.linear_rank
-        return sum(trained) + whole, sum(p.numel() for p in self.model.parameters())
+        trained = trainable(self.anatomy.input_sizes, self.counts, self.config.rank, self.still)
+        each, _ = self._by_layer(trained)
+        return sum(each), sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def still(self) -> bool:
+        """Whether low-rank updates train their B alone."""
+        return self.config.protect.freeze_a
 
     @property
     def linear_rank(self) -> int:
@@ -80,11 +85,14 @@ class Estimator:
             "directions_bytes": self.directions_bytes(card),
         }
 
-    def reads(self) -> list[Reads]:
-        """What the targeted linears read; nothing where no input is protected."""
+    def reads(self, held: bool = True) -> list[Reads]:
+        """What the targeted linears read; nothing where no input is protected. With `held`, of
+        those whose directions are held in training; else of those whose A stands still."""
         if not self.config.protect.reads:
             return []
-        return reads(self.model, self.anatomy, self.config.targets)
+        rows = set(self.anatomy.names) if self.config.rank is None else set()
+        found = reads(self.model, self.anatomy, self.config.targets)
+        return [r for r in found if (not self.still or r.linears[0][0] in rows) == held]
 
     def directions_bytes(self, card: int) -> int:
         """Of V, on the device and on disk, at most."""
@@ -182,29 +190,41 @@ class Estimator:
     def _finding(self, run: Planned, card: int, weights: int, work: Work) -> dict[str, Any]:
         """Memory and time of finding directions; the time of the model's writing is not in it."""
         found, _ = self._directions(card)
-        sizes, counts = [each.size for each, _ in found], [count for _, count in found]
+        free, still = 10**9 * card - weights - CONTEXT, self.reads(held=False)
         tokens = sum(self.lengths) + (OWN_TOKENS if self.config.protect.text == SELF else 0)
-        needed = finding(sizes, counts, tokens, 10**9 * card - weights - CONTEXT)
-        flops = 2 * tokens * sum(work.layer) * needed.passes
+        parts = []
+        if found:
+            sizes, counts = [each.size for each, _ in found], [count for _, count in found]
+            parts.append((tokens, finding(sizes, counts, tokens, free)))
+        if still:
+            sizes = [each.size for each in still]
+            counts, _ = direction_counts(self.config.protect, sizes, 4 * sum(s * s for s in sizes))
+            both = tokens + TASK_TOKENS
+            parts.append((both, finding(sizes, counts, both, free, decompositions=1)))
+        flops = sum(2 * count * sum(work.layer) * part.passes for count, part in parts)
+        batches, wide = (sum(getattr(p, k) for _, p in parts) for k in ("batches", "wide"))
+        largest = max(each.size for each in (*(each for each, _ in found), *still))
         return {
-            "finding_directions_bytes": weights + max(BUDGET, EXACT_COPIES * 4 * max(sizes) ** 2),
-            "finding_directions_seconds": self._times(run, flops, needed.batches, needed.wide),
+            "finding_directions_bytes": weights + max(BUDGET, EXACT_COPIES * 4 * largest**2),
+            "finding_directions_seconds": self._times(run, flops, batches, wide),
         }
 
     def training(self, run: Planned, card: int = 24) -> dict[str, Any]:
         """Memory of the training step by its parts, and the time of an optimizer step."""
         rank, sizes = self.config.rank, self.anatomy.input_sizes
-        of_rows = trainable(sizes, self.counts, rank)
+        of_rows = trainable(sizes, self.counts, rank, self.still)
         tensors = [n for n in of_rows if n]
         if rank is not None:
             pairs = zip(sizes, self.counts, strict=True)
             tensors = [rank * n for size, count in pairs if count for n in (size, count)]
+            tensors = tensors[1::2] if self.still else tensors
         size = run.adapter_dtype.itemsize
-        linears = self.linears()
-        tensors += [self.linear_rank * n for sizes_of in linears.values() for n in sizes_of]
+        of_linears = [n for pair in self.linears().values() for n in pair]
+        tensors += [self.linear_rank * n for n in (of_linears[1::2] if self.still else of_linears)]
         cast = size > run.stored.dtype.itemsize
         each, ranks = self._by_layer(of_rows)
-        beside = self._kept_beside(cast, run.stored.dtype.itemsize)
+        whole = sum(trainable(sizes, self.counts, rank)) + self.linear_rank * sum(of_linears)
+        beside = self._kept_beside(cast, run.stored.dtype.itemsize, run.checkpointing)
         gradients = [size * n for n in each]
         shapes = Shapes.of(self.model, self.anatomy, run.stored)
         anchor = self.anchor_tokens()
@@ -224,12 +244,13 @@ class Estimator:
         states = state_bytes(run.optimizer, tensors, run.adapter_dtype)
         resident = {
             "weights_bytes": weight_bytes(self.model, run.stored),
-            "adapter_bytes": sum(gradients),
+            "adapter_bytes": size * whole,
             "optimizer_bytes": 8 * sum(tensors) if states is None else states,
             "directions_bytes": self.directions_bytes(card),
         }
         work = Work.of(self.model, self.anatomy)
-        flops = work.training(run.tokens, run.length, sum(each), run.checkpointing)
+        fixed = whole - sum(each)
+        flops = work.training(run.tokens, run.length, sum(each), run.checkpointing, fixed)
         # The first micro batch of one step in `anchor_every` has the anchor.
         steps = self.config.protect.anchor_every
         flops = run.micro_batches * flops + work.anchor(anchor) / steps
@@ -253,17 +274,26 @@ class Estimator:
             each[i] += own
             ranks[i] = (self.config.rank or count) if count else 0
         for name, sizes in self.linears().items():
-            each[places[id(self.model.get_submodule(name))]] += self.linear_rank * sum(sizes)
+            trained = sizes[1] if self.still else sum(sizes)
+            each[places[id(self.model.get_submodule(name))]] += self.linear_rank * trained
         return each, ranks
 
-    def _kept_beside(self, cast: bool, size: int) -> list[int]:
-        """Per decoder layer, bytes that one token keeps for the LoRA of further linears: what they
-        read, once for all that read it, or for each where it is cast; and what A makes of it."""
+    def _kept_beside(self, cast: bool, size: int, checkpointing: bool) -> list[int]:
+        """Per decoder layer, bytes that one token keeps for the LoRA of further linears: what A
+        makes of what they read, and, where A trains, this too, once for all that read it, or for
+        each where it is cast. Less than nothing where a low-rank A of rows stands still: of what
+        the down-projection reads nothing is kept then, though a checkpoint makes it again."""
         found, places = [0] * len(self.anatomy.layers), self._places()
+        inputs = self.anatomy.input_sizes
+        for i, count, own in zip(self.anatomy.places, self.counts, inputs, strict=True):
+            if count and self.still and self.config.rank is not None and not checkpointing:
+                found[i] -= size * own
         for each in reads(self.model, self.anatomy, self.config.targets):
             names = [n for n, _ in each.linears if n not in self.anatomy.names]
             if names:
-                kept = each.size * (len(names) if cast else 1) + self.linear_rank * len(names)
+                kept = self.linear_rank * len(names)
+                if not self.still:
+                    kept += each.size * (len(names) if cast else 1)
                 found[places[id(self.model.get_submodule(names[0]))]] += size * kept
         return found
 

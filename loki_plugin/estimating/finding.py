@@ -38,7 +38,13 @@ class Finding:
     wide: float
 
 
-def finding(sizes: Sequence[int], counts: Sequence[int], tokens: int, free: int) -> Finding:
+def finding(
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    tokens: int,
+    free: int,
+    decompositions: int = _TWICE,
+) -> Finding:
     """Of the inputs of these sizes, at most so many directions of each, over `tokens` tokens.
 
     `free`: bytes of the card beside the weights, half of which the moments may take.
@@ -47,12 +53,13 @@ def finding(sizes: Sequence[int], counts: Sequence[int], tokens: int, free: int)
     passes = (groups + 1) / 2
     wide = sum(2.0 * tokens * size * size for size in sizes)
     for size, count in zip(sizes, counts, strict=True):
-        wide += _TWICE * _eigenvectors(size, count)
+        wide += decompositions * _eigenvectors(size, count, max(BUDGET, free // 2))
     return Finding(passes, passes * -(-tokens // TOKENS), wide)
 
 
-def _eigenvectors(size: int, count: int) -> float:
-    if EXACT_COPIES * size * size * _WIDE <= BUDGET:
+def _eigenvectors(size: int, count: int, room: int) -> float:
+    room = room if count > size // 4 else BUDGET
+    if EXACT_COPIES * size * size * _WIDE <= room:
         return _EXACT * size**3
     # Each iteration of the block: C times it, and its QR.
     return sum(2.0 * size * size * w + 4.0 * size * w * w for w in iterations(size, count))

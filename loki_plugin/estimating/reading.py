@@ -57,7 +57,7 @@ def direction_counts(
     """
     if settings.directions is not None:
         return [settings.directions] * len(sizes), 4
-    if settings.inputs is None:
+    if settings.inputs is None or not sizes:
         return [0] * len(sizes), 4
     squares = sum(size * size for size in sizes)
     small = BYTES if settings.soft else 2

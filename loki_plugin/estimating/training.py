@@ -156,10 +156,15 @@ def _kept(layer: nn.Module, down: nn.Module | None, config: Any, size: int) -> i
     return (attention + mlp) * size + (norms * config.hidden_size + own) * _NORM
 
 
-def trainable(inputs: Sequence[int], counts: Sequence[int], rank: int | None) -> list[int]:
-    """Parameters that train in each layer: k·I in the dense form, r·I + k·r in the low-rank one."""
+def trainable(
+    inputs: Sequence[int], counts: Sequence[int], rank: int | None, still: bool = False
+) -> list[int]:
+    """Parameters that train in each layer: k·I in the dense form, r·I + k·r in the low-rank one, or
+    k·r where its A stands still."""
     return [
-        (count * size if rank is None else rank * (size + count)) if count else 0
+        (count * size if rank is None else rank * (count if still else size + count))
+        if count
+        else 0
         for size, count in zip(inputs, counts, strict=True)
     ]
 

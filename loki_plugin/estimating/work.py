@@ -92,11 +92,14 @@ class Work:
         )
         return prefix + stack + 4 * len(self.layer) * steps * self.head
 
-    def training(self, tokens: int, length: int, adapter: int, checkpointing: bool) -> float:
+    def training(
+        self, tokens: int, length: int, adapter: int, checkpointing: bool, fixed: int = 0
+    ) -> float:
         """FLOPs of one step on `tokens` tokens in sequences of `length`.
 
         Forward, again where activations are not kept, and backward to the inputs; the frozen
-        weights get no gradient, the adapter's do. `adapter`: its parameters.
+        weights get no gradient, the adapter's do. `adapter`: its parameters that train; `fixed`:
+        those that do not.
         """
         passes = 3 if checkpointing else 2
         linears = passes * 2 * tokens * sum(self.layer)
@@ -104,7 +107,7 @@ class Work:
         pairs = 2 * tokens * length * self.attention * len(self.layer)
         attention = pairs * (passes - 1 + 2.5)
         # Gradients to A's weights, and to its input.
-        own = 2 * tokens * adapter * (passes + 1)
+        own = 2 * tokens * (adapter * (passes + 1) + fixed * passes)
         return linears + attention + own + 2 * 2 * tokens * self.head
 
     def anchor(self, tokens: int, new: bool = False) -> float:

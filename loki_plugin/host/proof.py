@@ -151,9 +151,11 @@ class Proof:
             grown = model.get_input_embeddings().num_embeddings > self.run.tokens
             check_saved(folder, names, self.run.selection, self.run.config.rank, grown)
             if self.run.directions:
-                leakage = check_saved_protection(folder, names, self.run.directions)
+                directions = self.run.directions
+                leakage = check_saved_protection(folder, names, directions)
+                leakage = leakage[: len(directions.held().basis)]  # those that stand still are last
                 self.run.facts["protection"]["leakage_per_layer"] = leakage
-                what["protection"] = "ΔW·U of every linear of the saved adapter"
+                what["protection"] = "ΔW·U of every linear of the saved adapter that reads P x"
             others = len(self.run.selection.linears)
             every = f"every layer, B against {FILE_NAME}" + (
                 f", {others} further linears" if others else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .earlier import take_new_embeddings
 from .files import Files, config_file
 from .patches import take_over_sharded_saving
 from .sharding import check_loaded, is_fsdp2, let_anchor_pass, meet
+from .task import let_stand_still, standing_still
 from .telling import Line, about_rows, about_training, block
 from .tokens import calibration_tokenizer
 from .watched import choose_by, watch
@@ -39,6 +41,7 @@ class Run:
     directions: Directions | None = None
     anchor: Anchor | None = None
     watch: Watch | None = None  # of what is forgotten, at every evaluation
+    general: list[Sequence[int]] = field(default_factory=list)  # token ids that protection reads
     facts: dict[str, Any] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # the base's fingerprint before training
     measured: list[Prompt] = field(default_factory=list)  # asked before and after
@@ -134,12 +137,16 @@ class Run:
                 texts = self.watch.without(texts)
             held = anchored(tokenizer, inputs, texts)
         if settings.reads and not found:
-            found = choose_directions(model, [text.ids for text in texts], self.config)
+            self.general = [text.ids for text in texts]
+            still = standing_still(model, self.selection, self.config)
+            found = choose_directions(model, self.general, self.config, still)
         if found:
             with ranks.together():
                 self.directions = found.check(model, unchanged=True)
-            self.facts["protection"] = report(found)
-            self.told.append(("protected", describe(found)))
+            there = found.held()
+            self.facts["protection"] = report(there) | {"still": found.still}
+            if there.basis:
+                self.told.append(("protected", describe(there)))
         if settings.anchor:
             every = settings.anchor_every
             ids, starts = [text.ids for text in held], [text.starts for text in held]
@@ -172,7 +179,7 @@ class Run:
         cfg.lora_fan_in_fan_out = settings["fan_in_fan_out"]
 
     def install(self, cfg, model) -> None:
-        from ..implanting.adapter import install, trainable_share
+        from ..implanting.adapter import install
         from ..model.fingerprint import fingerprint
         from ..model.loading import is_loaded
         from ..protecting.installing import protect_inputs
@@ -187,10 +194,6 @@ class Run:
         with ranks.together():
             mine = fingerprint(model, unchanged=True) if is_loaded(model) else {}
         self.base = ranks.broadcast(mine) if is_fsdp2(cfg) else mine
-        trainable, base = trainable_share(model)
-        self.facts.update(trainable_parameters=trainable, base_parameters=base)
-        told = about_training(self.selection, self.config.rank, trainable, base)
-        LOG.info(block("training", told))
 
     def start_at_zero(self, cfg, model) -> None:
         """A fresh adapter that was drawn anew behind our back starts as the base again."""
@@ -200,6 +203,7 @@ class Run:
             start_at_zero(model)
 
     def prepare_trainer(self, cfg, trainer) -> None:
+        from ..implanting.adapter import trainable_share
         from ..implanting.recording import record
         from ..implanting.training import prepare_trainer, save_whole_checkpoints
         from ..protecting.installing import DirectionsBesideCheckpoints
@@ -207,6 +211,15 @@ class Run:
 
         if cfg.rl:
             self.install(cfg, model_of(trainer))
+        reads = []
+        if self.directions:
+            goes_on = bool(_resumed_checkpoint(cfg) or cfg.lora_model_dir)
+            wanted = self.directions.still, self.general, self.config, goes_on
+            reads = let_stand_still(trainer, self.selection, *wanted)
+        trainable, base = trainable_share(trainer.model)
+        self.facts.update(trainable_parameters=trainable, base_parameters=base)
+        told = about_training(self.selection, self.config.rank, trainable, base)
+        LOG.info(block("training", [*told, *reads]))
         prepare_trainer(trainer, self.selection, self.config.lr_scale, _resumed_checkpoint(cfg))
         if is_fsdp2(cfg):
             save_whole_checkpoints(trainer)

@@ -23,6 +23,7 @@ from ..model.anatomy import Anatomy, find_anatomy
 from ..model.linears import PREFIX, chosen, chosen_down
 from ..model.quantised import never_pack
 from ..protecting.directions import Directions
+from ..protecting.fixing import FixedA, fix_reads, task_reads
 from ..protecting.installing import protect_inputs
 from ..protecting.reading import ProtectedA
 from ..rows import RowSelection
@@ -39,6 +40,7 @@ def implant(
     protect: Directions | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
     targets: str | Sequence[str] = DOWN,
     linear_rank: int = LINEAR_RANK,
+    task: Sequence[Sequence[int]] | None = None,
 ) -> PeftModel:
     """Wrap `model` so that of its down-projections only the selected rows can change.
 
@@ -58,6 +60,9 @@ def implant(
             routed experts; or names as LoRA takes them, which leave the rows out unless they name
             the down-projection. A `RowSelection` that has `linears` of its own keeps them.
         linear_rank: rank r of the LoRA on the further linears.
+        task: token ids of some of the texts that will be trained on. With `protect`, the A of every
+            low-rank update is set to what these use most beside what general text uses, and stands
+            still (`protect.freeze_a`); None: A trains.
 
     Raises:
         ValueError: rows or directions that do not fit the model, a rank out of range, unknown
@@ -78,6 +83,13 @@ def implant(
     install(wrapped, selection, rank)
     if protect is not None:
         protect_inputs(wrapped, protect)
+    if task is not None:
+        if protect is None:
+            raise ValueError("`task` says what is read beside protected inputs; give `protect` too")
+        if not len(task):
+            raise ValueError("`task` holds no texts; give token ids of some, or leave it out")
+        fix_reads(wrapped, task_reads(wrapped, task))
+        freeze(wrapped)
     return wrapped
 
 
@@ -246,11 +258,12 @@ def check(model: nn.Module, finite: bool = False) -> None:
 
 def _owned(model: nn.Module) -> set[str]:
     """The names of the parameters that LoKI trains."""
+    fixed = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, FixedA)}
     a = {n for n, p in model.named_parameters() if ".lora_A." in n and p.is_floating_point()}
     b = {
         f"{n}.{p}" for n, m in model.named_modules() if is_ours(m) for p, _ in m.named_parameters()
     }
-    return a | b
+    return a - fixed | b
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:

@@ -185,7 +185,10 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
 
 def _protected(found: dict[str, Any]) -> str:
     """What the directions cover: how many, energy, tokens, prompts kept back, leakage."""
-    counts = found["directions_per_layer"]
+    still, counts = found.get("still") or [], found["directions_per_layer"]
+    told_still = f"what {len(still)} low-rank updates read stands still, set from the task's texts"
+    if not counts:
+        return told_still
     inputs = found.get("inputs")
     where = f"at each of {len(inputs)} inputs that linears read" if inputs else "per layer"
     told = f"{min(counts)} to {max(counts)} directions {where}"
@@ -199,6 +202,7 @@ def _protected(found: dict[str, Any]) -> str:
     kept_back = found.get("energy_of_held_out_prompts_per_layer")
     if kept_back:
         told += f", {_percent(min(kept_back))} of that of prompts kept back"
+    told += f"; {told_still}" if still else ""
     leakage = found.get("leakage_per_layer")
     return told + (f"; at most {max(leakage):.2g} of the update reads them" if leakage else "")
 

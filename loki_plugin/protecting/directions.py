@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,19 @@ class Directions:
     def blind(self) -> bool:
         """Whether they were found by a version that massive activations could blind."""
         return bool(self.made) and "sinks" not in self.made
+
+    @property
+    def still(self) -> list[str]:
+        """Linears that have none because what their updates read stands still (`fixing`)."""
+        return list(self.made.get("still", []))
+
+    def held(self) -> Directions:
+        """Those that are held in training: without the linears that stand still."""
+        if not self.still or self.sites is None:
+            return self
+        moving = [i for i, names in enumerate(self.sites) if names[0] not in self.still]
+        sites = [self.sites[i] for i in moving]
+        return replace(self, basis=[self.basis[i] for i in moving], sites=sites)
 
     def by_module(self, down: Sequence[str]) -> dict[str, torch.Tensor]:
         """V by module name, `down` being the down-projections' names; all of one site share one."""
@@ -230,10 +243,10 @@ def has_default(path: str | os.PathLike) -> bool:
     try:
         with safe_open(path, "pt") as file:
             made = json.loads((file.metadata() or {}).get("loki", "{}")).get("made", {})
-            soft = any(is_soft(basis) for _, basis in _read(file))
+            soft = made.get("soft") or any(is_soft(basis) for _, basis in _read(file))
     except (OSError, SafetensorError, ValueError):
         return False  # `load` says what is wrong with it
-    return soft and made.get("inputs") == AUTO["inputs"]
+    return bool(soft) and made.get("inputs") == AUTO["inputs"]
 
 
 def _read(file: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -71,7 +71,10 @@ def leading(
             " computes zeros, infinities or NaN on the calibration prompts"
         )
     size = len(moment)
-    if EXACT_COPIES * size * size * moment.itemsize <= BUDGET:
+    # A block of many columns takes longer than all eigenvectors at once.
+    many = count is None and (most is None or most > size // 4)
+    room = budget(moment.device) if many else BUDGET
+    if EXACT_COPIES * size * size * moment.itemsize <= room:
         values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0), vectors.flip(1)
     else:

@@ -36,6 +36,8 @@ class LeakageReport:
     names: Sequence[str] = ()
 
     def text(self) -> str:
+        if not any(self.chance):
+            return "no directions are held: what each update reads stood still"
         worst = max(range(len(self.shares)), key=self.shares.__getitem__)
         where = self.names[worst] if self.names else f"layer {worst}"
         return (

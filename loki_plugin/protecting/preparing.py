@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..analysing.scores.cache import DIRECTIONS, cache_folder, kept_file, prune
 from ..args import LokiConfig
 from ..blocks import ProtectArgs
 from ..choices import DOWN, PROTECT_GB
-from ..model.anatomy import linear_sizes
+from ..model.anatomy import find_anatomy, linear_sizes
 from ..model.fingerprint import fingerprint
 from ..model.linears import kind_of
 from .directions import FILE_NAME, Directions
@@ -56,7 +57,8 @@ def earlier_directions(
     wanted = _settings(config)
     # An adapter decides where the YAML says nothing, and so does a checkpoint of its run.
     asked = config.protect.reads or (checkpoint and not adapter)
-    had_settings = {k: found.made.get(k) for k in wanted} | {"soft": found.soft}
+    soft = found.made.get("soft", found.soft)  # with nothing held it cannot be seen
+    had_settings = {k: found.made.get(k) for k in wanted} | {"soft": soft}
     if asked and had_settings != wanted:
         had = ", ".join(f"{k}: {v}" for k, v in had_settings.items())
         raise ValueError(
@@ -95,16 +97,22 @@ def check_trained(found: Directions, trained: Collection[str], down: Sequence[st
 
 
 def choose_directions(
-    model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: LokiConfig,
+    still: Sequence[str] = (),
 ) -> Directions:
     """Find the directions that hold the wanted energy of `prompts`, or take them from the cache.
 
     Under `torch.distributed` one rank works and all return its directions, bit for bit.
 
+    Args:
+        still: names of targeted linears whose A will stand still (`fixing`); they get none.
+
     Raises:
         ValueError: as `input_directions`.
     """
-    found, first = by_one(model, lambda: _choose(model, prompts, config))
+    found, first = by_one(model, lambda: _choose(model, prompts, config, still))
     if ranks.count() == 1:
         return found
     layers = ranks.broadcast(found and len(found.basis), first)
@@ -129,8 +137,14 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
         most = sum(4 * s[0] * s[0] for s in sizes.values() if s)
         small = torch.int8 if settings.soft else torch.bfloat16
         dtype = small if most > memory else None
+    return replace(all_wanted(config), memory=memory, dtype=dtype)
+
+
+def all_wanted(config: LokiConfig) -> Wanted:
+    """The same without a limit, for directions that are not held while it trains."""
+    settings = config.protect
     number = settings.directions
-    return Wanted(settings.inputs, number, settings.soft, memory, dtype, settles=settings.auto)
+    return Wanted(settings.inputs, number, settings.soft, settles=settings.auto)
 
 
 def _limits(wanted: Wanted, tokens: int) -> str:
@@ -155,7 +169,33 @@ def _settings(config: LokiConfig) -> dict[str, Any]:
     return config.protect.model_dump(include={"inputs", "directions", "soft"})
 
 
-def _choose(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
+def _choose(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: LokiConfig,
+    still: Sequence[str],
+) -> Directions:
+    moving = [name for name in targeted(model, config.targets) if name not in still]
+    if not still:
+        return _find(model, prompts, config)
+    down = find_anatomy(model).names
+    if moving:
+        targets = DOWN if moving == down else moving
+        found = _find(model, prompts, config.model_copy(update={"targets": targets}))
+    else:
+        made = {**_settings(config), "sinks": [], "tokens": sum(map(len, prompts))}
+        made |= {"prompts": len(prompts), "text": config.protect.text}
+        found = Directions([], fingerprint(model, unchanged=True), made, [])
+    sizes = [linear_sizes(model.get_submodule(name)) for name in still]
+    return replace(
+        found,
+        basis=[*found.basis, *(torch.empty(size[0], 0) for size in sizes if size)],
+        made=found.made | {"still": list(still)},
+        sites=[*(found.sites or [[name] for name in down] * bool(moving)), *([n] for n in still)],
+    )
+
+
+def _find(model: nn.Module, prompts: Sequence[Sequence[int]], config: LokiConfig) -> Directions:
     settings, wanted = _settings(config), wanted_directions(model, config)
     # In a run the model was read when its rows were chosen; what was written to is read again.
     mark = fingerprint(model, unchanged=True)
@@ -218,7 +258,7 @@ def report(directions: Directions) -> dict[str, Any]:
     return {
         "directions_per_layer": directions.counts,
         "inputs": directions.sites,
-        "soft": directions.soft,
+        "soft": made.get("soft", directions.soft),
         "energy_per_layer": made.get("energy"),
         "energy_of_held_out_prompts_per_layer": made.get("held_out"),
         "sink_directions_per_layer": sinks and [s["directions"] for s in sinks],

@@ -14,7 +14,7 @@ SMOL, GEMMA = list(SOURCES)[:2]
 # arm -> KL to the base where the task is learned well enough; None: it never is.
 ENDS = {
     "lora_all_r16": 0.8, "lora_again": 0.82, "osf": 0.4, "lora_anchor": 0.2, "lora_replay5": 0.6,
-    "loki_q30": 0.72, "loki_soft_q90": 0.08, "lora_soft": 0.04, "auto_all": 0.02,
+    "loki_q30": 0.72, "loki_soft_q90": 0.08, "lora_soft": 0.04, "auto_gain_frozen": 0.02,
     "full": None,
 }  # fmt: skip
 

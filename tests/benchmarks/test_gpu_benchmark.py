@@ -44,7 +44,8 @@ def test_every_part_is_measured_or_says_why_not(tmp_path, monkeypatch):
             "training step, LoKI dense",
             "training step, `auto`, all linears r = 16",
             "training step, `auto`, 10 % of the rows",
-            "finding the directions of all linears",
+            "training step, `auto` with `freeze_a: false`, all linears r = 16",
+            "setting what all linears read",
         ):
             assert found[what, weights, "sdpa"]["ms"] > 0
         eager = found["training step, LoKI dense", weights, "eager"]

@@ -13,7 +13,11 @@ def test_a_line_of_the_table_is_what_the_estimate_says():
 
 
 def test_protection_adds_its_directions_and_what_the_anchor_takes():
-    for line in memory.protection("Qwen2.5-0.5B"):
+    dense, still, moving = memory.protection("Qwen2.5-0.5B")
+    # Where A stands still nothing is held, and half of the weights need no optimizer.
+    assert float(still["directions_GB"]) == 0 and still["directions_add"] == "0.0%"
+    assert float(still["auto_adds_GB"]) < float(moving["auto_adds_GB"])
+    for line in (dense, moving):
         assert 0 < float(line["directions_GB"]) < float(line["auto_adds_GB"]) + 0.05
         assert 0 < float(line["directions_add"].rstrip("%")) < 20
         assert 5 < float(line["anchor_adds"].rstrip("%")) < 20

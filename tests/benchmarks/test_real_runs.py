@@ -175,10 +175,10 @@ def test_a_base_that_nobody_knows_and_a_changed_package_are_refused(tmp_path, mo
 
 @pytest.mark.slow
 def test_a_finalist_trains_by_the_real_command_and_is_measured_alike(lab, tmp_path):
-    found = through.run(lab, "auto_all", "snips", 3, tmp_path / "work")
-    config = yaml.safe_load((tmp_path / "work" / "auto_all.yaml").read_text())
+    found = through.run(lab, "auto_gain_frozen", "snips", 3, tmp_path / "work")
+    config = yaml.safe_load((tmp_path / "work" / "auto_gain_frozen.yaml").read_text())
     assert config["loki"] == {"quota": 100, "protect": "auto"} and config["plugins"] == ["loki"]
-    report_of = json.loads((tmp_path / "work/auto_all/loki_report.json").read_text())
+    report_of = json.loads((tmp_path / "work/auto_gain_frozen/loki_report.json").read_text())
     assert report_of["verified"] is True
     start = score(lab.known, lab.task.tested).loss
     assert found["task_loss"] < start and found["kl_dialogues"] > 0 and "facts_kept" in found

@@ -25,24 +25,33 @@ from loki_plugin.estimating.work import Work
 from loki_plugin.host.base import look_at
 from loki_plugin.implanting.adapter import trainable_share
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.protecting.fixing import fix_reads
 
 
 @pytest.mark.parametrize("targets", ["down", "all", ["q_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype, targets):
+@pytest.mark.parametrize("still", [False, True])
+def test_trainable_parameters_and_adapter_bytes_are_exact(tmp_path, rank, dtype, targets, still):
     model = tiny("llama")
     anatomy = find_anatomy(model)
     selection = RowSelection([[1, 5, 7, 20, 40], [], [2, 3, 4, 5, 6, 9, 11]], 48)
     tuned = implant(model, selection, rank, targets=targets, linear_rank=3)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
+    for name, parameter in tuned.named_parameters():
+        if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
+    if still:
+        fix_reads(tuned)
     for module in tuned.modules():
         if hasattr(module, "like"):
             module.like = module.like.to(dtype)
     tuned.save_pretrained(tmp_path)
-    block = LokiConfig(rank=rank, targets=targets, linear_rank=None if targets == "down" else 3)
+    block = LokiConfig(
+        rank=rank,
+        targets=targets,
+        linear_rank=None if targets == "down" else 3,
+        protect={"auto": True, "freeze_a": still},
+    )
     empty = tiny("llama")
     said = Estimator(empty, find_anatomy(empty), block, selection.counts, [1], analysed=False)
     assert said.parameters() == trainable_share(tuned)

@@ -315,7 +315,9 @@ def test_it_trains_the_model_that_ddp_trains(runs, base, tied, form, rank, linea
     assert report["verified_what"]["base"] == "every byte"
     if form in ("auto", "all"):
         assert report["protection"]["soft"] is True and report["anchor_kl_last_step"] is not None
-        assert all(Directions.load(out / FILE_NAME).counts)
+        directions = Directions.load(out / FILE_NAME)
+        assert len(directions.still) == (21 if form == "all" else 0)
+        assert all(directions.held().counts) and len(directions.held().basis) == 3 * (form != "all")
     # Mixed precision rounds other sums to bf16 than autocast does.
     bound = 0.05 if form == "rank2" else 1e-5
     ddp = modules_of(runs / f"{form}-ddp")

@@ -127,3 +127,16 @@ def test_only_the_selected_rows_move(method, prefer, train, base, watched):
         assert not torch.equal(tuned, reference)
         loaded = PeftModel.from_pretrained(plain, out).eval()
         assert torch.allclose(loaded(input_ids=ids).logits, tuned, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_low_rank_updates_read_is_set_from_the_preferences(method, prefer, train, our_log):
+    config = prefer(method) | {"max_steps": 1}
+    config["loki"] |= {"targets": "all", "rank": 2, "linear_rank": 2, "quota": 100}
+    config["loki"]["protect"] = {"inputs": 0.5, "soft": True, "freeze_a": True}
+    train(config)
+    count = 32 if method == "kto" else 16
+    assert "of 21 low-rank updates only lora_B trains; lora_A is set from" in our_log.text
+    assert f"lora_A is set from {count} texts of yours" in our_log.text
+    report = json.loads((Path(config["output_dir"]) / "loki_report.json").read_text())
+    assert report["verified"] is True and len(report["protection"]["still"]) == 21

@@ -222,7 +222,7 @@ def test_goes_on_from_an_adapter_with_its_directions_and_from_the_cache(
         ),
         ({"inputs": 0.9, "text": "none.txt"}, "protect.text: .*'none.txt' does not exist"),
         ({"soft": True, "directions": 1}, "one alone protects nothing; give at least 2"),
-        ({"share": 0.9}, "known fields: anchor, .*directions, inputs, .*soft, text"),
+        ({"share": 0.9}, "known fields: anchor, .*directions, freeze_a, inputs, .*soft, text"),
     ],
 )
 def test_faulty_blocks_are_named_before_anything_is_loaded(run_config, protect, message):

@@ -106,19 +106,28 @@ def assert_reported(out, selection):
     protection = report["protection"]
     assert report["verified"] is True, report["faults"]
     assert report["linears"] == list(selection.linears)
-    inputs = protection["inputs"]
+    inputs, still = protection["inputs"] or [], set(protection["still"])
+    held = directions.held()
     read = {name for names in inputs for name in names}
     down = {f"model.layers.{i}.mlp.down_proj" for i, n in enumerate(selection.counts) if n}
-    assert read == down | set(selection.linears)
-    assert inputs == [list(names) for names in directions.sites]
+    assert read | still == down | set(selection.linears) and not read & still
+    assert inputs == ([list(names) for names in held.sites] if inputs else [])
     shared = {tuple(n.rpartition(".")[2] for n in names) for names in inputs}
-    assert ("q_proj", "k_proj", "v_proj") in shared and ("gate_proj", "up_proj") in shared
-    assert protection["directions_per_layer"] == directions.counts
-    for key in ("energy_per_layer", "sink_tokens_per_layer", "leakage_per_layer"):
-        assert len(protection[key]) == len(inputs) == 4 * 3, key
+    if still:
+        assert still >= set(selection.linears) and not shared - {("down_proj",)}
+    else:
+        assert ("q_proj", "k_proj", "v_proj") in shared and ("gate_proj", "up_proj") in shared
+    assert protection["directions_per_layer"] == held.counts
     modules, compared = modules_of(out), []
+    for layer in range(3 if still else 0):  # what reads one input reads the same of it
+        q, k, v = (modules[f"model.layers.{layer}.self_attn.{x}_proj"][0] for x in "qkv")
+        assert torch.equal(q, k) and torch.equal(k, v)
+    if not inputs:
+        return protection
+    for key in ("energy_per_layer", "sink_tokens_per_layer", "leakage_per_layer"):
+        assert len(protection[key]) == len(inputs) == (1 if still else 4) * 3, key
     leaks = protection["leakage_per_layer"]
-    for names, v, told in zip(inputs, directions.basis, leaks, strict=True):
+    for names, v, told in zip(inputs, held.basis, leaks, strict=True):
         shares = [leakage(modules[n][1].double() @ modules[n][0].double(), v) for n in names]
         assert told == pytest.approx(max(shares), rel=1e-4)
         assert 0 < told < (1 if directions.soft else 1e-6), names
@@ -134,7 +143,14 @@ MATRIX = {
     "rank-auto-checkpointed": (2, {"protect": "auto", "linear_rank": 3}, CHECKPOINTED),
     "dense-auto-nf4": (None, {"protect": "auto"}, NF4 | CHECKPOINTED),
     "rank-hard-nf4": (2, {"protect": {"directions": 20}, "linear_rank": 3}, NF4),
-    "dense-auto-memory": (None, {"protect": {"auto": True, "memory": 5e-5}}, {}),
+    "rank-auto-nf4": (2, {"protect": "auto", "linear_rank": 3}, NF4),
+    "dense-auto-memory": (None, {"protect": {"auto": True, "memory": 2e-5}}, {}),
+    "dense-auto-moving": (None, {"protect": {"auto": True, "freeze_a": False}}, {}),
+    "rank-auto-moving": (
+        2,
+        {"protect": {"auto": True, "freeze_a": False}, "linear_rank": 3},
+        {},
+    ),
 }
 
 
@@ -154,12 +170,13 @@ def test_rows_and_every_other_linear_move_and_nothing_else(
     protection = assert_reported(out, selection)
     if "auto" in case:
         assert protection["soft"] and protection["text"] == "self"
+        assert bool(protection["still"]) == ("moving" not in case)
     if "memory" in case:
         directions = Directions.load(out / FILE_NAME)
-        held = [packed(v) for v in directions.basis]  # in 8 bits
-        assert sum(v.nbytes for v in held) <= 5e4 and protection["capped"]
-        assert "there is 5e-05 GB (`protect.memory`)" in our_log.text
-    elif "auto" in case:
+        held = [packed(v) for v in directions.held().basis]  # in 8 bits
+        assert sum(v.nbytes for v in held) <= 2e4 and protection["capped"]
+        assert "there is 2e-05 GB (`protect.memory`)" in our_log.text
+    elif "auto" in case and protection["inputs"]:
         assert min(protection["energy_per_layer"]) >= 0.99 and not protection["capped"]
     assert "18 with a LoRA: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj" in our_log.text
     assert_proved(run_config, base, tmp_path, selection)
@@ -179,7 +196,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(rank, run_config, tra
     halfway, whole, resumed = (load_file(f / ADAPTER) for f in (checkpoint, out, again))
     assert len(whole) == 2 * 21
     assert_equal(whole, resumed)
-    assert all(not torch.equal(halfway[n], whole[n]) for n in whole if "lora_A" in n)
+    still = [f"{n}.lora_A" for n in report_of(out)["protection"]["still"]]
+    assert len(still) == (21 if rank else 18)
+    for name in (n for n in whole if "lora_A" in n):  # where A trains it moved
+        stood = any(part in name for part in still)
+        assert torch.equal(halfway[name], whole[name]) == stood, name
     if rank is None:
         return
     more["loki"] = run_config["loki"] | {"targets": ["q_proj", "down_proj"]}
@@ -207,7 +228,10 @@ def test_an_adapter_trains_on_from_where_it_was(rank, run_config, train, watched
     for name, pair in before.items():
         for old, new in zip(pair, after[name], strict=True):
             assert torch.allclose(old, new, atol=1e-5), name
-        assert not torch.equal(pair[0], after[name][0]), name
+        # A stands still but in the rows of the dense form, whose B is their selector.
+        moving = rank is None and "down_proj" in name
+        assert torch.equal(pair[0], after[name][0]) != moving, name
+        assert torch.equal(pair[1], after[name][1]) == moving, name
     more["loki"] = run_config["loki"] | {"targets": ["q_proj", "v_proj"]}
     with pytest.raises(ValueError, match=r"adapter .* trains rows of the down.* asks for q_p"):
         train(run_config | more)
@@ -287,7 +311,8 @@ def test_what_needs_no_scores_is_not_analysed(
     assert "no analysis" in our_log.text and "0 prompts" not in our_log.text
     if "protect" in block:
         protection = report["protection"]
-        assert {n for names in protection["inputs"] for n in names} >= set(selection.linears)
+        read = {n for names in protection["inputs"] for n in names} | {*protection["still"]}
+        assert read >= set(selection.linears)
         assert len(protection["leakage_per_layer"]) == len(protection["inputs"])
     assert_proved(run_config, base, tmp_path, selection)
 

@@ -24,9 +24,10 @@ from .log import MANIFEST, ScoreLog, remove_log, shards_of
 LOG = logging.getLogger("loki_plugin")
 
 # Folders beside the analyses: what a file in them is, and how its name ends.
-DIRECTIONS, TEXTS, HELD_BACK = "directions", "texts", "held_back"
+DIRECTIONS, READS, TEXTS, HELD_BACK = "directions", "reads", "texts", "held_back"
 PLACES = {
     DIRECTIONS: ("protected directions", ".safetensors"),
+    READS: ("what low-rank updates read", ".safetensors"),
     TEXTS: ("texts of the model's own", ".jsonl"),
     HELD_BACK: ("texts that runs held back", ".json"),
 }
@@ -58,7 +59,7 @@ class Kept:
     """One file of protected directions, or of texts, in the cache; attributes as `Entry` has them.
 
     Attributes:
-        place: the folder that it is in, `DIRECTIONS`, `TEXTS` or `HELD_BACK`.
+        place: the folder that it is in, a key of `PLACES`.
     """
 
     place: str

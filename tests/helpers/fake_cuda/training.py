@@ -70,6 +70,7 @@ def implanted(
     from loki_plugin.implanting.adapter import constrained_modules
     from loki_plugin.model.anatomy import find_anatomy
     from loki_plugin.model.linears import chosen
+    from loki_plugin.protecting.fixing import FixedA, low_rank
     from loki_plugin.protecting.installing import protected_modules
     from loki_plugin.protecting.packed import BYTES, WIDE
     from loki_plugin.protecting.reading import ProtectedA
@@ -89,6 +90,10 @@ def implanted(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     asked = ProtectArgs(**protect)
+    still = low_rank(tuned) if asked.freeze_a else {}
+    for module in still.values():
+        module.lora_A["default"] = FixedA(module.lora_A["default"].weight.detach())
+    inputs = [each for each in inputs if each.linears[0][0] not in still]
     counts, itemsize = direction_counts(
         asked, [each.size for each in inputs], int(1e9 * (asked.memory or 1))
     )
@@ -190,7 +195,8 @@ def train_step(
     if anchored is not None and known:
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
             anchored.divergence(tuned, [0, 1])
-    held = [*resident, *tuned.buffers(), *ours, *states, *directions_held, ids]
+    adapter = [p for name, p in tuned.named_parameters() if ".lora_" in name]
+    held = [*resident, *tuned.buffers(), *adapter, *states, *directions_held, ids]
     with one_kernel_attention(), meter.counting(held):
         with meter.phase("forward"), torch.autocast("cuda", dtype=torch.bfloat16):
             output = tuned(input_ids=ids, labels=ids, use_cache=False)
@@ -214,7 +220,7 @@ def train_step(
         "peaks": dict(meter.peaks),
         "waits": dict(meter.waits),
         "base_bytes": base,
-        "trained_bytes": _bytes(ours),
+        "adapter_bytes": _bytes(adapter),
         "trained": sum(p.numel() for p in ours),
         "state_bytes": _bytes(states),
         "directions_bytes": _bytes(directions_held),
@@ -245,9 +251,11 @@ def estimated(
     said = Estimator(empty, anatomy, config, counts, [anchor or 1], analysed=False)
     trained, _ = said.parameters()
     work = Work.of(empty, anatomy)
-    flops = work.training(run.tokens, run.length, trained, run.checkpointing)
+    step = said.training(run)
+    fixed = step["adapter_bytes"] // run.adapter_dtype.itemsize - trained
+    flops = work.training(run.tokens, run.length, trained, run.checkpointing, fixed)
     flops += said.protection_flops(run, 24) + work.anchor(2 * anchor, new=not known)
-    return said.training(run) | {"TFLOP": flops / 1e12}
+    return step | {"TFLOP": flops / 1e12}
 
 
 def _first_linear(model: nn.Module) -> str:
