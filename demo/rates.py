@@ -23,7 +23,7 @@ FIELDS = ("way", "rate", "step", "orders", "loss_orders", "kl_answers", "kl_text
 DOWN = {"targets": "down", "quota": 90, "protect": "auto", "calibration": real.CALIBRATION}
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": (real.LORA, (3e-4, 1e-3, 1e-4)),
-    "loki": (real.LOKI, (1e-3, 5e-4, 2e-3)),
+    "loki": (real.LOKI, (2e-3, 4e-3, 1e-3)),
     "loki_down": (real.LOKI | {"loki": {**DOWN, "cache_dir": "cache"}}, (1e-3, 2e-3, 5e-4)),
 }
 

@@ -31,7 +31,7 @@ from .asking import Probes, load
 
 BASE = "smollm2-135m-instruct"
 BATCH, LENGTH = 4, 160
-STEPS = {"lora": 60, "loki": 15}  # until each has learned the job as well
+STEPS = {"lora": 60, "loki": 20}  # until each has learned the job as well
 SCHEDULE = {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5}
 CALIBRATION = {"samples_per_subject": 1}  # some of the others are asked as multiple choice
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16}
