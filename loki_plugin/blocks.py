@@ -178,9 +178,9 @@ class ProtectArgs(Block):
     )
     freeze_a: bool = Field(
         False,
-        description="what a low-rank update reads is set once, to what the task uses most beside"
-        " what general text uses, and stands still: of its LoRA only B trains, and no directions"
-        " are held while it does; dense rows train as ever",
+        description="what a low-rank update of a whole linear reads is set once, to what the task"
+        " uses most beside what general text uses, and stands still: of its LoRA only B trains, and"
+        " no directions are held while it does; rows, dense or at a `rank`, train as ever",
     )
     memory: Number | None = Field(
         None,

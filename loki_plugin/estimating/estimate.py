@@ -47,14 +47,19 @@ class Estimator:
 
     def parameters(self) -> tuple[int, int]:
         """Those that train, and all of the base."""
-        trained = trainable(self.anatomy.input_sizes, self.counts, self.config.rank, self.still)
+        trained = trainable(self.anatomy.input_sizes, self.counts, self.config.rank, self._whole)
         each, _ = self._by_layer(trained)
         return sum(each), sum(p.numel() for p in self.model.parameters())
 
     @property
     def still(self) -> bool:
-        """Whether low-rank updates train their B alone."""
+        """Whether low-rank updates of whole linears train their B alone."""
         return self.config.protect.freeze_a
+
+    @property
+    def _whole(self) -> int:
+        """So many rows of a down-projection train B alone at a rank; 0: none do."""
+        return self.anatomy.hidden_size if self.still and self.config.rank is not None else 0
 
     @property
     def linear_rank(self) -> int:
@@ -90,7 +95,8 @@ class Estimator:
         those whose directions are held in training; else of those whose A stands still."""
         if not self.config.protect.reads:
             return []
-        rows = set(self.anatomy.names) if self.config.rank is None else set()
+        pairs = zip(self.anatomy.names, self.counts, strict=True)
+        rows = {name for name, count in pairs if count != self._whole}
         found = reads(self.model, self.anatomy, self.config.targets)
         return [r for r in found if (not self.still or r.linears[0][0] in rows) == held]
 
@@ -203,21 +209,23 @@ class Estimator:
             parts.append((both, finding(sizes, counts, both, free, decompositions=1)))
         flops = sum(2 * count * sum(work.layer) * part.passes for count, part in parts)
         batches, wide = (sum(getattr(p, k) for _, p in parts) for k in ("batches", "wide"))
-        largest = max(each.size for each in (*(each for each, _ in found), *still))
+        # Where A is set from them the task's moments are there too.
+        work_on = [EXACT_COPIES * 4 * each.size**2 for each, _ in found]
+        work_on += [(EXACT_COPIES + 1) * 4 * each.size**2 for each in still]
         return {
-            "finding_directions_bytes": weights + max(BUDGET, EXACT_COPIES * 4 * largest**2),
+            "finding_directions_bytes": weights + max(BUDGET, *work_on),
             "finding_directions_seconds": self._times(run, flops, batches, wide),
         }
 
     def training(self, run: Planned, card: int = 24) -> dict[str, Any]:
         """Memory of the training step by its parts, and the time of an optimizer step."""
         rank, sizes = self.config.rank, self.anatomy.input_sizes
-        of_rows = trainable(sizes, self.counts, rank, self.still)
+        of_rows = trainable(sizes, self.counts, rank, self._whole)
         tensors = [n for n in of_rows if n]
         if rank is not None:
             pairs = zip(sizes, self.counts, strict=True)
-            tensors = [rank * n for size, count in pairs if count for n in (size, count)]
-            tensors = tensors[1::2] if self.still else tensors
+            both = [(size * (count != self._whole), count) for size, count in pairs]
+            tensors = [rank * n for pair in both for n in pair if n and pair[1]]
         size = run.adapter_dtype.itemsize
         of_linears = [n for pair in self.linears().values() for n in pair]
         tensors += [self.linear_rank * n for n in (of_linears[1::2] if self.still else of_linears)]
@@ -286,7 +294,7 @@ class Estimator:
         found, places = [0] * len(self.anatomy.layers), self._places()
         inputs = self.anatomy.input_sizes
         for i, count, own in zip(self.anatomy.places, self.counts, inputs, strict=True):
-            if count and self.still and self.config.rank is not None and not checkpointing:
+            if count and count == self._whole and not checkpointing:
                 found[i] -= size * own
         for each in reads(self.model, self.anatomy, self.config.targets):
             names = [n for n, _ in each.linears if n not in self.anatomy.names]

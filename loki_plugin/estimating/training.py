@@ -157,16 +157,17 @@ def _kept(layer: nn.Module, down: nn.Module | None, config: Any, size: int) -> i
 
 
 def trainable(
-    inputs: Sequence[int], counts: Sequence[int], rank: int | None, still: bool = False
+    inputs: Sequence[int], counts: Sequence[int], rank: int | None, still: int = 0
 ) -> list[int]:
     """Parameters that train in each layer: k·I in the dense form, r·I + k·r in the low-rank one, or
-    k·r where its A stands still."""
-    return [
-        (count * size if rank is None else rank * (count if still else size + count))
-        if count
-        else 0
-        for size, count in zip(inputs, counts, strict=True)
-    ]
+    k·r where all `still` rows train and A stands still."""
+
+    def one(size: int, count: int) -> int:
+        if rank is None or not count:
+            return count * size
+        return rank * (count if count == still else size + count)
+
+    return [one(size, count) for size, count in zip(inputs, counts, strict=True)]
 
 
 def state_bytes(optimizer: str, tensors: Sequence[int], dtype: torch.dtype) -> int | None:

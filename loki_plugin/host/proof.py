@@ -155,7 +155,8 @@ class Proof:
                 leakage = check_saved_protection(folder, names, directions)
                 leakage = leakage[: len(directions.held().basis)]  # those that stand still are last
                 self.run.facts["protection"]["leakage_per_layer"] = leakage
-                what["protection"] = "ΔW·U of every linear of the saved adapter that reads P x"
+                if leakage:
+                    what["protection"] = "ΔW·U of every linear of the saved adapter that reads P x"
             others = len(self.run.selection.linears)
             every = f"every layer, B against {FILE_NAME}" + (
                 f", {others} further linears" if others else ""

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
+from jinja2 import TemplateError
+
 from .. import ranks
 from ..args import LokiConfig
 from ..choices import TASK_TOKENS
+from ..model.positions import positions_of
 from ..rows import RowSelection
 from .telling import Line
 
@@ -28,14 +32,17 @@ _COLUMNS = (
 
 
 def standing_still(model, selection: RowSelection, config: LokiConfig) -> list[str]:
-    """The linears of which only lora_B will train, as `protect.freeze_a` has it."""
+    """The linears of which only lora_B will train, as `protect.freeze_a` has it: those of which it
+    trains whole."""
     from ..model.anatomy import find_anatomy
 
     if not config.protect.freeze_a:
         return []
-    rows = zip(find_anatomy(model).names, selection.counts, strict=True)
-    low = [name for name, count in rows if count and config.rank is not None]
-    return [*low, *selection.linears]
+    anatomy = find_anatomy(model)
+    rows = zip(anatomy.names, selection.counts, strict=True)
+    every = config.rank is not None
+    whole = [name for name, count in rows if every and count == anatomy.hidden_size]
+    return [*whole, *selection.linears]
 
 
 def let_stand_still(
@@ -45,8 +52,9 @@ def let_stand_still(
     general: Sequence[Sequence[int]],
     config: LokiConfig,
     goes_on: bool,
-) -> list[Line]:
-    """Set what low-rank updates read, before the optimizer is made; says what was done.
+) -> tuple[list[Line], dict[str, int] | None]:
+    """Set what low-rank updates read, before the optimizer is made; says what was done, and of how
+    many texts and tokens of the task it is.
 
     Args:
         still: the linears of which only lora_B trains.
@@ -58,26 +66,27 @@ def let_stand_still(
 
     model, told = trainer.model, f"of {len(still)} low-rank updates only lora_B trains"
     if not still:
-        if goes_on and config.protect.freeze_a and (selection.linears or config.rank):
-            return [("reads", "lora_A trains, as it did before: `freeze_a` is for fresh adapters")]
-        return []
+        kept = "lora_A trains, as it did before: `freeze_a` is for fresh adapters"
+        asked = goes_on and bool(standing_still(model, selection, config))
+        return [("reads", kept)] * asked, None
     if goes_on:
         fix_reads(model)
-        return [("reads", f"{told}, as before")]
+        return [("reads", f"{told}, as before")], None
     with ranks.together():
-        texts = task_texts(trainer)
+        texts = task_texts(trainer) if ranks.is_first() else []
     texts = ranks.broadcast(texts)
     wanted, cache = all_wanted(config), (config.cache_dir, config.cache_limit)
     fix_reads(model, shared_reads(model, texts, general, wanted, *cache))
-    if not texts:
-        LOG.warning(
-            "loki: the training set holds no token ids that can be read yet, so what low-rank"
-            " updates read is drawn, and they will learn more slowly; `protect: {auto: true,"
-            " freeze_a: false}` lets it train"
-        )
-        return [("reads", f"{told}; lora_A stays as drawn, behind what general text reads")]
-    tokens = sum(map(len, texts))
-    return [("reads", f"{told}; lora_A is set from {len(texts)} texts of yours, {tokens:,} tokens")]
+    found = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    if texts:
+        told += f"; lora_A is set from {len(texts)} texts of yours, {found['tokens']:,} tokens"
+        return [("reads", told)], found
+    LOG.warning(
+        "loki: the training set holds no token ids that can be read yet, so what low-rank updates"
+        " read is drawn, and they will learn more slowly; `protect: {auto: true, freeze_a: false}`"
+        " lets it train"
+    )
+    return [("reads", f"{told}; lora_A stays as drawn, behind what general text reads")], found
 
 
 def task_texts(trainer: Any) -> list[list[int]]:
@@ -87,39 +96,60 @@ def task_texts(trainer: Any) -> list[list[int]]:
     is still words, prompts alone (GRPO) or messages beside images, the tokenizer tells. Empty:
     there are none that could be read.
     """
+    tokenizer = getattr(trainer, "processing_class", None)
+    longest = min(LONGEST, positions_of(trainer.model) or LONGEST)
     found, tokens = [], 0
-    for row in _some(getattr(trainer, "train_dataset", None)):
-        ids = _ids(row, getattr(trainer, "processing_class", None))[-LONGEST:]
-        if len(ids) > 1 and tokens + len(ids) <= TASK_TOKENS:
-            found.append(ids)
-            tokens += len(ids)
+    # A packed stream draws as it is read; neither it nor what the run draws may depend on that.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for row in _some(getattr(trainer, "train_dataset", None)):
+            ids = _ids(row, tokenizer)[-longest:]
+            if len(ids) > 1 and tokens + len(ids) <= TASK_TOKENS:
+                found.append(ids)
+                tokens += len(ids)
     return found
 
 
-def _some(dataset: Any) -> Iterable[Mapping[str, Any]]:
+def _some(dataset: Any) -> Iterable[Any]:
+    """Rows from all over a set; the first half of them are too, and so on, for long texts fill the
+    limit before all have been read."""
     if dataset is None:
         return ()
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return islice(dataset, TEXTS)
-    count = len(dataset)
-    places = dict.fromkeys(i * count // TEXTS for i in range(TEXTS)) if count else ()
+    count, bits = len(dataset), TEXTS.bit_length() - 1
+    turns = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(TEXTS))
+    places = dict.fromkeys(turn * count // TEXTS for turn in turns) if count else ()
     return (dataset[i] for i in places)
 
 
 def _ids(row: Any, tokenizer: Any) -> list[int]:
+    """Token ids of a row, without padding; none where it has another form."""
     if not isinstance(row, Mapping):
         return []
     for parts in _COLUMNS:
-        if all(_is_ids(row.get(part)) for part in parts):
-            return [int(token) for part in parts for token in row[part]]
-    told = row.get("prompt") or row.get("messages")
+        found = [_listed(row.get(part)) for part in parts]
+        if all(_is_ids(ids) for ids in found):
+            ids, mask = [i for some in found for i in some], _listed(row.get("attention_mask"))
+            if len(parts) == 1 and _is_ids(mask) and len(mask) == len(ids):
+                return [i for i, real in zip(ids, mask, strict=True) if real]
+            while ids and ids[-1] == getattr(tokenizer, "pad_token_id", None):
+                ids.pop()
+            return ids
+    told = row["prompt"] if row.get("prompt") is not None else row.get("messages")
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-    if isinstance(told, str) and callable(tokenizer):
-        return list(tokenizer(told)["input_ids"])
-    if isinstance(told, list) and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": turn["role"], "content": _text(turn["content"])} for turn in told]
-        asks = {"add_generation_prompt": "prompt" in row, "return_dict": False}
-        return list(tokenizer.apply_chat_template(turns, tokenize=True, **asks))
+    try:
+        if isinstance(told, str) and callable(tokenizer):
+            return list(tokenizer(told)["input_ids"])
+        if isinstance(told, list) and getattr(tokenizer, "chat_template", None):
+            turns = [
+                {**turn, "role": turn["role"], "content": _text(turn.get("content"))}
+                for turn in told
+            ]
+            asks = {"add_generation_prompt": "prompt" in row, "return_dict": False}
+            return list(tokenizer.apply_chat_template(turns, tokenize=True, **asks))
+    except (TemplateError, KeyError, TypeError, ValueError, AttributeError):
+        pass  # the trainer has its own way with such a row
     return []
 
 
@@ -130,7 +160,9 @@ def _text(content: Any) -> str:
     return " ".join(part.get("text") or "" for part in content or ()).strip()
 
 
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _is_ids(value: Any) -> bool:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
     return isinstance(value, Sequence) and all(isinstance(token, int) for token in value)

@@ -61,8 +61,8 @@ def implant(
             the down-projection. A `RowSelection` that has `linears` of its own keeps them.
         linear_rank: rank r of the LoRA on the further linears.
         task: token ids of some of the texts that will be trained on. With `protect`, the A of every
-            low-rank update is set to what these use most beside what general text uses, and stands
-            still (`protect.freeze_a`); None: A trains.
+            low-rank update of a whole linear is set to what these use most beside what general text
+            uses, and stands still (`protect.freeze_a`); None: A trains.
 
     Raises:
         ValueError: rows or directions that do not fit the model, a rank out of range, unknown
@@ -82,6 +82,13 @@ def implant(
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **settings))
     install(wrapped, selection, rank)
     if protect is not None:
+        protect = Directions.of(protect)
+        if protect.still:
+            raise ValueError(
+                f"`protect` holds no directions for {len(protect.still)} linears, whose A stood"
+                " still where it was made (`protect.freeze_a`); find them anew"
+                " (`input_directions`, or `choose_directions`)"
+            )
         protect_inputs(wrapped, protect)
     if task is not None:
         if protect is None:

@@ -186,7 +186,8 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
 def _protected(found: dict[str, Any]) -> str:
     """What the directions cover: how many, energy, tokens, prompts kept back, leakage."""
     still, counts = found.get("still") or [], found["directions_per_layer"]
-    told_still = f"what {len(still)} low-rank updates read stands still, set from the task's texts"
+    told_still = f"what {len(still)} low-rank updates read stands still"
+    told_still += f", set from {texts} of the task's texts" if (texts := _texts(found)) else ""
     if not counts:
         return told_still
     inputs = found.get("inputs")
@@ -205,6 +206,10 @@ def _protected(found: dict[str, Any]) -> str:
     told += f"; {told_still}" if still else ""
     leakage = found.get("leakage_per_layer")
     return told + (f"; at most {max(leakage):.2g} of the update reads them" if leakage else "")
+
+
+def _texts(found: dict[str, Any]) -> int:
+    return (found.get("set_from") or {}).get("texts", 0)
 
 
 def _percent(share: float) -> str:

@@ -38,7 +38,7 @@ from ..model.writing import replacing
 from .eigen import budget
 from .finding import grouped
 from .keeping import by_one, key_of, read_kept
-from .moments import Moments, Reader, batched
+from .moments import Moments, Reader, Site, batched
 from .packed import Packed
 from .reading import ProtectedA, outside
 from .solving import Wanted, solve
@@ -64,15 +64,21 @@ class FixedA(nn.Linear):
 
 
 def low_rank(model: PeftModel) -> dict[str, LoraLayer]:
-    """The linears whose A may stand still, by name: those whose B trains."""
+    """The linears whose A may stand still, by name: those of which B trains whole. Where only some
+    rows of a low-rank B train, A holds nearly all that can be learned, and goes on training."""
     adapter = model.active_adapter
     return {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
         and adapter in module.lora_B
-        and next(module.lora_B[adapter].parameters(), None) is not None
+        and _trains_whole(module.lora_B[adapter])
     }
+
+
+def _trains_whole(b: nn.Module) -> bool:
+    trained = next(b.parameters(), None)  # None: a selector, beside an A of dense rows
+    return trained is not None and len(trained) == b.out_features
 
 
 def fix_reads(model: PeftModel, reads: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -187,15 +193,19 @@ def task_reads(
                 if batches:
                     reader.add(moments, some, batches, bar)
             for i in group:
-                task, text = (moments.pop(i, None) for moments in seen)
                 known = {n: layers[n].lora_A[model.active_adapter] for n in sites[i].names}
                 v = _through(known[sites[i].names[0]])
-                if text is not None and wanted is not None:
-                    assert text.ordinary is not None
-                    tokens = sum(map(len, beside))
-                    v = solve(sites[i], text, None, wanted, None, tokens).basis.to(text.ordinary)
+                if wanted is not None and beside:  # what it is of goes as soon as it is found
+                    v = _of_text(sites[i], seen[1].pop(i), wanted, sum(map(len, beside)))
+                task = seen[0].pop(i, None)
                 found |= _reads(known, v, task.ordinary if task else None)
     return found
+
+
+def _of_text(site: Site, text: Moments, wanted: Wanted, tokens: int) -> torch.Tensor:
+    """V of general text, where its moments are."""
+    assert text.ordinary is not None
+    return solve(site, text, None, wanted, None, tokens).basis.to(text.ordinary)
 
 
 def _reads(

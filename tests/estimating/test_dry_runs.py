@@ -88,15 +88,15 @@ TRAININGS = {
     },
     # Of low-rank updates A stands still.
     "still-rows": {
-        "shape": GROUPED, "length": 512, "rank": 16, "nf4": True,
+        "shape": GROUPED, "length": 512, "rank": 16, "quota": 100, "nf4": True,
         "protect": {"directions": 64, "freeze_a": True},
     },
     "still-rows-kept": {
-        "shape": GROUPED, "length": 512, "rank": 16, "checkpointing": False,
+        "shape": GROUPED, "length": 512, "rank": 16, "quota": 100, "checkpointing": False,
         "protect": {"directions": 64, "freeze_a": True},
     },
     "all-linears-still": {
-        "shape": WORDY, "length": 512, "rank": 16, "targets": "all", "anchor": 160,
+        "shape": WORDY, "length": 512, "rank": 16, "quota": 100, "targets": "all", "anchor": 160,
         "protect": {"directions": 256, "freeze_a": True},
     },
     "all-linears-still-float32-kept": {

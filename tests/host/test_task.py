@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
 from datasets import Dataset, IterableDataset
+from helpers.families import tiny
 from helpers.tokenizers import make_tokenizer
 
 from loki_plugin.choices import TASK_TOKENS
 from loki_plugin.host.task import LONGEST, TEXTS, task_texts
+from loki_plugin.model.positions import positions_of
 
 
-def trainer(rows, tokenizer=None):
-    return SimpleNamespace(train_dataset=rows, processing_class=tokenizer)
+def trainer(rows, tokenizer=None, family="llama"):
+    model = tiny(family)
+    return SimpleNamespace(train_dataset=rows, processing_class=tokenizer, model=model)
 
 
 def test_texts_are_evenly_spaced_and_all_there_are_of_a_few():
     few = Dataset.from_list([{"input_ids": [i, i + 1]} for i in range(5)])
-    assert task_texts(trainer(few)) == [[i, i + 1] for i in range(5)]
+    assert sorted(task_texts(trainer(few))) == [[i, i + 1] for i in range(5)]
     many = Dataset.from_list([{"input_ids": [i, i + 1]} for i in range(640)])
-    assert [ids[0] for ids in task_texts(trainer(many))] == list(range(0, 640, 10))
+    assert sorted(ids[0] for ids in task_texts(trainer(many))) == list(range(0, 640, 10))
+    # Where a limit is reached, what was read so far is from all over the set too.
+    long = Dataset.from_list([{"input_ids": [i] * 1500} for i in range(640)])
+    found = sorted(ids[0] for ids in task_texts(trainer(long)))
+    assert len(found) == TASK_TOKENS // 1500 and found[0] < 64 and found[-1] >= 576
+    assert max(b - a for a, b in zip(found, found[1:], strict=False)) <= 40
 
 
 def test_of_a_stream_the_first_ones_are_taken_and_it_begins_anew():
@@ -33,6 +42,37 @@ def test_of_a_long_text_its_end_is_taken_and_all_keep_to_a_limit():
     found = task_texts(trainer(long))
     assert {tuple(ids) for ids in found} == {tuple(range(5000 - LONGEST, 5000))}
     assert sum(map(len, found)) == TASK_TOKENS  # 16 of them
+
+
+def test_padding_is_no_text_of_the_task(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    pad = tokenizer.pad_token_id
+    rows = [{"input_ids": [5, pad, 6, pad], "attention_mask": [1, 0, 1, 0]}]
+    assert task_texts(trainer(rows, tokenizer)) == [[5, 6]]
+    assert task_texts(trainer([{"input_ids": [5, 6, pad, pad]}], tokenizer)) == [[5, 6]]
+
+
+def test_no_text_is_longer_than_the_table_of_positions():
+    rows = [{"input_ids": list(range(500))}]
+    found = task_texts(trainer(rows, family="gpt2"))
+    assert found == [list(range(500))[-positions_of(tiny("gpt2")) :]]
+
+
+def test_reading_a_stream_that_draws_changes_nothing_that_the_run_draws():
+    def rows():
+        for _ in range(TEXTS):
+            yield {"input_ids": torch.randint(99, (4,)).tolist()}
+
+    class Stream:
+        def __iter__(self):
+            return rows()
+
+    asked = trainer(Stream())
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first, second = task_texts(asked), task_texts(asked)
+    assert first == second and len(first) == TEXTS
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_of_preferences_a_prompt_and_its_chosen_answer_are_taken():
@@ -64,6 +104,9 @@ def test_of_messages_beside_images_the_words_are_read(tmp_path):
     assert found == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
 
 
-def test_what_cannot_be_read_gives_nothing():
+def test_what_cannot_be_read_gives_nothing(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    for told in (["a"], [["a"]], [{"from": "human", "value": "a"}], torch.ones(3)):
+        assert task_texts(trainer([{"prompt": told}], tokenizer)) == []
     for rows in (None, [], [{"messages": []}], [{"input_ids": None}], [{"input_ids": [7]}], ["x"]):
         assert task_texts(trainer(rows)) == []

@@ -13,7 +13,9 @@ from peft import PeftModel
 
 from loki_plugin import implant, input_directions
 from loki_plugin.implanting.adapter import check
+from loki_plugin.implanting.training import KeepDtypes
 from loki_plugin.protecting import fixing
+from loki_plugin.protecting.directions import Directions
 from loki_plugin.protecting.fixing import (
     FixedA,
     fix_reads,
@@ -33,10 +35,10 @@ def softly(model, targets="all"):
     return input_directions(model, *CALIBRATION, energy=0.9, soft=True, targets=targets)
 
 
-def still(base="llama", rank=None, **more):
-    model = tiny(base, **more)
+def still(rank=None, rows=ROWS):
+    model = tiny("llama")
     return implant(
-        model, ROWS, rank, protect=softly(model), targets="all", linear_rank=4, task=TASK
+        model, rows, rank, protect=softly(model), targets="all", linear_rank=4, task=TASK
     )
 
 
@@ -122,13 +124,24 @@ def test_switching_the_adapter_off_and_on_lets_no_a_train():
     assert any("lora_A" in n for n, p in tuned.named_parameters() if not p.requires_grad)
 
 
-def test_of_low_rank_rows_b_alone_moves():
-    tuned = still(rank=2)
+def moved_by_training(tuned):
     before = {n: p.clone() for n, p in tuned.named_parameters()}
     train(tuned)
-    moved = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    return {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+
+
+def test_of_a_whole_linear_at_a_rank_b_alone_moves():
+    moved = moved_by_training(still(rank=2, rows=[list(range(48))] * 3))
     assert moved and all(".lora_B." in name for name in moved)
     assert sum("down_proj" in name for name in moved) == 3
+
+
+def test_where_some_rows_train_at_a_rank_their_a_trains_too():
+    """B has so few numbers there that A holds nearly all that can be learned."""
+    moved = moved_by_training(still(rank=2))
+    of_a = {name for name in moved if ".lora_A." in name}
+    assert len(of_a) == 3 and all("down_proj" in name for name in of_a)
+    assert sum(".lora_B." in name for name in moved) == 21
 
 
 def test_directions_found_on_the_way_are_those_that_are_handed_over():
@@ -162,6 +175,26 @@ def test_a_keeps_its_dtype(dtype):
         layer.lora_B["default"].to(dtype)
     fix_reads(plain, task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True)))
     assert {m.lora_A["default"].weight.dtype for m in low_rank(plain).values()} == {dtype}
+
+
+def test_a_keeps_its_dtype_through_pefts_loading(tmp_path):
+    """PEFT makes what it loads float32, also of an adapter in 16 bits."""
+    tuned = still()
+    for name, parameter in tuned.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    kept = KeepDtypes(tuned)
+    tuned.save_pretrained(tmp_path)
+    tuned.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert torch.float32 in {p.dtype for n, p in tuned.named_parameters() if ".lora_A." in n}
+    kept.restore(tuned)
+    assert {p.dtype for n, p in tuned.named_parameters() if ".lora_" in n} == {torch.bfloat16}
+
+
+def test_a_file_of_what_stood_still_protects_nothing_and_is_refused():
+    held = Directions([torch.empty(48, 0)], made={"still": ["q"]}, sites=[["q"]])
+    with pytest.raises(ValueError, match="holds no directions for 1 linears, whose A stood still"):
+        implant(tiny("llama"), ROWS, protect=held, targets="all")
 
 
 def test_what_cannot_be_told_is_refused():
