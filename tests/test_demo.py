@@ -381,7 +381,7 @@ def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsy
         assert line.removeprefix(title).split() == values
     for about in (
         "the model writes",
-        "input directions",
+        "what updates read",
         "training",
         "merging linears",
         "asking LoKI",

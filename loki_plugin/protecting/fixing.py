@@ -38,7 +38,7 @@ from ..model.writing import replacing
 from .eigen import budget
 from .finding import grouped
 from .keeping import by_one, key_of, read_kept
-from .moments import Moments, Reader, Site, batched
+from .moments import Moments, Reader, Site, batched, casting
 from .packed import Packed
 from .reading import ProtectedA, outside
 from .solving import Wanted, solve
@@ -174,7 +174,10 @@ def task_reads(
     check_lengths(model, [*texts, *beside])
     layers, anatomy = low_rank(model), find_anatomy(model)
     modules = {name: layer.get_base_layer() for name, layer in layers.items()}
-    reader, alike = Reader(model, anatomy, modules), looks_ahead(model, anatomy.decoder)
+    device, half = model.get_input_embeddings().weight.device, _half(model)
+    reader = Reader(model, anatomy, modules, half)
+    with casting(device, half):
+        alike = looks_ahead(model, anatomy.decoder)
     both = batched(texts, alike), batched(beside, alike)
     found: dict[str, torch.Tensor] = {}
     with ExitStack() as ways:
@@ -182,7 +185,7 @@ def task_reads(
         ways.enter_context(exact_products())
         every = both[1] or both[0]
         sites = reader.sites(every[len(every) // 2])
-        room = budget(model.get_input_embeddings().weight.device)
+        room = budget(device)
         groups = grouped([site.size for site in sites], 4, 2 if beside else 1, room)
         steps = len(groups) * sum(map(len, both))
         bar = ways.enter_context(tqdm(total=steps, desc="loki: what updates read", unit="batch"))
@@ -200,6 +203,13 @@ def task_reads(
                 task = seen[0].pop(i, None)
                 found |= _reads(known, v, task.ordinary if task else None)
     return found
+
+
+def _half(model: PeftModel) -> torch.dtype | None:
+    """What the base computes in where it is of 16 bits. By now a host may have cast some of its
+    modules to 32 (Axolotl does with norms and routers), which a training runs under autocast."""
+    own = {p.dtype for name, p in model.named_parameters() if ".lora_" not in name}
+    return next((d for d in (torch.bfloat16, torch.float16) if d in own), None)
 
 
 def _of_text(site: Site, text: Moments, wanted: Wanted, tokens: int) -> torch.Tensor:

@@ -85,11 +85,13 @@ class Reader:
 
     Attributes:
         modules: by name, those whose inputs are wanted.
+        autocast: to this dtype, as in a training whose weights are of several; None: as it stands.
     """
 
     model: nn.Module
     anatomy: Anatomy
     modules: dict[str, nn.Module]
+    autocast: torch.dtype | None = None
 
     def sites(self, batch: Sequence[torch.Tensor]) -> list[Site]:
         """Which modules read the same tensor, in the order in which they run on `batch`.
@@ -160,6 +162,7 @@ class Reader:
             for name, module in modules.items():
                 hook = _seeing(see, name, real)
                 hooks.enter_context(removing(module.register_forward_pre_hook(hook)))
+            hooks.enter_context(casting(device, self.autocast))
             self.anatomy.decoder(input_ids=ids, use_cache=False)
 
 
@@ -167,9 +170,15 @@ class _Enough(Exception):
     """The last site has been seen; what comes above it need not run."""
 
 
+def casting(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to a dtype, or none."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def _seeing(see, name: str, real: torch.Tensor):
     def enter(module, args):
-        see(name, module, args[0], real)
+        with casting(args[0].device, None):  # moments are summed in float32
+            see(name, module, args[0], real)
 
     return enter
 

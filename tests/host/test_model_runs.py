@@ -211,7 +211,7 @@ ROUTED = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
 def test_of_routed_experts_only_all_else_trains_protected(
     tmp_path, run_config, train, family, monkeypatch
 ):
-    """No rows, no analysis; attention alone moves, and reads through its directions."""
+    """No rows, no analysis; attention alone moves, and what it reads stands still."""
     monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
     base = tmp_path / "base"
     save(shrink(AutoConfig.for_model(family)), base)
@@ -223,7 +223,8 @@ def test_of_routed_experts_only_all_else_trains_protected(
     report = json.loads((out / "loki_report.json").read_text(encoding="utf-8"))
     kinds = {name.rpartition(".")[2] for name in report["linears"]}
     assert report["verified"] and kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert len(report["protection"]["inputs"]) == len(report["linears"]) // 2
+    assert report["protection"]["still"] == report["linears"]
+    assert not report["protection"]["inputs"] and report["protection"]["set_from"]["texts"] > 0
     _, proof = merge_run(config, [out], out / "merged")
     assert proof.ok
     before, after = (load_file(f / "model.safetensors") for f in (base, out / "merged"))

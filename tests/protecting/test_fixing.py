@@ -177,6 +177,24 @@ def test_a_keeps_its_dtype(dtype):
     assert {m.lora_A["default"].weight.dtype for m in low_rank(plain).values()} == {dtype}
 
 
+def test_a_base_of_which_a_host_has_cast_a_part_is_read_under_autocast():
+    """As Axolotl casts norms, and the routers of mixtures, after the adapter is there."""
+
+    def reads(cast):
+        model = tiny("llama", dtype=torch.bfloat16)
+        plain = implant(model, ROWS, targets="all", linear_rank=4)
+        for module in model.modules():
+            if cast and "Norm" in type(module).__name__:
+                module.float()
+        return task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True))
+
+    whole, part = reads(False), reads(True)
+    for name, a in part.items():
+        assert a.dtype == torch.float32
+        difference = a.T @ a - whole[name].T @ whole[name]
+        assert difference.norm() < 0.2 * (a.T @ a).norm(), name
+
+
 def test_a_keeps_its_dtype_through_pefts_loading(tmp_path):
     """PEFT makes what it loads float32, also of an adapter in 16 bits."""
     tuned = still()
