@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from helpers.families import tiny
 from helpers.prompts import prompts
@@ -63,6 +64,12 @@ def test_an_untouched_adapter_is_the_base_and_the_model_is_left_as_it_was():
     assert [m.training for m in model.modules()] == training
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Accelerate keeps the precision of an earlier trainer of this process."""
+    AcceleratorState._reset_state(True)
 
 
 def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0, **more):
