@@ -147,6 +147,16 @@ class Run:
             self.facts["protection"] = report(there) | {"still": found.still}
             if there.basis:
                 self.told.append(("protected", describe(there)))
+            elif settings.memory is not None:
+                LOG.warning(
+                    "loki: `protect.memory` changes nothing here: every update is of a whole"
+                    " linear, and with `freeze_a` no directions are held for it"
+                )
+            if settings.freeze_a and not settings.auto and not found.still:
+                LOG.warning(
+                    "loki: `protect.freeze_a` changes nothing here: no fresh low-rank update is of"
+                    " a whole linear (`targets: all`, or `quota: 100` at a `rank`)"
+                )
         if settings.anchor:
             every = settings.anchor_every
             ids, starts = [text.ids for text in held], [text.starts for text in held]

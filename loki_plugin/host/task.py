@@ -98,15 +98,26 @@ def task_texts(trainer: Any) -> list[list[int]]:
     """
     tokenizer = getattr(trainer, "processing_class", None)
     longest = min(LONGEST, positions_of(trainer.model) or LONGEST)
-    found, tokens = [], 0
+    found, tokens, failed = [], 0, []
     # A packed stream draws as it is read; neither it nor what the run draws may depend on that.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for row in _some(getattr(trainer, "train_dataset", None)):
-            ids = _ids(row, tokenizer)[-longest:]
+            try:
+                ids = _ids(row, tokenizer)[-longest:]
+            except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
+                failed.append(error)  # the trainer has its own way with such a row
+                continue
             if len(ids) > 1 and tokens + len(ids) <= TASK_TOKENS:
                 found.append(ids)
                 tokens += len(ids)
+    if failed:
+        LOG.warning(
+            "loki: %d rows of the training set could not be told as text, and say nothing of what"
+            " updates shall read; the last one: %r",
+            len(failed),
+            failed[-1],
+        )
     return found
 
 
@@ -138,18 +149,14 @@ def _ids(row: Any, tokenizer: Any) -> list[int]:
             return ids
     told = row["prompt"] if row.get("prompt") is not None else row.get("messages")
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-    try:
-        if isinstance(told, str) and callable(tokenizer):
-            return list(tokenizer(told)["input_ids"])
-        if isinstance(told, list) and getattr(tokenizer, "chat_template", None):
-            turns = [
-                {**turn, "role": turn["role"], "content": _text(turn.get("content"))}
-                for turn in told
-            ]
-            asks = {"add_generation_prompt": "prompt" in row, "return_dict": False}
-            return list(tokenizer.apply_chat_template(turns, tokenize=True, **asks))
-    except (TemplateError, KeyError, TypeError, ValueError, AttributeError):
-        pass  # the trainer has its own way with such a row
+    if isinstance(told, str) and callable(tokenizer):
+        return list(tokenizer(told)["input_ids"])
+    if isinstance(told, list) and getattr(tokenizer, "chat_template", None):
+        turns = [
+            {**turn, "role": turn["role"], "content": _text(turn.get("content"))} for turn in told
+        ]
+        asks = {"add_generation_prompt": "prompt" in row, "return_dict": False}
+        return list(tokenizer.apply_chat_template(turns, tokenize=True, **asks))
     return []
 
 

@@ -137,16 +137,14 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
         most = sum(4 * s[0] * s[0] for s in sizes.values() if s)
         small = torch.int8 if settings.soft else torch.bfloat16
         dtype = small if most > memory else None
-    wanted = Wanted(settings.inputs, settings.directions, settings.soft, settles=settings.auto)
-    return replace(wanted, memory=memory, dtype=dtype)
+    return replace(all_wanted(config), memory=memory, dtype=dtype, settles=settings.auto)
 
 
 def all_wanted(config: LokiConfig) -> Wanted:
     """The same without a limit, for directions that are not held while it trains."""
     settings = config.protect
-    number = settings.directions
     settles = settings.auto or settings.freeze_a
-    return Wanted(settings.inputs, number, settings.soft, settles=settles)
+    return Wanted(settings.inputs, settings.directions, settings.soft, settles=settles)
 
 
 def _limits(wanted: Wanted, tokens: int) -> str:

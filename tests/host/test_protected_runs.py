@@ -272,3 +272,20 @@ def test_with_a_rows_file_the_calibration_is_still_read_early(run_config, tmp_pa
     run_config["loki"]["protect"] = {"inputs": 0.9}
     with pytest.raises(ValueError, match="'none.jsonl' does not exist"):
         Files.read(load(run_config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "protect", "told"),
+    [
+        ({}, {"freeze_a": True}, "`protect.freeze_a` changes nothing here"),
+        ({"quota": 100, "rank": 2}, {"freeze_a": True, "memory": 1.0}, "`protect.memory` changes"),
+        ({"quota": 100, "rank": 2}, {"freeze_a": True}, None),
+    ],
+)
+def test_what_is_set_and_changes_nothing_is_told(block, protect, told, run_config, train, our_log):
+    protect = {"inputs": 0.5, "soft": True} | protect
+    run_config["loki"] |= {"protect": protect} | block
+    train(run_config | {"max_steps": 1})
+    assert ("changes nothing here" in our_log.text) == bool(told)
+    assert (told or "") in our_log.text

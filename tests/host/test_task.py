@@ -104,9 +104,12 @@ def test_of_messages_beside_images_the_words_are_read(tmp_path):
     assert found == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
 
 
-def test_what_cannot_be_read_gives_nothing(tmp_path):
+def test_what_cannot_be_read_gives_nothing_and_is_told(tmp_path, our_log):
     tokenizer = make_tokenizer(tmp_path)
     for told in (["a"], [["a"]], [{"from": "human", "value": "a"}], torch.ones(3)):
-        assert task_texts(trainer([{"prompt": told}], tokenizer)) == []
+        our_log.clear()
+        assert task_texts(trainer([{"prompt": told}, {"input_ids": [1, 2]}], tokenizer)) == [[1, 2]]
+        counted = "1 rows of the training set could not be told as text" in our_log.text
+        assert counted == isinstance(told, list), told
     for rows in (None, [], [{"messages": []}], [{"input_ids": None}], [{"input_ids": [7]}], ["x"]):
         assert task_texts(trainer(rows)) == []
