@@ -16,7 +16,6 @@ from benchmarks.writer import table
 # At most this share of what LoRA forgets was aimed at.
 AIMS = {("smollm2-135m-instruct", "snips"): 0.05, ("smollm2-135m-instruct", "bfcl"): 0.05}
 OTHERWISE = 0.2
-_NO_SETTING = ("_talks", "frozen", "gain", "rest")
 _SHOWN = {
     "arm": "arm", "of_lora": "KL dialogues / LoRA's", "kl_dialogues": "KL, its own answers",
     "kl_people": "KL, people's answers", "kl_text": "KL, text", "ce_rise": "rise of cross-entropy",
@@ -118,8 +117,7 @@ def verdicts(rows: list[Row]) -> list[Row]:
             for x in lines
             if (x["base"], x["task"]) == (base, task) and x[CHOSEN_BY] is not None
         }
-        # What sees people's dialogues, or no setting asks for, is held against nobody here.
-        own = [a for a in arms if is_ours(a) and not any(w in a for w in _NO_SETTING)]
+        own = [a for a in arms if is_ours(a) and not _is_a_try(a)]
         ours = min(own, key=lambda a: arms[a][CHOSEN_BY], default=None)
         rival = arms.get(RIVAL)
         if ours is None or rival is None:
@@ -147,6 +145,13 @@ def verdicts(rows: list[Row]) -> list[Row]:
 def is_ours(arm: str) -> bool:
     """Whether an arm has a protection of this package."""
     return any(word in arm for word in ("soft", "hard", "form", "auto", "anchor", "gain"))
+
+
+def _is_a_try(arm: str) -> bool:
+    """Whether no setting of the package asks for an arm, or it sees people's dialogues: these are
+    held against nobody."""
+    tries = ("_talks", "_rest", "_null_frozen", "auto_frozen", "_frozen_eighth")
+    return arm == "auto_gain" or arm.endswith(tries)
 
 
 def _not_run(rows: list[Row]) -> str:

@@ -119,6 +119,11 @@ def test_the_best_rate_counts_for_every_arm_and_late_ones_are_told():
     assert (lora["rate"], lora["seeds"], lora["kl_dialogues"]) == (3e-5, 1, pytest.approx(0.65))
     (verdict,) = report.verdicts(rows)
     assert verdict["our best"] == "lora_soft" and verdict["reached"] == "yes"
+    # What a setting of the package asks for is ours; a try that none asks for is not.
+    for arm, best in (("auto_null_frozen", "lora_soft"), ("auto_gain_frozen", "auto_gain_frozen")):
+        more = [line(arm, 0, 3.0, 0.0), line(arm, 9, 0.2, 0.01)]
+        (verdict,) = report.verdicts(rows + more)
+        assert verdict["our best"] == best, arm
 
 
 def test_forms_are_told_by_their_bytes(lab, monkeypatch):
