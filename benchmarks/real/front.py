@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.real import matching
 from benchmarks.real.bases import NAMES
+from benchmarks.real.finals import RATES
 from benchmarks.real.matching import CHOSEN_BY, RIVAL, Row
 from benchmarks.real.picture import SHOWN, draw
 from benchmarks.real.report import is_ours
@@ -60,6 +61,13 @@ _TASK_NAMES = {
     "bfcl": "function calls", "snips": "commands to JSON", "wikidyk": "new facts",
     "counterfact": "changed facts", "banking77": "intents", "gsm8k": "maths",
 }  # fmt: skip
+
+# Of the finalists on all tasks: a measure, what it is, how its figures are written.
+_MEASURED = (
+    ("kl_dialogues", "KL to the base on dialogues (its own answers), nats a token", ".2g"),
+    ("kl_text", "KL to the base on plain text, nats a token", ".2g"),
+    ("facts_kept", "Facts that are still right, of those that the base got right", ".0%"),
+)
 
 
 def kept(folder: Path = RESULTS) -> list[Row]:
@@ -118,9 +126,32 @@ def finals(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def side_by_side(rows: list[Row]) -> str:
+    """The finalists on all tasks, a table for each measure; behind a figure its number of seeds."""
+    lines = {(x["base"], x["task"], x["arm"]): x for x in matching.matched(rows, "task_loss")}
+    arms = list(dict.fromkeys([RIVAL, *reversed(RATES)]))
+    parts = []
+    for measure, title, digits in _MEASURED:
+        told = [
+            {"": _title(*key)}
+            | {_name(arm): _seen(lines.get((*key, arm)), measure, digits) for arm in arms}
+            for key in _wanted(rows)
+            if any((*key, arm) in lines for arm in arms if arm != RIVAL)
+        ]
+        parts += [f"{title}:\n\n{table(told)}"] if told else []
+    return "\n\n".join(parts) or NOTHING
+
+
+def _seen(line: Row | None, measure: str, digits: str) -> str:
+    if line is None:
+        return ""
+    value = line[measure]
+    return "-" if value is None else f"{value:{digits}} ({line['seeds']})"
+
+
 def filled(text: str, page: str, rows: list[Row]) -> str:
     """`text` of a page with its blocks as the runs have them."""
-    for name in ("picture", "table", "demo", "finals"):
+    for name in ("picture", "table", "tasks", "demo", "finals"):
         pattern = rf"(<!-- real:{name} -->\n).*?(<!-- /real:{name} -->)"
         new = block(name, page, rows)
         text = re.sub(pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
@@ -135,6 +166,8 @@ def block(name: str, page: str, rows: list[Row]) -> str:
         return f"```text\n{shown(json.loads(DEMO.read_text('utf-8')), MODELS)}\n```"
     if name == "finals":
         return finals()
+    if name == "tasks":
+        return side_by_side(rows)
     return picture(page, rows) if name == "picture" else in_short(rows)
 
 

@@ -99,6 +99,21 @@ def test_the_finalists_are_told_from_the_fullest_runs_alone(rows, tmp_path, monk
     assert front.finals(tmp_path) == front.NOTHING
 
 
+def test_finalists_stand_side_by_side_with_their_seeds(rows):
+    rows += run(SMOL, "snips", "auto_gain_frozen", 0.04, seed=1)
+    told = front.side_by_side(rows)
+    assert told.count("|  | LoRA r16, all linears |") == 3  # dialogues, text, facts
+    head, first, second, *_ = cells(told)
+    commands = dict(zip(head, first, strict=True))
+    assert commands[""] == "SmolLM2-135M, commands to JSON"
+    assert commands["all linears, `protect: auto`"] == "0.03 (2)"
+    assert commands["LoRA r16, all linears"] == "0.8 (1)"
+    assert commands["full fine-tuning"] == "-"
+    assert commands["10 % of the rows, `protect: auto`"] == ""
+    assert dict(zip(head, second, strict=True))["all linears, `protect: auto`"] == "0.02 (1)"
+    assert front.side_by_side([]) == front.NOTHING
+
+
 def test_pages_are_filled_from_the_runs_and_from_nothing_else(rows, tmp_path):
     for page in front.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
