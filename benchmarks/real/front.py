@@ -189,7 +189,7 @@ def picture(page: str, rows: list[Row]) -> str:
     path = PICTURE if page == "README.md" else PICTURE.removeprefix("docs/")
     return (
         f"![Forgetting against what was learned]({path})\n\n"
-        "Each line is a way to train, from its first steps to its last: to the right it has learned"
+        "Each line is a way to train, measured along one run: to the right it has learned"
         " more of the task, further down the model still says what it said before."
     )
 
