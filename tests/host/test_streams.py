@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM
 
+from loki_plugin.host import task
 from loki_plugin.rows import RowSelection
 
 pytestmark = pytest.mark.slow
@@ -40,17 +42,27 @@ def of_dialogues(config: dict, folder: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
 @pytest.mark.parametrize("data", [of_text, of_dialogues])
 def test_what_updates_read_is_set_from_a_stream_that_then_trains(
-    data, packed, run_config, train, base, tmp_path, our_log
+    data, packed, run_config, train, base, tmp_path, monkeypatch
 ):
+    streamed, read = [], task.task_texts
+
+    def seen(trainer):
+        streamed.append(isinstance(trainer.train_dataset, IterableDataset))
+        return read(trainer)
+
+    monkeypatch.setattr(task, "task_texts", seen)
     data(run_config, tmp_path)
     run_config |= PACKED if packed else {}
     run_config["loki"] |= {"targets": "all", "rank": 2, "quota": 100, "protect": "auto"}
     train(run_config)
+    assert streamed == [True]
     out = Path(run_config["output_dir"])
     report = json.loads((out / "loki_report.json").read_text())
     assert report["verified"] and report["protection"]["still"]
     assert report["protection"]["set_from"]["texts"] > 1
     saved = load_file(out / "adapter_model.safetensors")
     assert all(torch.count_nonzero(saved[name]) for name in saved if "lora_B" in name)
+    a = "base_model.model.model.layers.0.self_attn.{}_proj.lora_A.weight"
+    assert torch.equal(saved[a.format("q")], saved[a.format("k")])  # set, and not as drawn
     assert set(RowSelection.load(out / "loki_rows.json").counts) == {64}
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
