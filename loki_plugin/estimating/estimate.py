@@ -29,8 +29,6 @@ class Estimator(Protection):
     """A model and a `loki:` block; the run's other settings may change.
 
     Attributes:
-        counts: rows that train in each layer.
-        lengths: tokens of each calibration prompt.
         analysed: whether the run analyses at all (no rows file).
     """
 

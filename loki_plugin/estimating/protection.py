@@ -19,8 +19,12 @@ from .reading import Reads, direction_counts, reads
 
 @dataclass(frozen=True)
 class Protection:
-    """A model, a `loki:` block, rows that train in each layer, tokens of each calibration prompt:
-    what the protection of their run takes."""
+    """What the protection of a run takes, from a model and a `loki:` block.
+
+    Attributes:
+        counts: rows that train in each layer.
+        lengths: tokens of each calibration prompt.
+    """
 
     model: nn.Module
     anatomy: Anatomy
