@@ -1,7 +1,7 @@
 """The finals: six ways to train, all tasks, three seeds, each at one rate.
 
-That is one at which it comes to the compared loss within the steps of a run; where a way has not
-run on a task yet, a guess. Lower ones forget less, in more steps.
+Where a way has not run on a task yet, that is a guess. Lower rates forget less, in more steps than
+a run has here.
 
     python -m benchmarks.real run --finals --stage final --amount full
 

@@ -135,7 +135,7 @@ def side_by_side(rows: list[Row]) -> str:
         told = [
             {"": _title(*key)}
             | {_name(arm): _seen(lines.get((*key, arm)), measure, digits) for arm in arms}
-            for key in _wanted(rows)
+            for key in ((base, task) for base in NAMES for task in TASKS)
             if any((*key, arm) in lines for arm in arms if arm != RIVAL)
         ]
         parts += [f"{title}:\n\n{table(told)}"] if told else []
