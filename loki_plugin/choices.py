@@ -31,7 +31,8 @@ TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
 PROTECT_GB = 1.25  # gigabytes of a card that directions take at most, and a tenth of it at most
 # What `protect: auto` stands for.
 AUTO = {"inputs": 0.99, "soft": True, "anchor": 1.0, "text": SELF, "freeze_a": True}
-TEXT_COUNT, TEXT_TOKENS, TEXT_BATCH = 160, 80, 64
+TEXT_COUNT, TEXT_TOKENS = 160, 80
+TEXT_BATCH = 80  # of one kind, all at once
 TASK_TOKENS = 32_768  # of the task, at most, that tell what low-rank updates shall read
 TARGET: TargetName = "predicted"
 FEW_SHOT = 0
