@@ -131,6 +131,13 @@ class Probes:
             reference=Reference(kept, model.get_output_embeddings().weight.detach().clone()),
         )  # fmt: skip
 
+    def beginnings(self) -> list[tuple[float, float]]:
+        """How sure the base was of the first token of each answer: its probability, and that of the
+        next best one."""
+        first = torch.stack([self.reference.hidden[i][0] for i in range(len(self.asked))])
+        logits = torch.nn.functional.linear(first, self.reference.head).float()
+        return [(round(p, 4), round(q, 4)) for p, q in logits.softmax(-1).topk(2).values.tolist()]
+
     def measure(self, model, name: str, parts: Sequence[str] = PARTS) -> dict[str, Any]:
         """Ask `model`, which is told of as `name`: everything, or some of `PARTS`."""
         found: dict[str, Any] = {}

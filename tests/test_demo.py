@@ -374,8 +374,11 @@ def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsy
     assert loki["loss_orders"] != base_result["loss_orders"] != lora["loss_orders"]
     assert report["verify"].startswith("OK") and report["verify"] in shown.out
     assert list(report["stages"]) and report["gigabytes"] > 0.1
-    for q in asking.questions():
-        assert q["question"] in shown.out
+    assert len(report["beginnings"]) == len(asking.questions())
+    for q, (likely, next_best) in zip(asking.questions(), report["beginnings"], strict=True):
+        assert q["question"] in shown.out and 1 > likely >= next_best > 0
+        said = shown.out.split(q["question"])[1].splitlines()[1]
+        assert said.startswith("  base") and said.endswith(f"({likely:.0%}, {next_best:.0%})")
     for title, values in showing.compared(report, real.MODELS):
         line = next(x for x in shown.out.splitlines() if x.startswith(title))
         assert line.removeprefix(title).split() == values
@@ -405,7 +408,13 @@ def pretrained():
 @pytest.mark.slow
 def test_the_pretrained_base_answers_and_is_no_further_from_itself_than_rounding(pretrained):
     model, tokenizer = pretrained
-    found = asking.Probes.of(model, tokenizer, real.CALIBRATION).measure(model, "base")
+    probes = asking.Probes.of(model, tokenizer, real.CALIBRATION)
+    found = probes.measure(model, "base")
+    # On France it is unsure whether to answer in English.
+    with torch.no_grad():
+        logits = model(torch.tensor(probes.asked[:1])).logits[0, -1]
+    expected = logits.softmax(-1).topk(2).values.tolist()
+    assert probes.beginnings()[0] == pytest.approx(expected, abs=1e-3)
     assert sum(found["right"]) >= 19 and "Paris" in found["answers"][0]
     assert sum(found["facts"]) >= 57 and 7 <= sum(found["choices"]) <= 20
     assert found["kl_answers"] == pytest.approx(0, abs=1e-6)
