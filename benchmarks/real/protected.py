@@ -71,7 +71,7 @@ def by_gain(frozen: bool = True, rank: int = 16, texts: int = 64, **of) -> Calla
     def build(model, lab: Lab):
         assert lab.task is not None
         wrapped = soft_all(rank=rank, linear_rank=rank, **of)(model, lab)
-        reads = task_reads(wrapped, [a.ids for a in lab.task.learned[:texts]])
+        reads = task_reads(wrapped, [a.ids for a in lab.task.learned[:texts]]).a
         if frozen:
             fix_reads(wrapped, reads)
             freeze(wrapped)

@@ -225,8 +225,8 @@ class Run:
         if self.directions:
             goes_on = bool(_resumed_checkpoint(cfg) or cfg.lora_model_dir)
             wanted = self.directions.still, self.general, self.config, goes_on
-            reads, set_from = let_stand_still(trainer, self.selection, *wanted)
-            self.facts["protection"]["set_from"] = set_from
+            reads, found = let_stand_still(trainer, self.selection, *wanted)
+            self.facts["protection"] |= found
         trainable, base = trainable_share(trainer.model)
         self.facts.update(trainable_parameters=trainable, base_parameters=base)
         told = about_training(self.selection, self.config.rank, trainable, base)

@@ -14,6 +14,7 @@ from .. import ranks
 from ..args import LokiConfig
 from ..choices import TASK_TOKENS
 from ..model.positions import positions_of
+from ..protecting.reads import Reads
 from ..rows import RowSelection
 from .telling import Line
 
@@ -52,41 +53,66 @@ def let_stand_still(
     general: Sequence[Sequence[int]],
     config: LokiConfig,
     goes_on: bool,
-) -> tuple[list[Line], dict[str, int] | None]:
-    """Set what low-rank updates read, before the optimizer is made; says what was done, and of how
-    many texts and tokens of the task it is.
+) -> tuple[list[Line], dict[str, Any]]:
+    """Set what low-rank updates read, before the optimizer is made; says what was done, and for the
+    report of how many texts and tokens of the task it is, and beside what of general text.
 
     Args:
         still: the linears of which only lora_B trains.
         general: token ids of the texts that protection reads.
         goes_on: an adapter trains on, and keeps what it reads.
     """
-    from ..protecting.fixing import fix_reads, shared_reads
+    from ..protecting.fixing import fix_reads
     from ..protecting.preparing import all_wanted
+    from ..protecting.sharing import shared_reads
 
     model, told = trainer.model, f"of {len(still)} low-rank updates only lora_B trains"
     if not still:
         kept = "lora_A trains, as it did before: `freeze_a` is for fresh adapters"
         asked = goes_on and bool(standing_still(model, selection, config))
-        return [("reads", kept)] * asked, None
+        return [("reads", kept)] * asked, {"set_from": None}
     if goes_on:
         fix_reads(model)
-        return [("reads", f"{told}, as before")], None
+        return [("reads", f"{told}, as before")], {"set_from": None}
     with ranks.together():
         texts = task_texts(trainer) if ranks.is_first() else []
     texts = ranks.broadcast(texts)
     wanted, cache = all_wanted(config), (config.cache_dir, config.cache_limit)
-    fix_reads(model, shared_reads(model, texts, general, wanted, *cache))
-    found = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    reads, tokens = shared_reads(model, texts, general, wanted, *cache), sum(map(len, general))
+    fix_reads(model, reads.a)
+    found: dict[str, Any] = {"set_from": {"texts": len(texts), "tokens": sum(map(len, texts))}}
+    found["set_beside"] = reads.report() | {"tokens": tokens}
+    lines: list[Line] = [("beside", _beside(reads, tokens))] * bool(reads.behind)
+    if found["set_beside"]["capped"]:
+        LOG.warning(
+            "loki: at %d of %d inputs low-rank updates are set beside fewer directions than hold"
+            " %g %% of what general text reads there, the leading ones: there are %d tokens of it."
+            " More calibration prompts, or texts in `protect.text`, give more",
+            found["set_beside"]["capped"],
+            len(reads.behind),
+            100 * (wanted.energy or 0),
+            tokens,
+        )
     if texts:
-        told += f"; lora_A is set from {len(texts)} texts of yours, {found['tokens']:,} tokens"
-        return [("reads", told)], found
+        told += f"; lora_A is set from {len(texts)} texts of yours,"
+        told += f" {found['set_from']['tokens']:,} tokens"
+        return [("reads", told), *lines], found
     LOG.warning(
         "loki: the training set holds no token ids that can be read yet, so what low-rank updates"
         " read is drawn, and they will learn more slowly; `protect: {auto: true, freeze_a: false}`"
         " lets it train"
     )
-    return [("reads", f"{told}; lora_A stays as drawn, behind what general text reads")], found
+    told += "; lora_A stays as drawn, behind what general text reads"
+    return [("reads", told), *lines], found
+
+
+def _beside(reads: Reads, tokens: int) -> str:
+    """What of general text low-rank updates were set beside."""
+    counts, energy = ([getattr(b, n) for b in reads.behind] for n in ("directions", "energy"))
+    return (
+        f"{min(counts)} to {max(counts)} directions at {len(counts)} inputs, which hold at least"
+        f" {100 * min(energy):.2f} % of what {tokens:,} tokens of general text read"
+    )
 
 
 def task_texts(trainer: Any) -> list[list[int]]:

@@ -95,7 +95,7 @@ def implant(
             raise ValueError("`task` says what is read beside protected inputs; give `protect` too")
         if not len(task):
             raise ValueError("`task` holds no texts; give token ids of some, or leave it out")
-        fix_reads(wrapped, task_reads(wrapped, task))
+        fix_reads(wrapped, task_reads(wrapped, task).a)
         freeze(wrapped)
     return wrapped
 

@@ -188,6 +188,7 @@ def _protected(found: dict[str, Any]) -> str:
     still, counts = found.get("still") or [], found["directions_per_layer"]
     told_still = f"what {len(still)} low-rank updates read stands still"
     told_still += f", set from {texts} of the task's texts" if (texts := _texts(found)) else ""
+    told_still += _beside(found.get("set_beside") or {})
     if not counts:
         return told_still
     inputs = found.get("inputs")
@@ -206,6 +207,17 @@ def _protected(found: dict[str, Any]) -> str:
     told += f"; {told_still}" if still else ""
     leakage = found.get("leakage_per_layer")
     return told + (f"; at most {max(leakage):.2g} of the update reads them" if leakage else "")
+
+
+def _beside(found: dict[str, Any]) -> str:
+    if not found.get("directions"):
+        return ""
+    low, high = min(found["directions"]), max(found["directions"])
+    return (
+        f", beside {low} to {high} directions at each of {len(found['directions'])} inputs, which"
+        f" hold at least {_percent(min(found['energy']))} of what {found['tokens']:,} tokens of"
+        " general text read"
+    )
 
 
 def _texts(found: dict[str, Any]) -> int:

@@ -11,39 +11,29 @@ directions by a task's gain per forgetting; CorDA (2406.05223) starts A and B fr
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from .. import ranks
 from ..analysing.attribution.quiet import quiet
 from ..analysing.precision import exact_products
-from ..analysing.scores.cache import READS, cache_folder, kept_file, prune
 from ..model.anatomy import find_anatomy
 from ..model.causal import looks_ahead
-from ..model.fingerprint import fingerprint
 from ..model.linears import PREFIX
 from ..model.positions import check_lengths
-from ..model.writing import replacing
 from .eigen import budget
 from .finding import grouped
-from .keeping import by_one, key_of, read_kept
-from .moments import Moments, Reader, Site, batched, casting
+from .moments import Moments, Reader, batched, casting
 from .packed import Packed
 from .reading import ProtectedA, outside
+from .reads import Behind, Reads
 from .solving import Wanted, solve
 
-LOG = logging.getLogger("loki_plugin")
 # Rounds of the subspace iteration, whose block holds twice the columns that are asked for.
 _ROUNDS = 30
 
@@ -85,7 +75,7 @@ def fix_reads(model: PeftModel, reads: Mapping[str, torch.Tensor] | None = None)
     """Let what every low-rank update reads stand still.
 
     Args:
-        reads: A [r, I] by the linear's name, from `task_reads`; None: what is there.
+        reads: A [r, I] by the linear's name, `a` of `task_reads`; None: what is there.
     """
     adapter = model.active_adapter
     for name, layer in low_rank(model).items():
@@ -98,67 +88,14 @@ def fix_reads(model: PeftModel, reads: Mapping[str, torch.Tensor] | None = None)
         layer.__dict__.pop("get_delta_weight", None)  # that of a `ProtectedA`
 
 
-def shared_reads(
-    model: PeftModel,
-    texts: Sequence[Sequence[int]],
-    general: Sequence[Sequence[int]],
-    wanted: Wanted,
-    cache: str | None = None,
-    limit: float | None = None,
-) -> dict[str, torch.Tensor]:
-    """`task_reads`, kept in the cache; one rank works, and all return the same, bit for bit.
-
-    Args:
-        cache, limit: its folder, None: the user's, and its gigabytes, None: no limit.
-    """
-    asked = model, texts, general, wanted
-    found, first = by_one(model, lambda: _kept_reads(*asked, cache_folder(cache), limit))
-    if ranks.count() == 1:
-        return found
-    return {name: ranks.broadcast(found and found[name], first) for name in low_rank(model)}
-
-
-def _kept_reads(model, texts, general, wanted: Wanted, folder: Path, limit: float | None):
-    if not texts:  # what is drawn is drawn anew in each run
-        return task_reads(model, texts, general, wanted)
-    identity = {
-        "loki_plugin": version("loki_plugin"),
-        "fingerprint": fingerprint(model, unchanged=True),
-        "texts": [list(t) for t in texts],
-        "general": [list(t) for t in general],
-        "wanted": str(wanted),
-        "ranks": {n: layer.r[model.active_adapter] for n, layer in low_rank(model).items()},
-    }
-    path = kept_file(folder, READS, key_of(identity))
-    kept = read_kept(path, lambda: _read(path), "it will be found again")
-    if kept is not None:
-        LOG.info("loki: what low-rank updates read found in the cache (%s)", path)
-        return kept
-    found = task_reads(model, texts, general, wanted)
-    try:
-        with replacing(path) as temporary:
-            save_file({name: a.clone() for name, a in found.items()}, temporary)
-        prune(folder, limit, keep=path.stem)
-    except OSError as error:
-        LOG.warning("loki: what updates read could not be kept in the cache: %s", error)
-    return found
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
-
-
 @torch.no_grad()
 def task_reads(
     model: PeftModel,
     texts: Sequence[Sequence[int]],
     general: Sequence[Sequence[int]] | None = None,
     wanted: Wanted | None = None,
-) -> dict[str, torch.Tensor]:
-    """A [r, I] of every low-rank update by its linear's name, float32 or wider, on the CPU.
+) -> Reads:
+    """What every low-rank update shall read, and what it is set beside.
 
     Args:
         model: implanted; its update is zero still.
@@ -179,12 +116,14 @@ def task_reads(
     with casting(device, half):
         alike = looks_ahead(model, anatomy.decoder)
     both = batched(texts, alike), batched(beside, alike)
-    found: dict[str, torch.Tensor] = {}
+    found, behind = dict[str, torch.Tensor](), list[Behind]()
     with ExitStack() as ways:
         ways.enter_context(ways.enter_context(quiet(model))())
         ways.enter_context(exact_products())
         every = both[1] or both[0]
         sites = reader.sites(every[len(every) // 2])
+        if wanted is not None and beside:
+            wanted.check([site.size for site in sites])
         room = budget(device)
         groups = grouped([site.size for site in sites], 4, 2 if beside else 1, room)
         steps = len(groups) * sum(map(len, both))
@@ -199,10 +138,13 @@ def task_reads(
                 known = {n: layers[n].lora_A[model.active_adapter] for n in sites[i].names}
                 v = _through(known[sites[i].names[0]])
                 if wanted is not None and beside:  # what it is of goes as soon as it is found
-                    v = _of_text(sites[i], seen[1].pop(i), wanted, sum(map(len, beside)))
+                    tokens, text = sum(map(len, beside)), seen[1].pop(i)
+                    solved = solve(sites[i], text, None, wanted, None, tokens)
+                    v = solved.basis.to(text.ordinary)
+                    behind.append(Behind.of(solved))
                 task = seen[0].pop(i, None)
                 found |= _reads(known, v, task.ordinary if task else None)
-    return found
+    return Reads(found, behind)
 
 
 def _half(model: PeftModel) -> torch.dtype | None:
@@ -210,12 +152,6 @@ def _half(model: PeftModel) -> torch.dtype | None:
     modules to 32 (Axolotl does with norms and routers), which a training runs under autocast."""
     own = {p.dtype for name, p in model.named_parameters() if ".lora_" not in name}
     return next((d for d in (torch.bfloat16, torch.float16) if d in own), None)
-
-
-def _of_text(site: Site, text: Moments, wanted: Wanted, tokens: int) -> torch.Tensor:
-    """V of general text, where its moments are."""
-    assert text.ordinary is not None
-    return solve(site, text, None, wanted, None, tokens).basis.to(text.ordinary)
 
 
 def _reads(

@@ -137,13 +137,13 @@ def wanted_directions(model: nn.Module, config: LokiConfig) -> Wanted:
         most = sum(4 * s[0] * s[0] for s in sizes.values() if s)
         small = torch.int8 if settings.soft else torch.bfloat16
         dtype = small if most > memory else None
-    return replace(all_wanted(config), memory=memory, dtype=dtype, settles=settings.auto)
+    return replace(all_wanted(config), memory=memory, dtype=dtype)
 
 
 def all_wanted(config: LokiConfig) -> Wanted:
     """The same without a limit, for directions that are not held while it trains."""
     settings = config.protect
-    settles = settings.auto or settings.freeze_a
+    settles = settings.auto and settings.directions is None
     return Wanted(settings.inputs, settings.directions, settings.soft, settles=settles)
 
 

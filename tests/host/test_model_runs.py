@@ -209,7 +209,7 @@ ROUTED = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ROUTED)
 def test_of_routed_experts_only_all_else_trains_protected(
-    tmp_path, run_config, train, family, monkeypatch
+    tmp_path, run_config, train, family, monkeypatch, our_log
 ):
     """No rows, no analysis; attention alone moves, and what it reads stands still."""
     monkeypatch.setattr("loki_plugin.protecting.texts.TEXT_TOKENS", 16)
@@ -225,6 +225,13 @@ def test_of_routed_experts_only_all_else_trains_protected(
     assert report["verified"] and kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert report["protection"]["still"] == report["linears"]
     assert not report["protection"]["inputs"] and report["protection"]["set_from"]["texts"] > 0
+    beside = report["protection"]["set_beside"]
+    assert sorted(n for names in beside["inputs"] for n in names) == sorted(report["linears"])
+    assert 0 < min(beside["energy"]) <= max(beside["energy"]) < 1 <= min(beside["directions"])
+    # So little text holds fewer directions than were asked for, and that is told.
+    capped = f"at {beside['capped']} of {len(beside['inputs'])} inputs low-rank updates are set"
+    assert (capped in our_log.text) == bool(beside["capped"])
+    assert f"which hold at least {100 * min(beside['energy']):.2f} % of what" in our_log.text
     _, proof = merge_run(config, [out], out / "merged")
     assert proof.ok
     before, after = (load_file(f / "model.safetensors") for f in (base, out / "merged"))

@@ -14,17 +14,18 @@ from peft import PeftModel
 from loki_plugin import implant, input_directions
 from loki_plugin.implanting.adapter import check
 from loki_plugin.implanting.training import KeepDtypes
-from loki_plugin.protecting import fixing
+from loki_plugin.protecting import sharing
 from loki_plugin.protecting.directions import Directions
+from loki_plugin.protecting.finding import find_directions
 from loki_plugin.protecting.fixing import (
     FixedA,
     fix_reads,
     gaining,
     low_rank,
-    shared_reads,
     task_reads,
 )
 from loki_plugin.protecting.moments import SINK
+from loki_plugin.protecting.sharing import shared_reads
 from loki_plugin.protecting.solving import Wanted
 
 TASK = [tuple(ids.tolist()) for ids in prompts(lengths=(30, 22, 41, 17))]
@@ -149,11 +150,40 @@ def test_directions_found_on_the_way_are_those_that_are_handed_over():
     known = still()
     plain = implant(tiny("llama"), ROWS, targets="all", linear_rank=4)
     reads = task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True))
-    fix_reads(plain, reads)
+    fix_reads(plain, reads.a)
     for name in low_rank(known):
         a, b = (low_rank(m)[name].lora_A["default"] for m in (known, plain))
         assert isinstance(a, FixedA) and isinstance(b, FixedA)
         torch.testing.assert_close(a.weight.T @ a.weight, b.weight.T @ b.weight, atol=1e-5, rtol=0)
+
+
+def test_what_updates_are_set_beside_is_told_as_of_directions_that_are_held():
+    plain = implant(tiny("llama"), ROWS, targets="all", linear_rank=4)
+    behind = task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True)).behind
+    held = find_directions(tiny("llama"), GENERAL, Wanted(0.9, soft=True), "all")
+    low = set(low_rank(plain))
+    expected = {
+        tuple(n for n in names if n in low): (basis.shape[1], energy)
+        for names, basis, energy in zip(held.sites, held.basis, held.energy, strict=True)
+    }
+    expected.pop((), None)  # what dense rows alone read
+    assert {tuple(b.inputs) for b in behind} == expected.keys()
+    for b in behind:
+        count, energy = expected[tuple(b.inputs)]
+        assert b.directions == count and b.energy == pytest.approx(energy, abs=1e-4)
+        assert 0.9 <= b.energy < 1 and not b.capped
+
+
+def test_too_few_tokens_are_refused_unless_fewer_directions_will_do():
+    plain = implant(tiny("llama"), ROWS, targets="all", linear_rank=4)
+    few = [GENERAL[0][:9]]
+    with pytest.raises(ValueError, match="cannot be told from 9 tokens of calibration"):
+        task_reads(plain, TASK, few, Wanted(0.99, soft=True))
+    reads = task_reads(plain, TASK, few, Wanted(0.99, soft=True, settles=True))
+    # Of soft ones the last is read as it is.
+    assert {b.directions for b in reads.behind} == {9 // 4 - 1} and reads.report()["capped"] > 0
+    with pytest.raises(ValueError, match="directions = 48, expected a number from 1 to 47"):
+        task_reads(plain, TASK, GENERAL, Wanted(None, 48, soft=True))
 
 
 def test_without_texts_what_was_drawn_is_read_behind_the_directions():
@@ -163,7 +193,7 @@ def test_without_texts_what_was_drawn_is_read_behind_the_directions():
     v = softly(tiny("llama"))
     for name, a in drawn.items():
         expected = a - a @ v[name] @ v[name].T
-        torch.testing.assert_close(reads[name], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reads.a[name], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -173,7 +203,7 @@ def test_a_keeps_its_dtype(dtype):
     for layer in low_rank(plain).values():
         layer.lora_A["default"].to(dtype)
         layer.lora_B["default"].to(dtype)
-    fix_reads(plain, task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True)))
+    fix_reads(plain, task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True)).a)
     assert {m.lora_A["default"].weight.dtype for m in low_rank(plain).values()} == {dtype}
 
 
@@ -186,7 +216,7 @@ def test_a_base_of_which_a_host_has_cast_a_part_is_read_under_autocast():
         for module in model.modules():
             if cast and "Norm" in type(module).__name__:
                 module.float()
-        return task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True))
+        return task_reads(plain, TASK, GENERAL, Wanted(0.9, soft=True)).a
 
     whole, part = reads(False), reads(True)
     for name, a in part.items():
@@ -232,15 +262,16 @@ def test_what_cannot_be_told_is_refused():
 def test_what_was_found_is_kept_and_what_is_damaged_is_found_again(tmp_path, monkeypatch, our_log):
     plain = implant(tiny("llama"), ROWS, targets="all", linear_rank=4)
     asked, found = (plain, TASK, GENERAL, Wanted(0.9, soft=True), str(tmp_path)), []
-    monkeypatch.setattr(fixing, "task_reads", lambda *a: found.append(1) or task_reads(*a))
+    monkeypatch.setattr(sharing, "task_reads", lambda *a: found.append(1) or task_reads(*a))
     first = shared_reads(*asked)
     (file,) = (tmp_path / "reads").iterdir()
     for damaged, times in ((False, 1), (True, 2)):
         if damaged:
             file.write_bytes(file.read_bytes()[:-9])
         again = shared_reads(*asked)
-        assert again.keys() == first.keys() and len(found) == times
-        assert all(torch.equal(again[name], a) for name, a in first.items())
+        assert again.a.keys() == first.a.keys() and len(found) == times
+        assert all(torch.equal(again.a[name], a) for name, a in first.a.items())
+        assert again.behind == first.behind and again.report() == first.report()
     assert "is damaged" in our_log.text and "found again" in our_log.text
     shared_reads(plain, TASK[:2], *asked[2:])  # another task has its own
     assert len(list((tmp_path / "reads").iterdir())) == 2
