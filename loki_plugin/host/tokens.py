@@ -14,6 +14,7 @@ from .sharding import is_fsdp2
 
 LOG = logging.getLogger("loki_plugin")
 _ADDING = ("tokens", "special_tokens", "added_tokens_overrides", "chat_template")
+_DEFAULT = "tokenizer_default"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def calibration_tokenizer(cfg, model, files: Files) -> Calibrating:
     from axolotl.loaders import load_tokenizer
     from axolotl.utils.dict import DictDefault
 
+    cfg = _as_data_is_told(cfg)
     tokenizer = load_tokenizer(cfg)
     rows = model.get_input_embeddings().num_embeddings
     check_tokens(cfg, len(tokenizer), rows)
@@ -78,6 +80,32 @@ def calibration_tokenizer(cfg, model, files: Files) -> Calibrating:
             " calibration prompts without them"
         )
     return Calibrating(own, unknown, True)
+
+
+def _as_data_is_told(cfg):
+    """The YAML with the chat template of its data sets, where they name one: they are told in it,
+    whatever stands outside of them. Of several there is none that all are told in."""
+    from axolotl.utils.dict import DictDefault
+
+    told = [d for d in cfg.datasets or () if "chat_template" in str(d.type)]
+    names = [getattr(d.chat_template, "value", d.chat_template) for d in told]
+    named = {
+        (name, d.chat_template_jinja if name == "jinja" else None)
+        for name, d in zip(names, told, strict=True)
+        if name not in (None, _DEFAULT)
+    }
+    if not named:
+        return cfg
+    if len(named) == 1 and _DEFAULT not in names and None not in names:
+        ((name, jinja),) = named
+        return DictDefault({**cfg, "chat_template": name, "chat_template_jinja": jinja})
+    LOG.warning(
+        "loki: the data sets are told in several chat templates (%s); the calibration and what the"
+        " base writes, if it does, are told in %s, and that form alone is held",
+        ", ".join(dict.fromkeys(str(name or _DEFAULT) for name in names)),
+        f"`chat_template: {cfg.chat_template}`" if cfg.chat_template else "the tokenizer's own",
+    )
+    return cfg
 
 
 def _knows_turns(tokenizer, own, writes: bool) -> bool:
