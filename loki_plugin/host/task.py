@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from .. import ranks
+from ..analysing.calibration.rendering import dialogue
 from ..args import LokiConfig
 from ..choices import TASK_TOKENS
 from ..model.positions import positions_of
@@ -131,7 +131,7 @@ def task_texts(trainer: Any) -> list[list[int]]:
         for row in _some(getattr(trainer, "train_dataset", None)):
             try:
                 ids = _ids(row, tokenizer)[-longest:]
-            except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 failed.append(error)  # the trainer has its own way with such a row
                 continue
             if len(ids) > 1 and tokens + len(ids) <= TASK_TOKENS:
@@ -178,11 +178,16 @@ def _ids(row: Any, tokenizer: Any) -> list[int]:
     if isinstance(told, str) and callable(tokenizer):
         return list(tokenizer(told)["input_ids"])
     if isinstance(told, list) and getattr(tokenizer, "chat_template", None):
-        turns = [
-            {**turn, "role": turn["role"], "content": _text(turn.get("content"))} for turn in told
-        ]
-        asks = {"add_generation_prompt": "prompt" in row, "return_dict": False}
-        return list(tokenizer.apply_chat_template(turns, tokenize=True, **asks))
+
+        def rendered(more: str = "") -> list[int]:
+            turns = [{**t, "role": t["role"], "content": _text(t.get("content")) + more}
+                     for t in told]  # fmt: skip
+            return dialogue(tokenizer, turns, "a row", answer="prompt" in row, whole=False)
+
+        ids = rendered()
+        if ids == rendered(more=" Apples"):
+            raise ValueError("the chat template leaves out what is said")
+        return ids
     return []
 
 

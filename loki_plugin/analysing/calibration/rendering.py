@@ -11,6 +11,8 @@ from .dialogues import CALLS, THOUGHTS
 
 Messages = Sequence[dict[str, Any]]
 _THEN = datetime(2025, 1, 1)
+_OTHER = "zigzag 7"
+_PRINTED = ("'type': 'text'", '"type": "text"')
 
 
 def chat(tokenizer, said: Sequence[tuple[str, str]], where: str) -> list[int]:
@@ -60,33 +62,42 @@ def dialogue(
             strftime_now=_THEN.strftime,
         )
 
-    faults, refused = [], []
+    faults, refused, others = [], [], []
     for said in _ways(messages):
         try:
             text = rendered(said)
         except Exception as error:  # a template is a program of somebody else
             refused.append(f"the chat template refuses the dialogue: {error}")
             continue
-        left_out = _left_out(tokenizer, said, tools, text, rendered) if whole else None
+        left_out = _left_out(tokenizer, said, tools, text, rendered) or _printed(said, text)
         if left_out is None:
             return list(rendered(said, tokenize=True)["input_ids"])
+        others.append(said)
         faults.append(
             f"the chat template leaves out {left_out}; take a template that tells it"
             " (`chat_template` in the YAML), or leave it out of the record"
         )
+    if others and not whole:
+        return list(rendered(others[0], tokenize=True)["input_ids"])
     raise ValueError(f"{where}: {(faults + refused)[0]}")
 
 
 def _ways(messages: Messages) -> Iterator[list[dict[str, Any]]]:
-    """The same dialogue as templates want it; they disagree about calls only.
+    """The same dialogue as templates want it; they disagree about calls, and about words.
 
     Some look for calls where the content is null only, and some print a null as "None". Most write
-    arguments as JSON themselves, and some, as DeepSeek's, want them written.
+    arguments as JSON themselves, and some, as DeepSeek's, want them written. Those of many models
+    that see look for words in parts alone, and tell a content that is plain text as none.
     """
     yield list(messages)
     if any(map(_calls, messages)):
         for null, written in ((True, False), (False, True), (True, True)):
             yield [_with_calls(m, null, written) if _calls(m) else m for m in messages]
+    else:
+        yield [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m
+            for m in messages
+        ]
 
 
 def _with_calls(message: dict[str, Any], null: bool, written: bool) -> dict[str, Any]:
@@ -117,6 +128,27 @@ def _calls(message: dict[str, Any]) -> bool:
     return any(key in message for key in CALLS)
 
 
+def _words(message: dict[str, Any]) -> str:
+    content = message["content"] or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _printed(messages: Messages, text: str) -> str | None:
+    """Where a template prints parts as Python or JSON does, instead of reading them."""
+    parts = [m for m in messages if isinstance(m["content"], list)]
+    said = "".join(map(_words, parts))
+    printed = parts and any(mark in text and mark not in said for mark in _PRINTED)
+    return "what parts of a content are" if printed else None
+
+
+def _others(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The message without words, which some templates refuse, and with others behind them."""
+    for words in ("", f"{_words(message)} {_OTHER}"):
+        content = message["content"]
+        parts = [{"type": "text", "text": words}]
+        yield {**message, "content": words if isinstance(content, str) else parts}
+
+
 def _left_out(
     tokenizer, messages: Messages, tools: Any, text: str, rendered: Callable[..., str]
 ) -> str | None:
@@ -142,10 +174,10 @@ def _left_out(
             without = {k: v for k, v in message.items() if k != key}
             if (key not in THOUGHTS or key not in template) and same([*before, without, *after]):
                 return f"`{key}` of {said}"
-        content = (message["content"] or "").strip()
+        content = _words(message).strip()
         # A few letters may stand in the text by chance.
         usual = message["role"] in ("user", "assistant") and not _calls(message)
         if content and not (usual and content in text):
-            if same([*before, {**message, "content": ""}, *after]):
+            if any(same([*before, other, *after]) for other in _others(message)):
                 return f"the content of {said}"
     return None
