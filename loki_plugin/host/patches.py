@@ -13,9 +13,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import MethodType
 
+import click
+import yaml
 from torch import nn
 
 from .. import ranks
+from ..implanting.saved import WEIGHTS
+from ..rows import FILE_NAME as ROWS_NAME
 
 LOG = logging.getLogger("loki_plugin")
 
@@ -60,17 +64,67 @@ def take_over_merge() -> bool:
         from ..implanting.proven import merge_run
         from ..picturing.card import write_merged_card
 
-        adapters = [Path(cfg.lora_model_dir)]
+        adapters = [adapter_to_merge(cfg)]
         merged, proof = merge_run(cfg, adapters, Path(cfg.output_dir) / "merged")
         write_merged_card(str(cfg.base_model), adapters, merged, proof)
         manager = PluginManager.get_instance()
         if hasattr(manager, "post_lora_merge"):  # since 0.21: for other plugins
-            manager.post_lora_merge(cfg, str(cfg.lora_model_dir), str(merged.output))
+            manager.post_lora_merge(cfg, str(adapters[0]), str(merged.output))
 
     do_merge_lora.merges_loki = True  # type: ignore[attr-defined]
     do_merge_lora.original = original  # type: ignore[attr-defined]
     merge_lora.do_merge_lora = do_merge_lora
     return True
+
+
+def adapter_to_merge(cfg) -> Path:
+    """The adapter that `axolotl merge-lora` merges: what the run made, as `loki merge` takes it.
+
+    A run that went on from an earlier adapter has that one in its YAML as `lora_model_dir`, and
+    Axolotl would merge it, without what the run has learned. `--lora-model-dir` on the command
+    line is followed.
+
+    Raises:
+        ValueError: both folders hold an adapter, and nothing tells which is meant.
+    """
+    named, made = Path(cfg.lora_model_dir), Path(cfg.output_dir)
+    finished = (made / ROWS_NAME).is_file() and (made / WEIGHTS).is_file()
+    if not finished or named.resolve() == made.resolve():
+        return named
+    on_command_line = _names_adapter_on_command_line(cfg)
+    if on_command_line is None:
+        raise ValueError(
+            f"lora_model_dir is '{named}', and output_dir '{made}' holds an adapter too: expected"
+            " one that is to be merged. For what this run made use `axolotl loki merge`, or delete"
+            f" `lora_model_dir` from the YAML; for '{named}' use `axolotl merge-lora` with"
+            " `--lora-model-dir`"
+        )
+    if on_command_line:
+        return named
+    LOG.warning(
+        "loki: merging '%s', which this run made, and not lora_model_dir '%s', from which it went"
+        " on; `--lora-model-dir` on the command line merges that one",
+        made,
+        named,
+    )
+    return made
+
+
+def _names_adapter_on_command_line(cfg) -> bool | None:
+    """Whether `lora_model_dir` comes from the command line and not from the YAML.
+
+    Axolotl writes the options over the YAML's keys, so that the configuration does not tell. None
+    where the command was not started by click and both may say the same.
+    """
+    context = click.get_current_context(silent=True)
+    if context is not None and "lora_model_dir" in context.params:
+        return context.params["lora_model_dir"] is not None
+    try:
+        written = yaml.safe_load(Path(str(cfg.axolotl_config_path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    same = isinstance(written, dict) and written.get("lora_model_dir") == cfg.lora_model_dir
+    return None if same else True
 
 
 def give_back_merge() -> None:
