@@ -12,6 +12,7 @@ from ..args import LokiConfig
 from ..choices import LINEAR_RANK
 from ..implanting.checkpoint import open_tensors
 from ..implanting.saved import WEIGHTS
+from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
 from ..rows import FILE_NAME, RowSelection
 
 
@@ -24,7 +25,9 @@ def rows_of(folder: Path, config: LokiConfig) -> RowSelection:
     if not (folder / FILE_NAME).is_file():
         raise ValueError(
             f"lora_model_dir '{folder}' has no {FILE_NAME}, so it cannot be told which rows it"
-            " trains; give a local folder that loki saved, or copy the rows file of its run there"
+            " trains; give a local folder that loki saved, or copy the rows file of its run there,"
+            f" and with it {DIRECTIONS_NAME} where that run was protected: without it nothing would"
+            " be protected here"
         )
     rows = RowSelection.load(folder / FILE_NAME)
     if config.rows and RowSelection.load(config.rows) != rows:

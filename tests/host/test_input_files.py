@@ -196,8 +196,10 @@ def test_an_adapter_may_go_on_beside_disjoint_rows(run_config, tmp_path):
 
 def test_an_adapter_without_rows_is_refused(run_config, tmp_path):
     run_config["lora_model_dir"] = str(tmp_path)
-    with pytest.raises(ValueError, match="has no loki_rows.json, so it cannot be told which rows"):
+    with pytest.raises(ValueError, match="has no loki_rows.json, so it cannot be told") as error:
         Files.read(load(run_config))
+    said = "copy the rows file of its run there, and with it loki_directions.safetensors where that"
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
