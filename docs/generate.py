@@ -242,7 +242,8 @@ def options() -> str:
     said = tables.WHY | dict.fromkeys(("lora_r", "lora_alpha"), "they are set from the rows")
     said |= {
         "lora_target_modules": "they are read as `loki.targets`",
-        "lora_target_linear": "`true` is read as `loki.targets: all`",
+        "lora_target_linear": "`true` is read as `loki.targets: all`; beside named linears it is"
+        " not followed",
     }
     now = {**tables.OVERRIDDEN, "lora_r": "the rows", "lora_alpha": "the rows"}
     now["lora_target_modules"] = "the rows and `loki.targets`"

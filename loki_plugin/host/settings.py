@@ -159,6 +159,10 @@ def _aim(cfg, config: LokiConfig, rank: int | None, lines: list[Line]) -> LokiCo
         lines.append(("targets", said))
     elif key and config.targets != found:
         lines.append(("overrides", f"{key} = {cfg[key]!r}: `loki.targets: {config.targets}`"))
+    if key == "lora_target_modules" and cfg.get("lora_target_linear") and config.targets != ALL:
+        said = f"not followed, what trains is `loki.targets: {config.targets}`"
+        said += f"; for every linear write `loki.targets: {ALL}`"
+        lines.append(("overrides", f"lora_target_linear = {cfg['lora_target_linear']!r}: {said}"))
     if config.targets == DOWN:
         return config
     linear_rank = config.linear_rank or rank or _rank(cfg.get("lora_r")) or LINEAR_RANK

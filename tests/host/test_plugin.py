@@ -163,7 +163,32 @@ def test_loras_own_targets_are_taken_and_said_once(run_config, keys, targets, ou
     assert cfg.loki.targets == targets and cfg.loki.linear_rank == 16
     assert cfg.lora_target_modules == ["down_proj"] and not cfg.lora_target_linear
     assert f"is taken as `loki.targets: {targets}`" in our_log.text
-    assert "  overrides   lora_target" not in our_log.text
+    dropped = "lora_target_linear" in keys and "lora_target_modules" in keys
+    assert ("  overrides   lora_target" in our_log.text) == dropped
+
+
+@pytest.mark.parametrize(
+    ("modules", "block", "trains"),
+    [
+        (["q_proj", "v_proj"], {}, "['q_proj', 'v_proj']"),
+        (["q_proj"], {"targets": ["v_proj"]}, "['v_proj']"),
+        (["q_proj"], {"targets": "down"}, "down"),
+        (["q_proj"], {"targets": "all"}, None),
+        ("all-linear", {}, None),
+    ],
+)
+def test_all_linears_beside_named_ones_are_not_trained_and_that_is_said(
+    run_config, modules, block, trains, our_log
+):
+    """Axolotl trains the union; here the names say what trains."""
+    run_config["loki"] |= block
+    load(run_config | {"lora_target_linear": True, "lora_target_modules": modules})
+    said = "overrides   lora_target_linear = True: not followed, what trains is `loki.targets: "
+    assert (said in our_log.text) == (trains is not None)
+    assert trains is None or f"{said}{trains}`; for every linear write" in our_log.text
+    # The log's handlers may tell one block twice, and each says the line once.
+    blocks = [r.getMessage() for r in our_log.records if "loki: settings" in r.getMessage()]
+    assert blocks and all(text.count("lora_target_linear = ") <= 1 for text in blocks)
 
 
 def test_names_of_lora_targets_that_the_base_lacks_are_left_out_and_said(run_config, our_log):
