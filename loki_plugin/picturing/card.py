@@ -22,10 +22,21 @@ from .page import read_report
 from .telling import Report, Section
 
 LOG = logging.getLogger("loki_plugin")
-METHOD = (
-    "Fine-tuned with LoKI (Low-damage Knowledge Implanting): of every layer's down-projection only"
-    " those rows train that contribute least to what the model knows in general"
+METHOD = "Fine-tuned with LoKI (Low-damage Knowledge Implanting)"
+_EACH, _TOGETHER = "of every layer's down-projection", "of all down-projections together"
+_LEAST, _MOST = (
+    f"only those rows train that contribute {much} to what the model knows in general"
+    for much in ("least", "most")
 )
+_TRAINS = {
+    "layer_balanced": f"{_EACH} {_LEAST}",
+    "layer_highest": f"{_EACH} {_MOST}",
+    "global_lowest": f"{_TOGETHER} {_LEAST}",
+    "global_highest": f"{_TOGETHER} {_MOST}",
+    "random": f"{_EACH} only rows train that were drawn at random",
+}
+_UNSEEN = "; nothing was analysed"
+_GIVEN = f"{_EACH} only the rows train that are listed in `{ROWS_NAME}`"
 _AUTO, _WHOLE = "AutoModelForCausalLM", "ForConditionalGeneration"
 _LOAD = {
     "adapter": (
@@ -76,7 +87,7 @@ def write_merged_card(
             ("Compared", f"{proof.compared} tensors with the base, byte by byte"),
         ]
         section: Section = {"title": "The merge", "rows": rows}
-        said = "**Verified:** nothing outside the selected rows"
+        said = f"**Verified:** nothing outside {telling.which_rows(selection)}"
         said += " and the targeted linears" if merged.linears else ""
         said += " and new tokens" if merged.new_tokens else ""
         text = _section(report, selection, f"{said} has changed.", [section], "merged", folder)
@@ -104,7 +115,7 @@ def _section(
     folder: Path,
 ) -> str:
     linears = len(selection.linears)
-    method = METHOD if any(selection.counts) else "Fine-tuned with LoKI's protection of inputs"
+    method = _method(report, selection)
     also = f"; {linears} further linear layers trained a LoRA" if linears else ""
     parts = ["## LoKI", f"{method}{also}.", verdict]
     for section in [*more, *telling.sections(report, selection)]:
@@ -126,6 +137,23 @@ def _section(
             " alone needs them as `loki export ADAPTER OUT --names text` writes them."
         )
     return "\n\n".join(parts)
+
+
+def _method(report: Report, selection: RowSelection) -> str:
+    """What trained, as the rows file has it: whose rows were chosen how, or all of them."""
+    if not any(selection.counts):
+        return "Fine-tuned with LoKI's protection of inputs" if report.get("protection") else METHOD
+    made = selection.made
+    if telling.has_all_rows(selection.counts, selection.hidden_size):
+        unseen = "strategy" in made and not made.keys() & {"analysis", "scores"}
+        return f"{METHOD}: {_EACH} all rows train{_UNSEEN if unseen else ''}"
+    # Of adapters that were merged at once each has its own record.
+    ways = {str(part.get("strategy")) for part in made.get("parts") or [made]}
+    way = ways.pop() if len(ways) == 1 else ""
+    if way not in _TRAINS:
+        return f"{METHOD}: {_GIVEN}"
+    but = ", without those that were excluded" if made.get("exclude") else ""
+    return f"{METHOD}: {_TRAINS[way]}{but}{_UNSEEN if way == 'random' else ''}"
 
 
 def _picture(report: Report, folder: Path) -> list[str]:

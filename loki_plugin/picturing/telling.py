@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -45,7 +45,8 @@ def verdict(report: Report, failed: bool) -> dict[str, Any]:
         }
     if report.get("verified"):
         others = len(report.get("linears") or ())
-        what_moved = "the selected rows" if any(report.get("rows_per_layer") or [1]) else ""
+        counts = report.get("rows_per_layer") or [1]
+        what_moved = _which(counts, report.get("hidden_size")) if any(counts) else ""
         if others:
             what_moved += f"{' and ' if what_moved else ''}{others} targeted linears"
         text = (
@@ -130,6 +131,21 @@ def commands(report: Report, folder: Path, adapter: bool) -> list[dict[str, str]
     return [{"what": w, "line": shlex.join(map(str, line))} for w, line in lines]
 
 
+def has_all_rows(counts: Sequence[int], hidden_size: int | None) -> bool:
+    """Whether no row of a down-projection is left frozen (`quota: 100`)."""
+    return bool(counts) and all(count == hidden_size for count in counts)
+
+
+def which_rows(selection: RowSelection) -> str:
+    """What a proof says of the rows that may change."""
+    return _which(selection.counts, selection.hidden_size)
+
+
+def _which(counts: Sequence[int], hidden_size: int | None) -> str:
+    every = has_all_rows(counts, hidden_size)
+    return "the rows of the down-projections" if every else "the selected rows"
+
+
 def _rows(selection: RowSelection) -> tuple[str, str]:
     counts, hidden = selection.counts, selection.hidden_size
     total = "" if hidden is None else f" of {hidden:,}"
@@ -142,8 +158,11 @@ def _trained(report: Report, selection: RowSelection) -> list[tuple[str, Any]]:
     made = selection.made
     quota, strategy = made.get("quota"), made.get("strategy")
     chosen = None
-    if quota is not None:
-        chosen = f"{quota:g} % of the rows by {strategy}"
+    if has_all_rows(selection.counts, selection.hidden_size):
+        chosen = "all"
+    elif quota is not None:
+        how = ", drawn at random" if strategy == "random" else f" by {strategy}"
+        chosen = f"{quota:g} % of the rows{how}"
         chosen += ", ranked by |score|" if made.get("magnitude") else ""
         excluded = made.get("exclude")
         chosen += f", without the rows of {', '.join(excluded)}" if excluded else ""
