@@ -68,8 +68,9 @@ def test_an_untouched_adapter_is_the_base_and_the_model_is_left_as_it_was():
 
 @pytest.fixture(autouse=True)
 def own_precision():
-    """Accelerate keeps the precision of an earlier trainer of this process."""
-    AcceleratorState._reset_state(True)
+    """Accelerate keeps the precision of an earlier trainer of this process. What it knows of the
+    process itself stays: Axolotl holds on to that."""
+    AcceleratorState._reset_state()
 
 
 def run(tmp_path, anchor=None, accumulate=1, size=2, steps=1, rate=0.0, **more):
