@@ -26,16 +26,14 @@ def side_by_side(
 ) -> list[str]:
     """The questions (all, or the first `asked`) and a few held-out messages, with what each model
     says."""
-    lines = [
-        "What was known (+ right, - wrong or an order; in brackets how likely the base found",
-        "the first word of its answer, and the next best one)",
-    ]
+    lines = ["What was known (+ right, - wrong or an order; how likely was the base's first word?)"]
     for i, q in enumerate(questions()[:asked]):
         lines += ["", q["question"]]
         for key, name in models.items():
             found = report["results"][key]
             mark = "+" if found["right"][i] else "-"
-            sure = "({:.0%}, {:.0%})".format(*report["beginnings"][i]) if key == "base" else ""
+            chances = (f"{100 * p:.0f} %" for p in report["beginnings"][i])
+            sure = f"({', '.join(chances)})" if key == "base" else ""
             lines.append(f"  {name} {mark} {_short(found['answers'][i])} {sure}".rstrip())
     lines += ["", "What was to be learned (held-out messages)"]
     for i, (message, order) in enumerate(orders.held_out()[:shown]):
