@@ -378,7 +378,9 @@ def test_the_whole_job_runs_on_a_stand_in(stand_in, tmp_path, monkeypatch, capsy
     for q, (likely, next_best) in zip(asking.questions(), report["beginnings"], strict=True):
         assert q["question"] in shown.out and 1 > likely >= next_best > 0
         said = shown.out.split(q["question"])[1].splitlines()[1]
-        assert said.startswith("  base") and said.endswith(f"({100 * likely:.0f} %, {100 * next_best:.0f} %)")
+        assert said.startswith("  base") and said.endswith(
+            f"({100 * likely:.0f} %, {100 * next_best:.0f} %)"
+        )
     for title, values in showing.compared(report, real.MODELS):
         line = next(x for x in shown.out.splitlines() if x.startswith(title))
         assert line.removeprefix(title).split() == values
