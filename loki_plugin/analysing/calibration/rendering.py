@@ -69,7 +69,9 @@ def dialogue(
         except Exception as error:  # a template is a program of somebody else
             refused.append(f"the chat template refuses the dialogue: {error}")
             continue
-        left_out = _left_out(tokenizer, said, tools, text, rendered) or _printed(said, text)
+        if _is_printed(said, text):
+            continue
+        left_out = _left_out(tokenizer, said, tools, text, rendered)
         if left_out is None:
             return list(rendered(said, tokenize=True)["input_ids"])
         others.append(said)
@@ -133,12 +135,11 @@ def _words(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _printed(messages: Messages, text: str) -> str | None:
-    """Where a template prints parts as Python or JSON does, instead of reading them."""
+def _is_printed(messages: Messages, text: str) -> bool:
+    """Whether the template prints parts as Python or JSON does, instead of reading them."""
     parts = [m for m in messages if isinstance(m["content"], list)]
     said = "".join(map(_words, parts))
-    printed = parts and any(mark in text and mark not in said for mark in _PRINTED)
-    return "what parts of a content are" if printed else None
+    return bool(parts) and any(mark in text and mark not in said for mark in _PRINTED)
 
 
 def _others(message: dict[str, Any]) -> Iterator[dict[str, Any]]:

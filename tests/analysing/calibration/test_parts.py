@@ -86,6 +86,18 @@ def test_a_template_that_tells_no_words_is_refused_and_told(tokenizer, our_log):
         assert "the chat template leaves out what is said" in our_log.text
 
 
+def test_a_template_that_refuses_plain_words_and_prints_parts_is_refused_for_what_it_says(
+    tokenizer,
+):
+    """What it prints is no text: neither is it read, nor does it hide the reason."""
+    wants = (
+        "{% if messages[0]['content'] is string %}{{ raise_exception('say it well') }}{% endif %}"
+    )
+    known = tokenizer(wants + "{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="refuses the dialogue: say it well"):
+        chat(known, [("user", "How cold?")], "here")
+
+
 def test_words_that_look_like_parts_are_words(tokenizer):
     said = [("user", "{'type': 'text', \"type\": \"text\"}")]
     for template in (INDEX, SELECT):
