@@ -14,7 +14,6 @@ from ..analysing.calibration.rendering import dialogue
 from ..args import LokiConfig
 from ..choices import TASK_TOKENS
 from ..model.positions import positions_of
-from ..protecting.reads import Reads
 from ..rows import RowSelection
 from .telling import Line
 
@@ -62,6 +61,7 @@ def let_stand_still(
         general: token ids of the texts that protection reads.
         goes_on: an adapter trains on, and keeps what it reads.
     """
+    from ..picturing.telling import beside
     from ..protecting.fixing import fix_reads
     from ..protecting.preparing import all_wanted
     from ..protecting.sharing import shared_reads
@@ -78,41 +78,35 @@ def let_stand_still(
         texts = task_texts(trainer) if ranks.is_first() else []
     texts = ranks.broadcast(texts)
     wanted, cache = all_wanted(config), (config.cache_dir, config.cache_limit)
-    reads, tokens = shared_reads(model, texts, general, wanted, *cache), sum(map(len, general))
+    reads = shared_reads(model, texts, general, wanted, *cache)
     fix_reads(model, reads.a)
-    found: dict[str, Any] = {"set_from": {"texts": len(texts), "tokens": sum(map(len, texts))}}
-    found["set_beside"] = reads.report() | {"tokens": tokens}
-    lines: list[Line] = [("beside", _beside(reads, tokens))] * bool(reads.behind)
-    if found["set_beside"]["capped"]:
+    there = reads.report() | {"tokens": sum(map(len, general))}
+    found: dict[str, Any] = {
+        "set_from": {"texts": len(texts), "tokens": sum(map(len, texts))},
+        "set_beside": there,
+    }
+    behind = f", {beside(there)}" if reads.behind else ""
+    if there["capped"]:
         LOG.warning(
             "loki: at %d of %d inputs low-rank updates are set beside fewer directions than hold"
             " %g %% of what general text reads there, the leading ones: there are %d tokens of it."
             " More calibration prompts, or texts in `protect.text`, give more",
-            found["set_beside"]["capped"],
+            there["capped"],
             len(reads.behind),
             100 * (wanted.energy or 0),
-            tokens,
+            there["tokens"],
         )
     if texts:
         told += f"; lora_A is set from {len(texts)} texts of yours,"
-        told += f" {found['set_from']['tokens']:,} tokens"
-        return [("reads", told), *lines], found
+        told += f" {found['set_from']['tokens']:,} tokens{behind}"
+        return [("reads", told)], found
     LOG.warning(
         "loki: the training set holds no token ids that can be read yet, so what low-rank updates"
         " read is drawn, and they will learn more slowly; `protect: {auto: true, freeze_a: false}`"
         " lets it train"
     )
-    told += "; lora_A stays as drawn, behind what general text reads"
-    return [("reads", told), *lines], found
-
-
-def _beside(reads: Reads, tokens: int) -> str:
-    """What of general text low-rank updates were set beside."""
-    counts, energy = ([getattr(b, n) for b in reads.behind] for n in ("directions", "energy"))
-    return (
-        f"{min(counts)} to {max(counts)} directions at {len(counts)} inputs, which hold at least"
-        f" {100 * min(energy):.2f} % of what {tokens:,} tokens of general text read"
-    )
+    told += f"; lora_A stays as drawn, behind what general text reads{behind}"
+    return [("reads", told)], found
 
 
 def task_texts(trainer: Any) -> list[list[int]]:

@@ -207,7 +207,8 @@ def _protected(found: dict[str, Any]) -> str:
     still, counts = found.get("still") or [], found["directions_per_layer"]
     told_still = f"what {len(still)} low-rank updates read stands still"
     told_still += f", set from {texts} of the task's texts" if (texts := _texts(found)) else ""
-    told_still += _beside(found.get("set_beside") or {})
+    set_beside = found.get("set_beside") or {}
+    told_still += f", {beside(set_beside)}" if set_beside.get("directions") else ""
     if not counts:
         return told_still
     inputs = found.get("inputs")
@@ -228,12 +229,11 @@ def _protected(found: dict[str, Any]) -> str:
     return told + (f"; at most {max(leakage):.2g} of the update reads them" if leakage else "")
 
 
-def _beside(found: dict[str, Any]) -> str:
-    if not found.get("directions"):
-        return ""
+def beside(found: dict[str, Any]) -> str:
+    """What of general text low-rank updates were set beside, from `set_beside` of a report."""
     low, high = min(found["directions"]), max(found["directions"])
     return (
-        f", beside {low} to {high} directions at each of {len(found['directions'])} inputs, which"
+        f"beside {low} to {high} directions at each of {len(found['directions'])} inputs, which"
         f" hold at least {_percent(min(found['energy']))} of what {found['tokens']:,} tokens of"
         " general text read"
     )

@@ -20,6 +20,7 @@ from benchmarks.standins import shrink
 from loki_plugin.cli import loki
 from loki_plugin.implanting.proven import merge_run
 from loki_plugin.model.building import load
+from loki_plugin.picturing.page import rebuild
 
 TOWER = "vision_tower"
 
@@ -231,7 +232,11 @@ def test_of_routed_experts_only_all_else_trains_protected(
     # So little text holds fewer directions than were asked for, and that is told.
     capped = f"at {beside['capped']} of {len(beside['inputs'])} inputs low-rank updates are set"
     assert (capped in our_log.text) == bool(beside["capped"])
-    assert f"which hold at least {100 * min(beside['energy']):.2f} % of what" in our_log.text
+    low, high = min(beside["directions"]), max(beside["directions"])
+    told = f"beside {low} to {high} directions at each of {len(beside['inputs'])} inputs, which"
+    told += f" hold at least {100 * min(beside['energy']):.1f} % of what {beside['tokens']:,}"
+    assert told in our_log.text
+    assert told in rebuild(out)[0].read_text(encoding="utf-8")
     _, proof = merge_run(config, [out], out / "merged")
     assert proof.ok
     before, after = (load_file(f / "model.safetensors") for f in (base, out / "merged"))
