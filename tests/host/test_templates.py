@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from axolotl.utils.chat_templates import get_chat_template
 from helpers.axolotl import load
+from helpers.families import tiny
 from helpers.tokenizers import make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from loki_plugin.host.files import Files
 from loki_plugin.host.tokens import calibration_tokenizer
@@ -22,15 +23,7 @@ def told(run_config, tmp_path):
     def made(*data, own=None, **top):
         base = tmp_path / "base"
         tokenizer = make_tokenizer(base, own)
-        LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                vocab_size=len(tokenizer),
-            )
-        ).save_pretrained(base)
+        tiny("llama", vocab_size=len(tokenizer)).save_pretrained(base)
         (data_set,) = run_config["datasets"]
         sets = [data_set | more for more in data]
         cfg = load({**run_config, "base_model": str(base), **top, "datasets": sets})
