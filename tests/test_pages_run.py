@@ -77,6 +77,7 @@ WORDS = {
 # What running text calls by its name only -> the whole command.
 WHOLE = {
     "axolotl train": "axolotl train config.yaml",
+    "axolotl loki merge": "axolotl loki merge config.yaml",
     "axolotl merge-lora": "axolotl merge-lora config.yaml",
     "loki analyse": "loki analyse config.yaml",
     "loki estimate": "loki estimate config.yaml",
