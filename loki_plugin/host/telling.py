@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysing.pace import duration
+from ..picturing.telling import has_all_rows
 from ..rows import RowSelection
 
 Line = tuple[str, str]  # what it is about, and what is said
@@ -27,7 +28,9 @@ def about_rows(selection: RowSelection, source: str) -> list[Line]:
     """
     made = selection.made
     lines = [("from", _analysis(made) if source == "analysis" else source)]
-    if "strategy" in made:
+    if has_all_rows(selection.counts, selection.hidden_size):
+        lines.append(("chosen", "every row of the down-projections"))
+    elif "strategy" in made and any(selection.counts):
         how = [f"quota {made.get('quota')} %", str(made["strategy"])]
         how += ["by |score|"] if made.get("magnitude") else []
         excluded = made.get("exclude")

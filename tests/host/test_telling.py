@@ -58,9 +58,18 @@ def test_what_was_not_analysed_and_targets_without_rows():
         ("from", "no analysis"),
         ("rows", "none: `targets` names no down-projection"),
     ]
+    planned = RowSelection(none.rows, 64, linears=none.linears, made=MADE)
+    assert "chosen" not in dict(about_rows(planned, "no analysis"))  # there is nothing to choose of
     told = dict(about_training(none, None, 640, 6400))
     assert told["linears"] == "2 with a LoRA: q_proj"
     assert not {"form", "rows"} & told.keys()
+
+
+def test_where_every_row_trains_none_was_chosen():
+    every = RowSelection([[0, 1], [0, 1]], 2, made=MADE | {"quota": 100})
+    told = dict(about_rows(every, "no analysis"))
+    assert told["chosen"] == "every row of the down-projections"
+    assert told["rows"] == "2 of 2 in each of 2 layers"
 
 
 def test_what_trains():
