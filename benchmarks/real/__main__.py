@@ -14,10 +14,12 @@ from benchmarks.real import (
     finals,
     forms,
     front,
+    matching,
     pace,
     report,
     seen,
     sweep,
+    tables,
     through,
 )
 from benchmarks.real.arms import ARMS
@@ -85,6 +87,8 @@ def main() -> None:
         return
     if options.what == "report":
         report.write(options.output)
+        every = [r for r in matching.read(options.output) if r["amount"] != "ci"]
+        print(f"written: {tables.write_rates(options.output, every)}")
         if options.output == RESULTS:  # the pages tell what is committed
             for path in front.fill(front.kept()):
                 print(f"written: {path}")

@@ -11,12 +11,10 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.real import matching
+from benchmarks.real import matching, names, tables
 from benchmarks.real.bases import NAMES
-from benchmarks.real.finals import RATES
 from benchmarks.real.matching import CHOSEN_BY, RIVAL, Row
 from benchmarks.real.picture import SHOWN, draw
-from benchmarks.real.report import is_ours
 from benchmarks.real.tasks import TASKS
 from benchmarks.writer import RESULTS, table
 from demo.real import MODELS
@@ -26,10 +24,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/choosing.md", "docs/evidence.md", "docs/how.md")
 DEMO = RESULTS / "demo.json"
 PICTURE = "docs/pictures/real_tradeoff.png"
-NOTHING = (
-    "*No run of a real model stands in `benchmarks/results/` yet, so there is nothing to show here."
-    " `python -m benchmarks.real report` fills this place from the runs.*"
-)
 # A front page has no room for more.
 LINES, COLUMNS, PANELS = 6, 3, 2
 _OTHERS = "the best of all other ways, without old data"
@@ -43,31 +37,6 @@ _OURS = (
     "loki_soft_q90",
 )
 _PAPERS, _OLD_DATA = "loki_q30", "lora_replay5"
-_WAYS = {
-    "osf": "OSF", "lora_anchor": "LoRA + our anchor alone",
-    "lora_soft": "all linears, soft inputs alone",
-    "lora_selfreplay": "LoRA + 5 % own text", "dora": "DoRA", "corda": "CorDA",
-    "freeze_bottom": "lower half frozen", "lora_eaft": "LoRA, EAFT's loss",
-    "oplora": "OPLoRA", "fora": "FORA", "lora_null": "LoRA-Null",
-    "lora_null_frozen": "LoRA-Null, A frozen",
-    "auto_all": "all linears, `auto` with `freeze_a: false`",
-}  # fmt: skip
-_NAMES = {
-    "smollm2-135m-instruct": "SmolLM2-135M",
-    "gemma-3-270m": "Gemma-3-270M",
-    "gemma-3-270m-turns": "Gemma-3-270M with a chat template",
-}
-_TASK_NAMES = {
-    "bfcl": "function calls", "snips": "commands to JSON", "wikidyk": "new facts",
-    "counterfact": "changed facts", "banking77": "intents", "gsm8k": "maths",
-}  # fmt: skip
-
-# Of the finalists on all tasks: a measure, what it is, how its figures are written.
-_MEASURED = (
-    ("kl_dialogues", "KL to the base on dialogues (its own answers), nats a token", ".2g"),
-    ("kl_text", "KL to the base on plain text, nats a token", ".2g"),
-    ("facts_kept", "Facts that are still right, of those that the base got right", ".0%"),
-)
 
 
 def kept(folder: Path = RESULTS) -> list[Row]:
@@ -79,9 +48,9 @@ def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
     """Draw the picture and write the blocks of every page under `root`; returns these files."""
     written = []
     if panels(rows):
-        titles = {key: _title(*key) for key in panels(rows)}
+        titles = {key: names.title(*key) for key in panels(rows)}
         # Steps on the way to `auto`, and its variants, are in `benchmarks/results/` alone.
-        some = [r for r in rows if r["arm"] in SHOWN or is_others(r["arm"])]
+        some = [r for r in rows if r["arm"] in SHOWN or names.is_others(r["arm"])]
         draw(some, root / PICTURE, "task_loss", titles, "all other ways")
         written.append(root / PICTURE)
     for page in PAGES:
@@ -91,67 +60,9 @@ def fill(rows: list[Row], root: Path = ROOT) -> list[Path]:
     return written
 
 
-def finals(folder: Path = RESULTS) -> str:
-    """The ways that were measured most thoroughly, each base and task by itself."""
-    rows = matching.read(folder, "full")
-    parts = []
-    lines = matching.matched(rows, "task_loss")
-    for base, task in dict.fromkeys((x["base"], x["task"]) for x in lines):
-        some = [
-            x for x in lines if (x["base"], x["task"]) == (base, task) and x[CHOSEN_BY] is not None
-        ]
-        devices = {
-            x["arm"]: {
-                r["device"]
-                for r in rows
-                if (r["base"], r["task"], r["arm"]) == (base, task, x["arm"])
-            }
-            for x in some
-        }
-        told = [
-            {
-                "way to train": _name(x["arm"]),
-                "KL, the base's own answers": f"{x[CHOSEN_BY]:.2g}",
-                "of LoRA's": _cell(x),
-                "seeds apart": f"{x['spread']:.1g}" if x["spread"] is not None else "",
-                "KL, people's answers": f"{x['kl_people']:.2g}",
-                "KL, text": f"{x['kl_text']:.2g}",
-                "facts kept (%)": f"{100 * x['facts_kept']:.0f}",
-                "seeds": x["seeds"],
-                "on": " and ".join(sorted(d.upper().replace("CUDA", "GPU") for d in of)),
-            }
-            for x, of in ((x, devices[x["arm"]]) for x in some)
-        ]
-        parts += [f"{_title(base, task)}:\n\n{table(told)}"]
-    return "\n\n".join(parts) or NOTHING
-
-
-def side_by_side(rows: list[Row]) -> str:
-    """The finalists on all tasks, a table for each measure; behind a figure its number of seeds."""
-    lines = {(x["base"], x["task"], x["arm"]): x for x in matching.matched(rows, "task_loss")}
-    arms = list(dict.fromkeys([RIVAL, *reversed(RATES)]))
-    parts = []
-    for measure, title, digits in _MEASURED:
-        told = [
-            {"": _title(*key)}
-            | {_name(arm): _seen(lines.get((*key, arm)), measure, digits) for arm in arms}
-            for key in ((base, task) for base in NAMES for task in TASKS)
-            if any((*key, arm) in lines for arm in arms if arm != RIVAL)
-        ]
-        parts += [f"{title}:\n\n{table(told)}"] if told else []
-    return "\n\n".join(parts) or NOTHING
-
-
-def _seen(line: Row | None, measure: str, digits: str) -> str:
-    if line is None:
-        return ""
-    value = line[measure]
-    return "-" if value is None else f"{value:{digits}} ({line['seeds']})"
-
-
 def filled(text: str, page: str, rows: list[Row]) -> str:
     """`text` of a page with its blocks as the runs have them."""
-    for name in ("picture", "table", "tasks", "demo", "finals"):
+    for name in ("picture", "table", "tasks", "others", "parts", "demo", "finals"):
         pattern = rf"(<!-- real:{name} -->\n).*?(<!-- /real:{name} -->)"
         new = block(name, page, rows)
         text = re.sub(pattern, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
@@ -165,9 +76,14 @@ def block(name: str, page: str, rows: list[Row]) -> str:
             return "*`python -m demo --results` has not run yet.*"
         return f"```text\n{shown(json.loads(DEMO.read_text('utf-8')), MODELS)}\n```"
     if name == "finals":
-        return finals()
-    if name == "tasks":
-        return side_by_side(rows)
+        return tables.finals(matching.read(RESULTS, "full"))
+    made = {
+        "tasks": tables.side_by_side,
+        "others": tables.others,
+        "parts": tables.parts_of_auto,
+    }
+    if name in made:
+        return made[name](rows)
     return picture(page, rows) if name == "picture" else in_short(rows)
 
 
@@ -200,20 +116,20 @@ def in_short(rows: list[Row]) -> str:
     known = {(x["base"], x["task"], x["arm"]): x for x in lines}
     columns = [key for key in _wanted(rows) if _forgets(known.get((*key, RIVAL)))][:COLUMNS]
     if not columns:
-        return NOTHING
+        return tables.NOTHING
     ran = {x["arm"] for x in lines if (x["base"], x["task"]) in columns}
     shown = [RIVAL, _OTHERS, _OLD_DATA, _PAPERS, *(arm for arm in _OURS if arm in ran)]
     found = []
     for arm in shown:
         cells = {
-            _title(*key): _best_other(lines, key)
+            names.title(*key): _best_other(lines, key)
             if arm == _OTHERS
-            else _cell(known.get((*key, arm)))
+            else tables.share(known.get((*key, arm)))
             for key in columns
         }
         if any(cells.values()):
-            found.append({"way to train": _name(arm), **cells})
-    lora = "; ".join(f"{_title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
+            found.append({"way to train": names.name(arm), **cells})
+    lora = "; ".join(f"{names.title(*k)} {known[*k, RIVAL][CHOSEN_BY]:.2g}" for k in columns)
     theirs = [known[*k, RIVAL]["rates"] for k in columns]
     others = [x["rates"] for x in lines if (x["base"], x["task"]) in columns and x["arm"] != RIVAL]
     return (
@@ -227,8 +143,9 @@ def in_short(rows: list[Row]) -> str:
 
 def _seeds(lines: list[Row], columns: list[tuple[str, str]]) -> str:
     """How many seeds each figure of the table is of."""
-    auto = dict.fromkeys(_OURS[:2], "`protect: auto`")
-    whose = {RIVAL: "LoRA", **auto, **dict.fromkeys([_OLD_DATA, _PAPERS, *_WAYS], "all else")}
+    others = [x["arm"] for x in lines if names.is_others(x["arm"])]
+    whose = {RIVAL: "LoRA"} | dict.fromkeys(_OURS[:2], "`protect: auto`")
+    whose |= dict.fromkeys([_OLD_DATA, _PAPERS, *others], "all else")
     found: dict[str, list[int]] = {}
     for x in lines:
         if (x["base"], x["task"]) in columns and x["arm"] in whose and x["seeds"]:
@@ -252,18 +169,8 @@ def _wanted(rows: list[Row]) -> list[tuple[str, str]]:
     return first[: COLUMNS - 1] + others[:1] + first[COLUMNS - 1 :] + others[1:]
 
 
-def _title(base: str, task: str) -> str:
-    return f"{_NAMES.get(base, base)}, {_TASK_NAMES.get(task, task)}"
-
-
 def _forgets(line: Row | None) -> bool:
     return line is not None and line[CHOSEN_BY] is not None
-
-
-def _cell(line: Row | None) -> str:
-    if line is None:
-        return ""
-    return "-" if line["of_lora"] is None else f"{line['of_lora']:.2g}"
 
 
 def _best_other(lines: list[Row], key: tuple[str, str]) -> str:
@@ -271,21 +178,10 @@ def _best_other(lines: list[Row], key: tuple[str, str]) -> str:
     others = [
         x
         for x in lines
-        if (x["base"], x["task"]) == key and is_others(x["arm"]) and x["of_lora"] is not None
+        if (x["base"], x["task"]) == key and names.is_others(x["arm"]) and x["of_lora"] is not None
     ]
     if not others:
         return ""
     best = min(others, key=lambda x: x["of_lora"])
     alone = ", the only one that was run" if len(others) == 1 else ""
-    return f"{best['of_lora']:.2g} ({_name(best['arm'])}{alone})"
-
-
-def _name(arm: str) -> str:
-    return SHOWN[arm][0] if arm in SHOWN else _WAYS.get(arm, arm)
-
-
-def is_others(arm: str) -> bool:
-    """Whether an arm is neither LoRA itself nor a form of LoKI, protected or not."""
-    if arm == RIVAL or arm in matching.AGAIN.values() or is_ours(arm):
-        return False
-    return not arm.startswith(("loki", "random", "all_", "form_", "lora_hard", "lora_replay"))
+    return f"{best['of_lora']:.2g} ({names.name(best['arm'])}{alone})"

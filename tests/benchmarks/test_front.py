@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from benchmarks.real import front
+from benchmarks.real import front, names, tables
 from benchmarks.real.bases import SOURCES
 
 SMOL, GEMMA = list(SOURCES)[:2]
@@ -64,7 +64,7 @@ def test_what_did_not_run_or_did_not_learn_is_told(rows):
     assert ours[1:] == ["-", "", ""]
     assert lora[1:] == ["1"] * 3 and papers[1:] == ["0.9"] * 3
     # Without LoRA there is nothing to compare with.
-    assert front.in_short([r for r in rows if r["arm"] != "lora_all_r16"]) == front.NOTHING
+    assert front.in_short([r for r in rows if r["arm"] != "lora_all_r16"]) == tables.NOTHING
 
 
 def test_two_amounts_of_one_task_never_mix(rows):
@@ -80,7 +80,7 @@ def test_two_amounts_of_one_task_never_mix(rows):
     assert {r["amount"] for r in kept if r["task"] == "bfcl"} == {"full"}
 
 
-def test_the_finalists_are_told_from_the_fullest_runs_alone(rows, tmp_path, monkeypatch):
+def test_the_finalists_are_told_from_the_fullest_runs_alone(rows, monkeypatch):
     for row in rows:
         row["device"] = "cuda" if row["arm"] == "osf" else "cpu"
     other = [r | {"amount": "brief", "kl_dialogues": 9.0, "arm": "dora"} for r in rows]
@@ -88,7 +88,7 @@ def test_the_finalists_are_told_from_the_fullest_runs_alone(rows, tmp_path, monk
     monkeypatch.setattr(
         front.matching, "read", lambda _, amount: [r for r in every if r["amount"] == amount]
     )
-    told = front.finals(tmp_path)
+    told = front.block("finals", "docs/evidence.md", rows)
     assert told.count("| way to train |") == 6 and "DoRA" not in told
     _, best, *_ = cells(told.split("SmolLM2-135M, commands to JSON:")[1])
     assert best == [
@@ -96,13 +96,13 @@ def test_the_finalists_are_told_from_the_fullest_runs_alone(rows, tmp_path, monk
     ]  # fmt: skip
     assert "| OSF | 0.4 | 0.5 |  | 0.5 | 0.5 | 50 | 1 | GPU |" in told
     every.clear()
-    assert front.finals(tmp_path) == front.NOTHING
+    assert front.block("finals", "docs/evidence.md", rows) == tables.NOTHING
 
 
 def test_finalists_stand_side_by_side_with_their_seeds(rows):
     rows += run(SMOL, "snips", "auto_gain_frozen", 0.04, seed=1)
-    told = front.side_by_side(rows)
-    assert told.count("|  | LoRA r16, all linears |") == 3  # dialogues, text, facts
+    told = tables.side_by_side(rows)
+    assert told.count("|  | LoRA r16, all linears |") == 5  # a table for each measure
     head, first, second, *_ = cells(told)
     commands = dict(zip(head, first, strict=True))
     assert commands[""] == "SmolLM2-135M, commands to JSON"
@@ -111,7 +111,42 @@ def test_finalists_stand_side_by_side_with_their_seeds(rows):
     assert commands["full fine-tuning"] == "-"
     assert commands["10 % of the rows, `protect: auto`"] == ""
     assert dict(zip(head, second, strict=True))["all linears, `protect: auto`"] == "0.02 (1)"
-    assert front.side_by_side([]) == front.NOTHING
+    assert tables.side_by_side([]) == tables.NOTHING
+
+
+def test_all_other_ways_stand_side_by_side_best_first(rows):
+    told = tables.others(rows)
+    assert told.count("| way to train |") == 2  # commands and function calls, of one base
+    commands, calls = (cells(part) for part in told.split("SmolLM2-135M, function calls:"))
+    assert [line[0] for line in commands[1:]] == [
+        "OSF", "LoRA + 5 % real data", "LoKI as in the paper, 30 % of the rows",
+        "LoRA r16, all linears", "full fine-tuning",
+    ]  # fmt: skip
+    assert commands[1][2:] == ["0.4", "0.5", "0.5", "50%", "9", "0.001", "1"]
+    assert commands[-1][2:] == ["-"] * 7 and len(calls) == len(commands)
+    assert tables.others([]) == tables.NOTHING
+
+
+def test_parts_of_auto_stand_in_the_order_in_which_they_are_told(rows):
+    head, lora, *parts = cells(tables.parts_of_auto(rows))
+    assert head[0] == "what trains, and how" and lora[0] == "LoRA r16, all linears"
+    assert [line[0] for line in parts] == [
+        names.PARTS[arm]
+        for arm in ("lora_soft", "lora_anchor", "auto_gain_frozen", "loki_soft_q90")
+    ]
+    assert parts[0][1:4] == ["0.04", "0.05", "0.5"]
+    assert tables.parts_of_auto([]) == tables.NOTHING
+
+
+def test_every_rate_is_told_seed_by_seed(rows, tmp_path):
+    rows += run(SMOL, "snips", "osf", 0.5, seed=1)
+    rows += [r | {"rate": 1e-4} for r in run(SMOL, "snips", "osf", None, seed=2)]
+    told = tables.write_rates(tmp_path, rows).read_text()
+    part = told.split(f"## {SMOL}, snips: at a task loss of 0.4 (measured: full)")[1].split("##")[0]
+    lines = {(line[0], line[1]): line[2:] for line in cells(part)[1:]}
+    assert lines["osf", "0.001"] == ["0, 1", "0.4, 0.5", "0.5", "0.5", "0.5", "9", ""]
+    assert lines["osf", "0.0001"] == ["", "", "", "", "", "", "2: 4, 9"]
+    assert told.count("\n## ") == 6
 
 
 def test_pages_are_filled_from_the_runs_and_from_nothing_else(rows, tmp_path):
@@ -129,4 +164,4 @@ def test_pages_are_filled_from_the_runs_and_from_nothing_else(rows, tmp_path):
     assert outside[0] == outside[1]
     front.fill([], tmp_path)
     readme = (tmp_path / "README.md").read_text()
-    assert front.NOTHING in readme and "real_tradeoff" not in readme
+    assert tables.NOTHING in readme and "real_tradeoff" not in readme
