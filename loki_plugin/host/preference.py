@@ -5,10 +5,11 @@ from __future__ import annotations
 from peft import PeftModel
 from transformers import Trainer
 
+from ..implanting.saved import REFERENCE
+
 # Whose loss looks at what the reference says; TRL makes it from the model that it is given.
-WITH_REFERENCE = ("dpo", "ipo", "kto", "grpo")
-KNOWN = (*WITH_REFERENCE, "orpo", "simpo")
-_REFERENCE = "ref"  # what TRL calls its copy of the adapter
+WITHREFERENCE = ("dpo", "ipo", "kto", "grpo")
+KNOWN = (*WITHREFERENCE, "orpo", "simpo")
 
 
 def preference_faults(cfg) -> list[str]:
@@ -19,7 +20,7 @@ def preference_faults(cfg) -> list[str]:
     if method not in KNOWN:
         return [f"  rl: {method}: loki trains preferences with {', '.join(KNOWN)}"]
     faults = []
-    if method in WITH_REFERENCE and cfg.get("lora_model_dir"):
+    if method in WITHREFERENCE and cfg.get("lora_model_dir"):
         faults.append(
             f"  lora_model_dir with rl: {method}: its reference is the base without any adapter;"
             " merge the earlier adapter and use the merged model as base_model"
@@ -50,8 +51,8 @@ def model_of(trainer: Trainer) -> PeftModel:
     LoRA's inner names, which nothing loads; from now on it saves the adapter.
     """
     model = trainer.model
-    if _REFERENCE in model.peft_config:
-        model.delete_adapter(_REFERENCE)
+    if REFERENCE in model.peft_config:
+        model.delete_adapter(REFERENCE)
     # Called late: installing the rows replaces the method.
     model.get_base_model().save_pretrained = lambda *a, **more: model.save_pretrained(*a, **more)
     return model

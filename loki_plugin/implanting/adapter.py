@@ -199,12 +199,14 @@ def _add_adapter(self: PeftModel, adapter_name: str, peft_config, *args, **kwarg
     """A second adapter of the same configuration is confined to the same rows, and frozen.
 
     TRL's DPOTrainer adds one to hold what the adapter was at the start, as its reference, and
-    copies every parameter of the first one into it.
+    copies every parameter of the first one into it. It is not saved (`saved.is_reference`).
     """
     own = peft_config is self.peft_config[self.active_adapter]
     type(self).add_adapter(self, adapter_name, peft_config, *args, **kwargs)
     if not own:
+        self._loki_copies.discard(adapter_name)  # of an earlier one, which was deleted
         return
+    self._loki_copies.add(adapter_name)
     for module in self.modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_B:
             first, second = module.lora_B[self.active_adapter], module.lora_B[adapter_name]

@@ -28,18 +28,34 @@ FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be use
 REPORT_NAME = "loki_report.json"
 PAGE_NAME, FIGURES_NAME = "loki_report.html", "loki_figures.json"
 PICTURE_NAME = "loki_forgetting.svg"  # beside the model card, which shows it
+REFERENCE = "ref"  # what TRL calls the frozen copy of the adapter that it compares with
 
 
 def save_rows_with(model: PeftModel, selection: RowSelection) -> None:
     """From now on `model.save_pretrained` writes the rows file beside the adapter.
 
     So an older adapter keeps its own rows until it is overwritten itself. The same holds for the
-    directions of a protected adapter. A report that verified the older one goes.
+    directions of a protected adapter. A report that verified the older one goes. TRL's reference
+    is not saved (`is_reference`), nor loaded in place of the adapter.
     """
     model._loki_selection = selection
     model._loki_directions = None  # `protect_inputs` sets it
-    # A bound method, not a closure: a deep copy of the model binds it to the copy.
+    model._loki_copies = set()  # `add_adapter` notes them
+    # Bound methods, not closures: a deep copy of the model binds them to the copy.
     model.save_pretrained = types.MethodType(_save_pretrained, model)
+    model.load_adapter = types.MethodType(_load_adapter, model)
+
+
+def is_reference(model: PeftModel, adapter_name: str) -> bool:
+    """Whether an adapter is the copy that TRL's trainers (DPO, KTO, GRPO, RLOO) compare with.
+
+    It is named `ref`, was added with the very configuration of the adapter that trains, and is not
+    active. TRL makes it anew from the model that it is given. Saved, it would stand in a folder of
+    its own, and transformers, which resumes from such folders and from nothing else where there are
+    any, would leave out the adapter that trained.
+    """
+    is_copy = adapter_name == REFERENCE and adapter_name in model._loki_copies
+    return is_copy and adapter_name not in model.active_adapters
 
 
 def save_sharded(model: PeftModel, write: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -69,8 +85,27 @@ def _is_spread(model: PeftModel) -> bool:
     return any(isinstance(p, DTensor) for n, p in model.named_parameters() if ".lora_" in n)
 
 
-def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
+def _load_adapter(self: PeftModel, model_id, adapter_name: str, *args, **kwargs):
+    beside = Path(model_id).parent
+    if is_reference(self, adapter_name) and (beside / WEIGHTS).is_file():
+        raise ValueError(
+            f"'{model_id}' holds a reference that is not needed, and resuming would load it in"
+            f" place of the adapter in '{beside}'; remove the folder '{model_id}' and resume again"
+        )
+    return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+
+def _save_pretrained(
+    self: PeftModel,
+    save_directory,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    *args,
+    **kwargs,
+):
     folder = Path(save_directory)
+    if selected_adapters is None:
+        selected_adapters = [name for name in self.peft_config if not is_reference(self, name)]
     if kwargs.get("state_dict") is None and _is_spread(self):
         raise RuntimeError(
             f"the adapter was not saved to '{folder}': each rank holds a part of it only, and"
@@ -82,7 +117,9 @@ def _save_pretrained(self: PeftModel, save_directory, *args, **kwargs):
     if kwargs.get("save_embedding_layers", "auto") == "auto" and embeddings_grew(self):
         kwargs["save_embedding_layers"] = True
     try:
-        saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        saved = type(self).save_pretrained(
+            self, save_directory, safe_serialization, selected_adapters, *args, **kwargs
+        )
         if first:
             self._loki_selection.save(folder / FILE_NAME)
             if self._loki_directions is not None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
-from helpers.laws import adapter_of
+from helpers.laws import adapter_of, modules_of
 from helpers.tokenizers import make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loki_plugin import RowSelection, implant
+from loki_plugin.implanting.exporting import export
 from loki_plugin.implanting.merge import merge_adapter
 
 ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 33]]
@@ -34,8 +36,8 @@ print(words[0]["generated_text"], end="")
 """
 
 
-def trained(model, rows, rank=None, protect=None):
-    model = implant(model, rows, rank, protect)
+def trained(model, rows, rank=None, protect=None, **more):
+    model = implant(model, rows, rank, protect, **more)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -75,3 +77,44 @@ def test_readers_that_know_one_rank_and_one_alpha_scale_by_one(tmp_path, rank, p
     for name in ("use_rslora", "use_dora", "lora_bias"):
         assert not config[name], name
     assert config["bias"] == "none" and not config["modules_to_save"]
+
+
+def one_alpha(folder):
+    """Name of a linear -> ΔW, as llama.cpp has it: one alpha, and the rank of each tensor."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    return {
+        name: (alpha / b.shape[1] if alpha else 1) * (b @ a)
+        for name, (a, b) in modules_of(folder).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "fullest"),
+    [
+        ({"rows": [[3, 1, 40], [0, 47, 5, 6, 9], [7, 8, 33]]}, 5),
+        ({"rows": ROWS, "targets": "all", "linear_rank": 4}, 4),
+        ({"rows": ROWS, "targets": "all", "linear_rank": 3, "rank": 2}, 3),
+    ],
+    ids=["uneven rows", "dense beside linears", "another rank for linears"],
+)
+def test_several_ranks_in_one_adapter_need_patterns_and_an_exported_one_does_not(
+    tmp_path, settings, fullest
+):
+    """The way out for llama.cpp, at the largest rank of the adapter, which loses nothing; and
+    alpha 0 in a copy."""
+    before, after, zero = (tmp_path / name for name in ("before", "after", "zero"))
+    trained(tiny("llama"), **settings).save_pretrained(before)
+    config = json.loads((before / "adapter_config.json").read_text())
+    assert config["alpha_pattern"] == config["rank_pattern"] != {}
+    meant = {name: b @ a for name, (a, b) in modules_of(before).items()}
+    assert any(not torch.allclose(one_alpha(before)[name], meant[name]) for name in meant)
+
+    export(before, after, fullest, progress=False)
+    assert not json.loads((after / "adapter_config.json").read_text())["alpha_pattern"]
+    shutil.copytree(before, zero)
+    (zero / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+    for folder in (after, zero):
+        found = one_alpha(folder)
+        assert found.keys() == meant.keys()
+        for name in meant:
+            torch.testing.assert_close(found[name], meant[name])

@@ -139,6 +139,42 @@ def test_the_rows_are_saved_with_the_adapter_and_by_copies_of_the_model(tmp_path
     assert not (tmp_path / "other" / "loki_rows.json").exists()
 
 
+def adapters_in(folder):
+    """The names of the adapters that lie in a folder, as PEFT files them."""
+    return {"default" if p.parent == folder else p.parent.name for p in folder.rglob(WEIGHTS)}
+
+
+@FORMS
+def test_of_several_adapters_only_the_reference_of_trl_is_not_saved(tmp_path, rank):
+    model = implant(tiny("llama"), ROWS, rank)
+    own = model.peft_config["default"]
+    for name in ("second", "ref"):
+        model.add_adapter(name, own)
+    for each in (model, copy.deepcopy(model)):
+        folder = tmp_path / f"{id(each)}"
+        each.save_pretrained(folder)
+        assert adapters_in(folder) == {"default", "second"}
+    asked = {"default", "ref"}
+    model.save_pretrained(tmp_path / "asked", selected_adapters=sorted(asked))
+    assert adapters_in(tmp_path / "asked") == asked
+    model.set_adapter("ref")  # now it is the one that trains
+    model.save_pretrained(tmp_path / "active")
+    assert adapters_in(tmp_path / "active") == {"default", "second", "ref"}
+
+
+@pytest.mark.parametrize("copied_before", [False, True])
+def test_an_adapter_of_ones_own_may_be_called_ref(tmp_path, copied_before):
+    model = implant(tiny("llama"), ROWS)
+    own = model.peft_config["default"]
+    if copied_before:
+        model.add_adapter("ref", own)
+        model.delete_adapter("ref")
+    model.add_adapter("ref", copy.deepcopy(own))
+    model.save_pretrained(tmp_path)
+    assert adapters_in(tmp_path) == {"default", "ref"}
+    model.load_adapter(tmp_path / "ref", "ref")
+
+
 def test_a_full_disk_keeps_the_files_that_are_there(tmp_path):
     model = implant(tiny("llama"), ROWS)
     model.save_pretrained(tmp_path)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from helpers.laws import assert_equal, base_tensors
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_plugin import RowSelection, implant
 from loki_plugin.implanting.adapter import check
-from loki_plugin.implanting.saved import check_saved
+from loki_plugin.implanting.saved import WEIGHTS, check_saved
 from loki_plugin.model.anatomy import find_anatomy
 
 pytestmark = pytest.mark.slow
@@ -75,31 +78,79 @@ def test_sft_trainer(base, tmp_path, rank):
     trained(trainer, base, tmp_path / "adapter", rank)
 
 
-@FORMS
-@pytest.mark.parametrize("earlier", [False, True], ids=["fresh", "trained"])
-def test_dpo_trainer_refers_to_what_the_adapter_was(base, tmp_path, rank, earlier):
-    """To the base where the adapter is fresh, exactly; and its own copy never trains."""
+def earlier(model):
+    """The model with an adapter that has been trained before."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def dpo_trainer(model, base, folder, **more):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    model = implant(load(base), ROWS, rank)
-    if earlier:
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(0, 0.1)
-    at_first = logits(model)
-    assert torch.equal(at_first, logits(load(base))) is not earlier
     pairs = [(f"say {i}", f"number {i} it is", f"no, {i} it is not") for i in range(16)]
     data = [{"prompt": q, "chosen": y, "rejected": n} for q, y, n in pairs]
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model,
-        args=DPOConfig(str(tmp_path), **ARGUMENTS),
+        args=DPOConfig(str(folder), **ARGUMENTS | more),
         train_dataset=Dataset.from_list(data),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
+
+
+@FORMS
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "trained"])
+def test_dpo_trainer_refers_to_what_the_adapter_was(base, tmp_path, rank, fresh):
+    """To the base where the adapter is fresh, exactly; and its own copy never trains."""
+    model = implant(load(base), ROWS, rank)
+    if not fresh:
+        earlier(model)
+    at_first = logits(model)
+    assert torch.equal(at_first, logits(load(base))) is fresh
+    trainer = dpo_trainer(model, base, tmp_path)
     assert set(model.peft_config) == {"default", "ref"}
     trained(trainer, base, tmp_path / "adapter", rank)
     model.set_adapter("ref")
     assert torch.equal(logits(model), at_first)
+
+
+@FORMS
+def test_a_dpo_run_that_is_resumed_is_the_one_that_was_not_stopped(base, tmp_path, rank):
+    """transformers resumes from the folders of single adapters, where a checkpoint has any, and
+    from nothing else: TRL's copy must not be there."""
+
+    def run(folder, checkpoint=None):
+        model = earlier(implant(load(base), ROWS, rank))
+        at_first = logits(model)
+        trainer = dpo_trainer(model, base, folder, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.save_model(str(folder / "end"))
+        model.set_adapter("ref")
+        assert torch.equal(logits(model), at_first)
+        return load_file(folder / "end" / WEIGHTS)
+
+    whole = run(tmp_path / "whole")
+    for steps in (2, 4):  # half of the run; all of it, and no step is left
+        checkpoint = tmp_path / "whole" / f"checkpoint-{steps}"
+        assert_equal(whole, run(tmp_path / f"from {steps}", checkpoint))
+        assert not (checkpoint / "ref").exists()
+    half = load_file(tmp_path / "whole" / "checkpoint-2" / WEIGHTS)
+    assert any(not torch.equal(half[key], whole[key]) for key in whole)
+    assert not (tmp_path / "whole" / "end" / "ref").exists()
+
+
+def test_a_checkpoint_that_holds_the_reference_is_refused(base, tmp_path):
+    """Those that were saved before it was left out do; resuming would drop what was learned."""
+    more = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = dpo_trainer(implant(load(base), ROWS), base, tmp_path, **more)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    trainer.model.save_pretrained(checkpoint, selected_adapters=["ref"])
+    with pytest.raises(ValueError, match="remove the folder '.*checkpoint-2/ref' and resume again"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    shutil.rmtree(checkpoint / "ref")
+    trainer.train(resume_from_checkpoint=str(checkpoint))
