@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from ..rows import FILE_NAME, Made, RowSelection, union
 from .adapters import Adapter, Opened, check_disjoint, opened
-from .checkpoint import Base, Checkpoint, Stored, open_checkpoint, tensors
+from .checkpoint import Base, Stored, open_checkpoint, tensors
 from .identity import check_base
 from .rounded import Advice
+from .tokenizer_choice import choose_tokenizer, new_tokens
 from .tokenizer_files import write_tokenizer
-from .vocabulary import check_tokenizer, copy_model, new_rows, write_overrides
+from .vocabulary import copy_model, write_overrides
 
 _MUCH = 0.1  # of the update
 
@@ -141,20 +142,20 @@ def merge_adapters(
     The sum is made in float32 (float64 for a float64 checkpoint) and rounded once to the
     checkpoint's dtype. Embeddings to which training added tokens get their rows behind the base's
     own. A half-written model never stands at `output`. Files beside the weights keep their bytes
-    but for what the tokenizer of the adapter that adds tokens, else of the first one, needs; see
+    but for what the tokenizer of the adapter that changed it needs; see `choose_tokenizer` and
     `write_tokenizer`.
 
     Args:
         adapters: each trained on `base`, on rows of its own. The result does not depend on their
-            order, and is the same as merging them one after another.
+            order, and its weights are the same as of merging them one after another.
         sum_overlaps: allow rows in common; they get the sum of the updates.
 
     Raises:
         ValueError: no adapter; one that is no plain LoRA on the down-projections, that failed its
             check, that holds NaN or Inf, or that has non-zero rows of B outside its selection;
-            rows in common; two that add tokens; an update beyond the range of the checkpoint's
-            dtype; rows for another model; a quantised or non-safetensors base; or an output folder
-            that is not empty.
+            rows in common; two that add tokens, or want different tokenizers; an update beyond the
+            range of the checkpoint's dtype; rows for another model; a quantised or non-safetensors
+            base; or an output folder that is not empty.
     """
     base, output = Base.of(base), Path(output)
     check_output(output, base)
@@ -170,11 +171,12 @@ def merge_adapters(
     shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted merge
     rounding = Rounding()
     with opened(adapters, found.anatomy.names) as parts, removing(partial):
-        grown, source = _new_tokens(found, parts)
-        check_tokenizer(source, found, grown)
+        grown, growing = new_tokens(found, parts)
+        folders, trusted = [part.folder for part in parts], base.trust_remote_code
+        source, companions = choose_tokenizer(found.folder, folders, growing, trusted)
         partial.mkdir(parents=True)
         copy_model(found, partial, grown, progress)
-        companions = write_tokenizer(found.folder, source, partial, base.trust_remote_code)
+        companions += write_tokenizer(found.folder, source, partial, trusted)
         companions += write_overrides(partial, base.overrides)
         stored = tensors(partial)
         layers = [i for i, rows in enumerate(selection.rows) if len(rows)]
@@ -233,17 +235,6 @@ def removing(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _new_tokens(base: Checkpoint, parts: list[Opened]) -> tuple[dict[str, torch.Tensor], Path]:
-    """The rows that the embeddings grow by, and the adapter whose tokenizer counts."""
-    brought = [(rows, part.folder) for part in parts if (rows := new_rows(base, part.lora))]
-    if len(brought) > 1:
-        raise ValueError(
-            f"adapters '{brought[0][1]}' and '{brought[1][1]}' both add tokens, which would get the"
-            " same ids; merge one of them, and train the other one on the merged model"
-        )
-    return brought[0] if brought else ({}, parts[0].folder)
 
 
 def _change(parts: list[Opened], layer: int, rows: torch.Tensor, place: Stored) -> torch.Tensor:
