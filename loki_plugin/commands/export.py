@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from ..choices import CLASSES
 from .shared import Answer, Command
+
+if TYPE_CHECKING:
+    from ..implanting.checkpoint import Base
 
 
 @click.command(
@@ -28,13 +32,14 @@ from .shared import Answer, Command
     help="of modules as in the base's text model alone, or as in the whole model for images",
 )
 @click.option("--base", help="a folder or a hub id; default: the base that ADAPTER names")
+@click.option("--revision", help="of the base on the hub; default: the one that ADAPTER names")
 @click.option("--prompts", default="builtin", show_default=True, help="as loki.calibration.source")
 @click.option("--no-kl", is_flag=True, help="do not load the base to measure what is lost")
 @click.option("--trust-remote-code", is_flag=True, help="where the base brings code of its own")
 @click.option("--device", help="default: the GPU where there is one")
 @click.option("--dtype", default="auto", show_default=True)
 def export_command(
-    adapter, out, rank, names, base, prompts, no_kl, trust_remote_code, device, dtype
+    adapter, out, rank, names, base, revision, prompts, no_kl, trust_remote_code, device, dtype
 ):
     """Write ADAPTER as a LoRA of a smaller rank, or under the names of another class.
 
@@ -49,11 +54,11 @@ def export_command(
         raise ValueError("give --rank or --names, one of them; for both, export twice, rank first")
     if names:
         _nothing_is_measured()
-        return _under_names(adapter, out, names, base, trust_remote_code)
+        return _under_names(adapter, out, names, _base(adapter, base, revision, trust_remote_code))
     from ..analysing.calibration.sources import load_records
     from ..evaluating.adapters import between
     from ..evaluating.forgetting import check_place
-    from ..implanting.exporting import base_of, export
+    from ..implanting.exporting import export
 
     check_place(device, dtype)
     records = load_records(prompts)
@@ -63,8 +68,9 @@ def export_command(
             return {"not_measured": "--no-kl"}
         options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         try:
-            name = base or base_of(adapter)
-            found = between(name, adapter, new, prompts, records, **options)
+            known = _base(adapter, base, revision, trust_remote_code)
+            options["revision"] = known.revision
+            found = between(str(known.name), adapter, new, prompts, records, **options)
         except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
             return {"not_measured": str(error).strip().partition("\n")[0]}
         same = found.same_answer
@@ -92,11 +98,19 @@ def _nothing_is_measured() -> None:
             raise ValueError(f"{option} is about what a smaller rank loses; leave it out")
 
 
-def _under_names(adapter: Path, out: Path, names: str, base: str | None, trust: bool) -> Answer:
+def _base(adapter: Path, name: str | None, revision: str | None, trust: bool) -> Base:
+    """The base that is given, or the one that the adapter names."""
     from ..implanting.checkpoint import Base
     from ..implanting.exporting import base_of
+    from ..implanting.fitting import base_named_by
+
+    if name is None:
+        name, revision = base_of(adapter), revision or base_named_by(adapter)[1]
+    return Base(name, revision, trust)
+
+
+def _under_names(adapter: Path, out: Path, names: str, base: Base) -> Answer:
     from ..implanting.renaming import rename
 
-    known = Base(base or base_of(adapter), trust_remote_code=trust)
-    report = rename(adapter, out, names, known)
+    report = rename(adapter, out, names, base)
     return Answer(report.text(), asdict(report) | {"output": str(out)})

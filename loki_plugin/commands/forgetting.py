@@ -40,6 +40,7 @@ _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("--base", help="the model before; default: CONFIG's base_model")
 @click.option("--tuned", help="merged model or adapter; default: what CONFIG's run has left")
+@click.option("--revision", help="of the base on the hub; default: CONFIG's, or the adapter's")
 @click.option("--tasks", default="", help="lm-eval tasks, separated by commas")
 @click.option("--include", help="a folder with lm-eval task files of your own")
 @click.option("--limit", type=click.IntRange(min=1), help="items per task")
@@ -101,7 +102,7 @@ def forgetting_command(
         if base is None or tuned is None:
             of_base, of_tuned = forgetting.of_a_run(run)
             base, tuned = base or of_base, tuned or of_tuned
-        options["revision"] = run.get("revision_of_model")
+        options["revision"] = options["revision"] or run.get("revision_of_model")
         options["trust_remote_code"] = bool(run.get("trust_remote_code"))
         options["overrides"] = run.get("overrides_of_model_config")
     if base is None or tuned is None:
@@ -149,7 +150,7 @@ def _held_back(config, base, tuned, output, gate, options):
         options["device"],
         options["dtype"],
         at_home((run.get("loki") or {}).get("cache_dir")),
-        revision=run.get("revision_of_model"),
+        revision=options["revision"] or run.get("revision_of_model"),
         trust_remote_code=bool(run.get("trust_remote_code")),
         overrides=run.get("overrides_of_model_config"),
     )

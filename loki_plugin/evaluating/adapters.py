@@ -15,6 +15,7 @@ from ..blocks import CalibrationArgs
 from ..choices import SOURCE
 from ..implanting.checkpoint import Base, open_checkpoint
 from ..implanting.dequantised import load_quantised, unquantised
+from ..implanting.fitting import check_fits, check_made_on
 from ..implanting.rounded import DEQUANTISED, ORIGINAL, storage_of
 from ..model.building import load
 from ..rows import FILE_NAME, RowSelection
@@ -47,14 +48,18 @@ def between(
     Raises:
         OSError: no such base, or one that cannot be read.
         RuntimeError: the base does not fit into memory.
+        ValueError: another base than the adapters' own, or one whose modules they do not name.
     """
     from transformers import AutoTokenizer
 
+    known = Base(base, of_base.get("revision"), bool(of_base.get("trust_remote_code")))
+    check_made_on(known, one)
     settings = CalibrationArgs(source=source)
     found = load_questions(AutoTokenizer.from_pretrained(base, **of_base), settings, records)
     ids = [p.ids for p in found[:: -(-len(found) // QUICK_PROMPTS)]]
     model = load_model(base, str(one), device, dtype, **of_base)
     first = log_probabilities(model, ids)
+    check_fits(model, other)
     model.load_adapter(str(other), "other")
     model.set_adapter("other")
     return compare(first, log_probabilities(model, ids))

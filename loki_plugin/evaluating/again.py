@@ -6,6 +6,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from ..implanting.checkpoint import Base
+from ..implanting.fitting import check_made_on
 from ..implanting.saved import WEIGHTS
 from ..picturing.page import read_report
 from .forgetting import ForgettingReport, load_model
@@ -48,6 +50,8 @@ def measure_again(
             " off, not a merged model"
         )
     prompts, own = kept_texts(key, cache_dir)
+    revision, trust = of_base.get("revision"), bool(of_base.get("trust_remote_code"))
+    check_made_on(Base(base, revision, trust, dict(of_base.get("overrides") or {})), run)
     model = load_model(base, str(adapter), device, dtype, **of_base)
     found = measure(model, prompts, own)
     told = f"eval_loki_kl {found.kl:.4g} nats"

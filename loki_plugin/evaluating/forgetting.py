@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch import nn
 from ..analysing.calibration.prompts import Prompt, load_prompts
 from ..analysing.calibration.sources import Record, load_records
 from ..blocks import CalibrationArgs
+from ..implanting.checkpoint import Base
+from ..implanting.fitting import base_named_by, changed_modules, check_fits, check_made_on
+from ..implanting.renaming import as_text_model
 from ..implanting.saved import WEIGHTS, open_tensors
 from ..model.building import load
 from ..protecting.anchor import adapter_off
@@ -96,7 +100,8 @@ def measure(
         tasks: lm-eval tasks; none: the prompts only.
         prompts: a calibration source; where its records have answers, those are asked for.
         noise_floor: evaluate the base a second time.
-        revision, trust_remote_code: of the base, as the run's YAML has them.
+        revision, trust_remote_code: of the base, as the run's YAML has them; without a revision,
+            the one that the adapter names beside this base.
         overrides: of its configuration, under which it was trained.
         options: see `evaluate_tasks`.
 
@@ -105,6 +110,8 @@ def measure(
     """
     tuned = str(tuned)
     adapter = tuned if (Path(tuned) / ADAPTER).is_file() else None
+    if adapter and revision is None and base_named_by(Path(adapter))[0] == base:
+        revision = base_named_by(Path(adapter))[1]
     of_base: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     of_tuned = of_base if adapter else {"trust_remote_code": trust_remote_code}
     device = device or _usual_device()  # lm-eval's own default is a GPU, where there is none too
@@ -121,16 +128,21 @@ def measure(
     if tasks:
         unsafe = bool(options.get("confirm_run_unsafe_code"))
         check_tasks(tasks, options.get("include"), unsafe)  # before anything is loaded
+    known = Base(base, revision, trust_remote_code, dict(overrides or {}))
+    if adapter:
+        check_made_on(known, Path(adapter))
     on_prompts = _on_prompts(
         base, tuned, prompts, device, dtype, of_base, of_tuned, overrides or {}
     )
     if not tasks:
         return ForgettingReport(on_prompts)
-    before = evaluate_tasks(base, tasks, loading=of_base, **settings)
     model = base if adapter else tuned
     if adapter and saved_embedding_rows(Path(adapter)):
         of_tuned = {**of_tuned, "tokenizer": adapter}  # lm-eval grows the embeddings to its length
-    after = evaluate_tasks(model, tasks, adapter=adapter, loading=of_tuned, **settings)
+    with as_text_model(Path(adapter), known) if adapter else nullcontext() as named:
+        before = evaluate_tasks(base, tasks, loading=of_base, **settings)
+        fitting = str(named) if named else None
+        after = evaluate_tasks(model, tasks, adapter=fitting, loading=of_tuned, **settings)
     again = evaluate_tasks(base, tasks, loading=of_base, **settings) if noise_floor else None
     return ForgettingReport(
         on_prompts, changes(before, after), changes(before, again) if again else []
@@ -147,7 +159,8 @@ def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
     folder = Path(config.get("output_dir") or "./model-out")  # Axolotl's own default
     merged, adapter = folder / "merged", folder / ADAPTER
     if (merged / "config.json").is_file():
-        if adapter.is_file() and adapter.stat().st_mtime > merged.stat().st_mtime:
+        written = (merged / "config.json").stat().st_mtime  # not the folder's: others add files
+        if adapter.is_file() and adapter.stat().st_mtime > written:
             raise ValueError(
                 f"'{merged}' is older than the adapter in '{folder}': remove it and merge again, or"
                 f" say which one is meant, --tuned {merged} or --tuned {folder}"
@@ -230,22 +243,31 @@ def load_model(
 ) -> Any:
     """A model, with a saved adapter if one is given, on a device (None: the GPU, if any).
 
+    Where a base can be loaded as several classes, it is the one whose modules the adapter names.
+
     Raises:
-        ValueError: a device or a dtype that there is not, before anything is loaded.
+        ValueError: a device or a dtype that there is not, before anything is loaded; an adapter
+            that does not fit.
     """
     device = check_place(device, dtype)
     chosen = Path(adapter or model) / FILE_NAME
     made_for = RowSelection.load(chosen).fingerprint if chosen.is_file() else None
-    loaded = load(model, made_for, dtype=dtype, **loading)
+    holds = changed_modules(Path(adapter)) if adapter else ()
+    loaded = load(model, made_for, dtype=dtype, holds=holds, **loading)
     if adapter is not None:
         loaded = with_adapter(loaded, Path(adapter))
     return loaded.to(device)
 
 
 def with_adapter(model: Any, adapter: Path) -> Any:
-    """A base with a saved adapter of it, which may bring embeddings of new tokens."""
+    """A base with a saved adapter of it, which may bring embeddings of new tokens.
+
+    Raises:
+        ValueError: as `check_fits`.
+    """
     from peft import PeftModel
 
+    check_fits(model, adapter)
     rows = saved_embedding_rows(adapter)
     if rows > model.get_input_embeddings().num_embeddings:  # tokens that the run added
         model.resize_token_embeddings(rows, mean_resizing=False)

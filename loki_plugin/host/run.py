@@ -190,12 +190,17 @@ class Run:
 
     def install(self, cfg, model) -> None:
         from ..implanting.adapter import install
+        from ..implanting.fitting import check_fits
         from ..model.fingerprint import fingerprint
         from ..model.loading import is_loaded
         from ..protecting.installing import protect_inputs
 
         fresh = not cfg.lora_model_dir
+        if not fresh:
+            check_fits(model, Path(str(cfg.lora_model_dir)))
         install(model, self.selection, self.config.rank, fresh)
+        if cfg.revision_of_model:  # so that tools which load the adapter's base load that one
+            model.peft_config[model.active_adapter].revision = str(cfg.revision_of_model)
         if self.directions:
             protect_inputs(model, self.directions, fresh, checked=True)
         if not is_fsdp2(cfg):

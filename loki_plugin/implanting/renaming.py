@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save_file
@@ -19,13 +22,14 @@ from torch import nn
 
 from ..choices import CLASSES, TEXT_MODEL, WRAPPER
 from ..model.anatomy import find_anatomy
-from ..model.building import empty_as
+from ..model.building import Kind, empty_as, kinds
 from ..model.linears import PREFIX
 from ..model.writing import write_text
 from ..rows import FILE_NAME, Made
 from .adapters import CONFIG, Adapter, tail
 from .carrier import shortest_targets
 from .checkpoint import Base, copy_files, open_tensors
+from .fitting import changed_modules
 from .merge import check_output, removing
 from .naming import by_parameter, misnamed
 from .saved import WEIGHTS
@@ -113,6 +117,39 @@ def rename(adapter: str | Path, output: str | Path, to: str, base: Base) -> Rena
             output.rmdir()
         partial.rename(output)
     return RenameReport(output, fits, type(other).__name__, len(renamed))
+
+
+@contextmanager
+def as_text_model(adapter: Path, base: Base) -> Iterator[Path]:
+    """A saved adapter as tools can put it onto a base that they load as its text model alone, as
+    lm-eval does; one of the whole model is renamed for that, in a folder that goes.
+
+    Raises:
+        ValueError: it cannot be renamed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        base.name, revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    if len(kinds(config, None, base.trust_remote_code)) == 1:
+        yield adapter
+        return
+    loaded = Kind("", AutoModelForCausalLM).empty(config, base.trust_remote_code)
+    if changed_modules(adapter) <= _names(loaded):
+        yield adapter
+        return
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "adapter"
+        try:
+            rename(adapter, out, TEXT_MODEL, base)
+        except ValueError as error:
+            raise ValueError(
+                f"'{base.name}' is loaded as {type(loaded).__name__}, whose modules have other"
+                f" names than the adapter's, and it cannot be renamed: {error}. Merge it, and give"
+                " the merged model"
+            ) from error
+        yield out
 
 
 def _names(model: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ their modules' names, so it matters which one was trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,12 +138,14 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    holds: Collection[str] = (),
     **loading: Any,
 ) -> Any:
     """`from_pretrained` of the class that `build_empty` builds.
 
     Args:
         overrides: of its configuration, as `overrides_of_model_config` has them.
+        holds: names of modules; where a class has all of them, it is that one.
 
     Raises:
         ValueError: as `build_empty`.
@@ -156,13 +158,23 @@ def load(
         setattr(config, key, value)
     loading |= {"config": config} if overrides else {}
     known = kinds(config, None, trust_remote_code)
-    kind = known[0] if len(known) == 1 else _choose(config, None, trust_remote_code, made_for)[0]
+    kind = known[0]
+    if len(known) > 1:
+        kind = _choose(config, None, trust_remote_code, made_for, holds)[0]
     return kind.loader.from_pretrained(name, **where, **loading)
 
 
 def _choose(
-    config: Any, named: str | None, trust: bool, made_for: Mapping[str, str] | None
+    config: Any,
+    named: str | None,
+    trust: bool,
+    made_for: Mapping[str, str] | None,
+    holds: Collection[str] = (),
 ) -> tuple[Kind, Any]:
+    if holds:
+        for kind, model in _built(config, named, trust):
+            if set(holds) <= {name for name, _ in model.named_modules()}:
+                return kind, model
     built = _built(config, named, trust)
     first = next(built)
     if made_for is None or made_for.get("config") == config_hash(first[1]):
