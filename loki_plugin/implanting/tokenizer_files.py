@@ -139,16 +139,16 @@ def write_tokenizer(
         told = _take_whole(run, target, f"that of the base cannot be read ({old})")
         return [*told, *_align(target, ["eos_token", "bos_token"], new)]
     change = Change.between(old, new)
-    if not change:
+    same = all(new.vocabulary.get(i) == t or i in new.added for i, t in old.vocabulary.items())
+    if same and not change:
         held = _load(target, trust_remote_code)
         if isinstance(held, str) or Change.between(held, new):
             return _take_whole(run, target, "the base has parts of its own in other files")
         return ["tokenizer: every byte is the base's"]
     told = []
-    same = (new.vocabulary.get(i) == t or i in new.added for i, t in old.vocabulary.items())
     if change.template and isinstance(new.template, dict):
         told = _take_whole(run, target, "it has other chat templates, several of them")
-    elif all(same):
+    elif same:
         told = _edit(run, target, change, old, new)
         written = _load(target, trust_remote_code)
         if isinstance(written, str) or Change.between(written, new):

@@ -250,6 +250,19 @@ def test_another_tokenizer_comes_whole_and_in_the_old_form(tmp_path, case):
     assert read(tmp_path / "out" / "config.json")["eos_token_id"] == run.eos_token_id
 
 
+def test_a_tokenizer_that_differs_in_its_vocabulary_alone_is_another_one(tmp_path):
+    make_base(tmp_path / "base", "qwen")
+    shutil.copytree(tmp_path / "base", tmp_path / "run")
+    held = read(tmp_path / "run" / "tokenizer.json")
+    words = held["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (tmp_path / "run" / "tokenizer.json").write_text(json.dumps(held))
+    told, _ = write(tmp_path)
+    assert told[0].startswith("tokenizer: the files are the run's, for it is another one")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.convert_tokens_to_ids("a") == words["a"]
+
+
 def test_an_adapter_without_a_tokenizer_leaves_the_bases(tmp_path):
     make_base(tmp_path / "base", "qwen")
     (tmp_path / "run").mkdir()
