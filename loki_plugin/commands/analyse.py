@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .shared import Answer, Command, read_run
-
-if TYPE_CHECKING:
-    from ..rows import RowSelection
+from .shared import Answer, Command, check_adapter_beside, read_run
 
 
 @click.command(
@@ -51,7 +48,7 @@ def analyse_command(config: Path, output: Path | None):
     setup_model_and_tokenizer(cfg)
     run = plugin.run
     file = output or Path(cfg.output_dir) / FILE_NAME
-    _check_adapter_beside(file, run.selection)
+    check_adapter_beside(file, run.selection)
     written = run.selection.save(file)
     facts = {
         "rows_file": str(written),
@@ -62,18 +59,6 @@ def analyse_command(config: Path, output: Path | None):
     }
     told = [*run.told, ("file", str(written)), ("next", f"axolotl train {config}")]
     return Answer(block("found ahead of the run", told), facts)
-
-
-def _check_adapter_beside(file: Path, found: RowSelection) -> None:
-    """Without its own rows file an adapter can be neither merged nor gone on with."""
-    from ..protecting.leaking import is_adapter
-    from ..rows import RowSelection
-
-    if is_adapter(file.parent) and file.is_file() and RowSelection.load(file) != found:
-        raise ValueError(
-            f"'{file}' belongs to the adapter beside it, which trained other rows than those found"
-            " now; give --output, or another output_dir for the new run"
-        )
 
 
 def _load(config: Path) -> tuple[Any, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from ..choices import plain_number
-from .shared import Answer, Command, Source, load_rows, scores_options
+from .shared import Answer, Command, Source, check_adapter_beside, load_rows, scores_options
 
 
 @click.command(
@@ -88,6 +90,7 @@ def select_command(scores, folder, quota, strategy, magnitude, exclude, seed, ou
         seed=seed,
     )
     selection = RowSelection(rows, source.hidden_size, source.fingerprint, made)
+    check_adapter_beside(Path(output), selection)
     written = selection.save_positions(output) if positions else selection.save(output)
     facts = {"rows_file": str(written), "rows_per_layer": selection.counts, **made}
     told = f"{sum(selection.counts)} rows of {selection.num_layers} layers in {written}"

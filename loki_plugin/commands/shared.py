@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..choices import QUOTA, STRATEGY
+
+if TYPE_CHECKING:
+    from ..rows import RowSelection
 
 # Of an Axolotl YAML; Axolotl itself looks at their kinds when it trains.
 _BLOCKS = ("loki", "peft", "bnb_config_kwargs", "overrides_of_model_config")
@@ -150,3 +153,26 @@ def load_rows(paths) -> list:
     from ..rows import RowSelection
 
     return [RowSelection.load(path).rows for path in paths]
+
+
+def check_adapter_beside(file: Path, found: RowSelection) -> None:
+    """Without its own rows file an adapter can be neither merged nor gone on with.
+
+    Raises:
+        ValueError: `file` is the rows file of an adapter that trained other rows, or another base.
+    """
+    from ..model.fingerprint import same_model
+    from ..protecting.leaking import is_adapter
+    from ..rows import RowSelection
+
+    if not (is_adapter(file.parent) and file.is_file()):
+        return
+    old = RowSelection.load(file)
+    marks = old.fingerprint, found.fingerprint
+    other_base = same_model(marks[0], marks[1]) if marks[0] and marks[1] else None
+    if old != found or other_base:
+        what = "another base" if old == found else "other rows than those found now"
+        raise ValueError(
+            f"'{file}' belongs to the adapter beside it, which trained {what}; give --output, or"
+            " another output_dir for the new run"
+        )

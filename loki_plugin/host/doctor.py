@@ -79,7 +79,7 @@ def run(given: Mapping[str, Any]) -> list[Finding]:
     from axolotl.utils.dict import DictDefault
 
     from . import settings
-    from .base import look_at
+    from .base import check_registered, look_at
 
     cfg, do = DictDefault(dict(given)), "change the YAML as the sentence says"
     try:
@@ -89,6 +89,7 @@ def run(given: Mapping[str, Any]) -> list[Finding]:
     found = [Finding("settings", OK, "can be used with LoKI")]
     try:
         anatomy = look_at(cfg)[1]
+        check_registered(cfg)
     except ValueError as error:
         return [*found, Finding("base_model", BROKEN, str(error), do)]
     layers = f"{anatomy.num_layers} of {len(anatomy.layers)} layers"

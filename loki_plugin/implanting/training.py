@@ -7,14 +7,17 @@ import math
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .. import ranks
-from ..model.linears import kind_of
+from ..model.fingerprint import same_model
+from ..model.linears import PREFIX, kind_of
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
-from .saved import save_sharded
+from .checkpoint import open_tensors
+from .saved import WEIGHTS, save_sharded
 from .selected import RowFactor
 
 LOG = logging.getLogger("loki_plugin")
@@ -33,10 +36,13 @@ def prepare_trainer(
     the rows file. Training stops when NaN reaches a weight.
 
     Raises:
-        ValueError: `resume_from` is a checkpoint of other rows or other linears.
+        ValueError: `resume_from` is a checkpoint of other rows, other linears, another base or
+            another rank.
         RuntimeError: a parameter that is not ours is trainable.
     """
     check_resume(resume_from, selection)
+    if resume_from:
+        _check_ranks(Path(resume_from), trainer.model)
     create, schedule = trainer.create_optimizer, trainer.create_scheduler
     dtypes = KeepDtypes(trainer.model)
 
@@ -49,7 +55,9 @@ def prepare_trainer(
         if not known:
             accept_whole_states(optimizer, trainer.model)
             for group in optimizer.param_groups:
-                group["lr"] *= lr_scale
+                for key in ("lr", "max_lr"):  # the latter is AdamC's, of which it takes its decay
+                    if isinstance(group.get(key), int | float):
+                        group[key] *= lr_scale
         return optimizer
 
     def create_scheduler(*args, **kwargs):
@@ -168,8 +176,40 @@ class RowsBesideCheckpoints(TrainerCallback):
             self.selection.save(folder / FILE_NAME)
 
 
+def _check_same_base(checkpoint: str, earlier: dict[str, str], now: dict[str, str]) -> None:
+    found = same_model(earlier, now)
+    if found:
+        raise ValueError(
+            f"checkpoint '{checkpoint}' was trained on another base: {found}. Give the `base_model`"
+            " (and `revision_of_model`) of its run, or another `output_dir` and start afresh"
+        )
+
+
+def _check_ranks(checkpoint: Path, model: nn.Module) -> None:
+    """Check that a checkpoint's adapter has the rank of the run in every module.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    if not (checkpoint / WEIGHTS).is_file():
+        return
+    with open_tensors(checkpoint / WEIGHTS) as stored:
+        had = {k: stored.get_slice(k).get_shape()[0] for k in stored.keys() if ".lora_A." in k}
+    for name, module in model.named_modules():
+        rank = had.get(f"{name}.lora_A.weight")
+        if rank is None or not isinstance(module, LoraLayer):
+            continue
+        own = module.r[model.active_adapter]
+        if rank != own:
+            raise ValueError(
+                f"checkpoint '{checkpoint}' has rank {rank} in {name.removeprefix(PREFIX)}, and"
+                f" this run {own}; an adapter keeps its form: give the ranks of its run (`lora_r`,"
+                " or `rank` and `linear_rank` in the `loki:` block), or start afresh"
+            )
+
+
 def check_resume(checkpoint: str | None, selection: RowSelection) -> None:
-    """Refuse to mix two selections in one adapter."""
+    """Refuse to mix two selections in one adapter, or to put it onto another base."""
     if not checkpoint:
         return
     file = Path(checkpoint) / FILE_NAME
@@ -180,6 +220,8 @@ def check_resume(checkpoint: str | None, selection: RowSelection) -> None:
         )
     earlier = RowSelection.load(file)
     if earlier == selection:
+        if earlier.fingerprint and selection.fingerprint:
+            _check_same_base(checkpoint, earlier.fingerprint, selection.fingerprint)
         return
     others = sorted({*earlier.linears} ^ {*selection.linears})
     if others:

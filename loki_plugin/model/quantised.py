@@ -29,21 +29,44 @@ def _in_4_bits(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without dropout, sequences whole; each module's own mode is put back.
-
-    Quantised modules stay as in training: they have no dropout, and in evaluation, on a CPU, 4-bit
-    weights would repack themselves and lose their gradient, 8-bit ones round their input.
-    """
+    """Evaluation mode, without dropout, sequences whole; each module's own mode is put back."""
     training = {m for m in model.modules() if m.training}
     try:
-        model.eval()
-        for module in quantised_modules(model):
-            module.training = True
+        set_evaluating(model)
         with whole_sequences(model):
             yield
     finally:
         for module in model.modules():
             module.training = module in training
+
+
+def set_evaluating(model: nn.Module) -> None:
+    """Evaluation mode, module by module, for passes that may be differentiated.
+
+    `model.eval()` would put kernels for inference into a model with `use_kernels`. Some of these
+    have no backward, and where modes are put back one by one nothing would take them out.
+
+    Quantised modules stay as in training: they have no dropout, and in evaluation, on a CPU, 4-bit
+    weights would repack themselves and lose their gradient, 8-bit ones round their input.
+    """
+    quantised = set(quantised_modules(model))
+    for module in model.modules():
+        module.training = module in quantised
+
+
+@contextmanager
+def training_kernels(model: nn.Module) -> Iterator[None]:
+    """Kernels that can be differentiated in the place of those for inference, which a model with
+    `use_kernels` has in evaluation."""
+    swapped = [m for m in model.modules() if getattr(m, "use_kernels", False) and not m.training]
+    for module in swapped:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in swapped:
+            module.training = True  # else it sees no change of its mode, and swaps nothing
+            module.eval()
 
 
 def row_scales(module: nn.Module) -> torch.Tensor | None:

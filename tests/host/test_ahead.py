@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from loki_plugin import pipeline
 from loki_plugin.cli import loki
+from loki_plugin.commands.shared import check_adapter_beside
 from loki_plugin.protecting import preparing
 from loki_plugin.protecting.directions import FILE_NAME, Directions
 from loki_plugin.rows import RowSelection
@@ -51,6 +52,18 @@ def test_training_takes_rows_and_directions_from_the_cache(
     assert trained.made["prompts_analysed"] == 0
     before, after = (Directions.load(f).basis for f in (kept, out / FILE_NAME))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_rows_of_an_adapter_of_another_base_are_not_overwritten(tmp_path):
+    """Where all rows train, or random ones, they are the same rows, under another fingerprint."""
+    file = tmp_path / "loki_rows.json"
+    (tmp_path / "adapter_model.safetensors").touch()
+    marks = [{"config": "c", "identity": i, "weights": "w", "quantisation": "q"} for i in "ab"]
+    RowSelection([[0, 1]], 2, marks[0]).save(file)
+    for found in (marks[0], None):
+        check_adapter_beside(file, RowSelection([[0, 1]], 2, found))
+    with pytest.raises(ValueError, match="adapter beside it, which trained another base; give"):
+        check_adapter_beside(file, RowSelection([[0, 1]], 2, marks[1]))
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 
 import pytest
 from click.testing import CliRunner
+from helpers.families import tiny
 
 from loki_plugin.cli import loki
 from loki_plugin.host import doctor
@@ -96,6 +98,24 @@ def test_the_cache_is_that_of_the_run(tmp_path):
     found = by_name(doctor.examine(None, given))
     assert found["settings"].state == found["cache"].state == "broken"
     assert "names the home of nobody here" in found["cache"].found
+
+
+@pytest.mark.parametrize(
+    ("quota", "stored", "said"),
+    [
+        (10, "model.safetensors", None),
+        (0.1, "model.safetensors", r"no row at all \(k = 0\)"),
+        (10, "pytorch_model.bin", "has no model.safetensors"),
+    ],
+)
+def test_what_the_run_would_refuse_of_its_base_is_broken(tmp_path, quota, stored, said):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / stored)
+    given = {"plugins": ["loki"], "base_model": str(tmp_path), "adapter": "loki"}
+    found = by_name(doctor.examine(None, given | {"loki": {"quota": quota}}))["base_model"]
+    assert found.state == ("broken" if said else "ok")
+    assert re.search(said or "rows in 3 of 3 layers train, and can be merged", found.found)
 
 
 def test_the_short_name_may_be_switched_off(monkeypatch):

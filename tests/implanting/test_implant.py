@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
@@ -14,6 +16,7 @@ from loki_plugin import RowSelection, implant
 from loki_plugin.implanting import adapter
 from loki_plugin.implanting.training import check_resume, prepare_trainer
 from loki_plugin.model.anatomy import find_anatomy
+from loki_plugin.model.fingerprint import fingerprint
 
 ROWS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
 IDS = torch.arange(1, 13).view(2, 6)
@@ -259,6 +262,29 @@ def test_resuming_with_other_rows_is_refused(tmp_path):
         check_resume(str(tmp_path), RowSelection(ROWS, 48, linears=["layers.0.q_proj"]))
 
 
+def test_resuming_on_another_base_is_refused(tmp_path):
+    """Where all rows train, or random ones, the rows of two bases are the same."""
+    one, other = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.add_(1)
+    marks = [fingerprint(model) for model in (one, other)]
+    RowSelection(ROWS, 48, marks[0]).save(tmp_path / "loki_rows.json")
+    check_resume(str(tmp_path), RowSelection(ROWS, 48, marks[0]))
+    check_resume(str(tmp_path), RowSelection(ROWS, 48))  # nothing is known of it
+    with pytest.raises(ValueError, match="another base: its weights have other values"):
+        check_resume(str(tmp_path), RowSelection(ROWS, 48, marks[1]))
+
+
+@pytest.mark.parametrize(("had", "own"), [(2, 1), (2, None), (None, 2)])
+def test_resuming_with_another_rank_names_both(tmp_path, had, own):
+    implant(tiny("llama"), ROWS, had).save_pretrained(tmp_path)
+    trainer = SimpleNamespace(model=implant(tiny("llama"), ROWS, own))
+    ranks = had or len(ROWS[0]), own or len(ROWS[0])
+    said = f"has rank {ranks[0]} in model.layers.0.mlp.down_proj, and this run {ranks[1]}"
+    with pytest.raises(ValueError, match=said):
+        prepare_trainer(trainer, RowSelection(ROWS, 48), 1.0, str(tmp_path))
+
+
 @pytest.mark.parametrize("family", ["llama", "phi"])  # phi: with biases
 def test_an_evaluation_in_4_bits_changes_neither_the_base_nor_what_trains(tmp_path, family):
     """bitsandbytes packs weights for evaluation on some CPUs; a packed one gives no gradient."""
@@ -273,6 +299,33 @@ def test_an_evaluation_in_4_bits_changes_neither_the_base_nor_what_trains(tmp_pa
         model.train()
     assert all(map(torch.equal, *gradients)) and all(g.abs().max() > 0 for g in gradients[0])
     assert_equal(before, base_tensors(model))
+
+
+def test_the_decay_of_adamc_follows_the_scaled_rate(tmp_path):
+    """It decays by lr² / max_lr, which it notes when it is made."""
+    from axolotl.utils.optimizers.adamc import AdamC
+    from transformers import Trainer, TrainingArguments
+
+    class WithAdamC(Trainer):
+        def create_optimizer(self, model=None):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            rate = self.args.learning_rate
+            self.optimizer = AdamC([{"params": trained, "lr": rate}], lr=rate, weight_decay=0.1)
+            return self.optimizer
+
+    found = []
+    for rate, scale in ((0.01, 1.0), (0.001, 10.0)):
+        model = implant(tiny("llama"), ROWS)
+        arguments = TrainingArguments(str(tmp_path), learning_rate=rate, use_cpu=True, report_to=[])
+        trainer = WithAdamC(model=model, args=arguments)
+        prepare_trainer(trainer, RowSelection(ROWS, 48), scale, None)
+        optimizer = trainer.create_optimizer()
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.data.fill_(1)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        found.append(float(optimizer.param_groups[0]["params"][0].flatten()[0]))
+    assert found[0] < 1 and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_the_trainer_scales_the_learning_rate_once_and_saves_rows(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def test_a_full_cache_costs_nothing_but_the_next_search(config, monkeypatch, our
     found = choose_directions(model(), PROMPTS, config)
     assert found.counts == [3] * len(found.basis)
     assert "could not be kept in the cache: [Errno 28] No space left" in our_log.text
+
+
+def test_a_disk_that_fills_up_costs_nothing_but_the_next_search(config, tmp_path, our_log):
+    """safetensors has an error of its own for that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        found = choose_directions(model(), PROMPTS, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.counts == [3] * len(found.basis)
+    assert "could not be kept in the cache" in our_log.text
+    assert not list(tmp_path.rglob("*.tmp")) and not kept(tmp_path)
 
 
 def test_the_cache_keeps_to_its_limit(tmp_path):

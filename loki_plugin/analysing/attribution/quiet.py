@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...model.quantised import dequantising, quantised_modules, unpack
+from ...model.quantised import dequantising, set_evaluating, training_kernels, unpack
 from ...model.whole import whole_sequences
 from . import attention
 
@@ -37,15 +37,11 @@ def quiet(model: nn.Module) -> Iterator[OwnAttention]:
             _set_attention(ours)
 
     try:
-        model.eval()
-        for module in quantised_modules(model):
-            # They have no dropout, and in evaluation, on a CPU, 4-bit weights would repack
-            # themselves and lose their gradient.
-            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(False)
         _set_attention([(config, implementation(model)) for config, _ in found])
-        with dequantising(model), whole_sequences(model):
+        with training_kernels(model), dequantising(model), whole_sequences(model):
+            set_evaluating(model)
             yield own_attention
     finally:
         _set_attention(found)

@@ -112,10 +112,17 @@ def _line(text: str, at: int) -> int:
 
 def _csv(text: str, name: str) -> Rows:
     # Its own line ends, so that one inside a quoted cell stays; an open quote is a fault.
+    csv.field_size_limit(_CELL)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
-            cells = {k: v for k, v in row.items() if k is not None and v not in (None, "")}
+            names = reader.fieldnames or ()
+            if None in row:  # what is behind the last column
+                raise ValueError(
+                    f"{name}:{reader.line_num}: {len(names) + len(row[None])} cells, and the header"
+                    f" has {len(names)}; put quotes around a cell with commas"
+                )
+            cells = {k: v for k, v in row.items() if v not in (None, "")}
             yield f"{name}:{reader.line_num}", cells
     except csv.Error as error:
         start = reader.line_num + 1  # of the record that cannot be read
@@ -139,6 +146,7 @@ def _lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
+_CELL = 1 << 30  # characters; Python's own limit is that of a short text
 _READERS: dict[str, Callable[[str, str], Rows] | None] = {
     ".jsonl": jsonl,
     ".json": _json,

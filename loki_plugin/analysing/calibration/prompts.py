@@ -246,15 +246,16 @@ def _few_shots(records: list[Record], count: int, seed: int) -> dict[int, list[R
             groups[record.subject].append(record)
     shots = {}
     for subject, members in groups.items():
-        if len(members) <= count:
+        different = list({m.question: m for m in reversed(members)}.values())[::-1]
+        if len(different) <= count:
             raise ValueError(
                 f"calibration.few_shot = {count} needs more than {count} questions per subject;"
-                f" subject '{subject}' has {len(members)}"
+                f" subject '{subject}' has {len(different)}"
             )
         # One draw per subject, so that its prompts share the examples as a prefix.
-        pool = random.Random(f"{seed}/shots/{subject}").sample(members, count + 1)
+        pool = random.Random(f"{seed}/shots/{subject}").sample(different, count + 1)
         for record in members:
-            shots[id(record)] = [p for p in pool if p is not record][:count]
+            shots[id(record)] = [p for p in pool if p.question != record.question][:count]
     return shots
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _SCORES, _SCORES_8_BIT = "0.1.1", "0.2.0"
 # by, and what versions after 0.1.1 have added to its fingerprint.
 _ADDED = ("half", "packed")
 _BESIDE = ("model", *_ADDED)
+_DAY = 24 * 3600  # seconds
 _KEY = re.compile(r"[0-9a-f]+")
 
 
@@ -74,8 +76,16 @@ class Kept:
 
 
 def cache_folder(given: str | None = None) -> Path:
-    """`loki.cache_dir`, else $LOKI_CACHE_DIR, else the platform's user cache folder."""
-    return Path(given or os.environ.get("LOKI_CACHE_DIR") or user_cache_dir("loki_plugin"))
+    """`loki.cache_dir`, else $LOKI_CACHE_DIR, else the platform's user cache folder.
+
+    Raises:
+        ValueError: it begins with the home of a user whom this machine does not know.
+    """
+    chosen = given or os.environ.get("LOKI_CACHE_DIR") or user_cache_dir("loki_plugin")
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the cache folder '{chosen}' names the home of nobody here") from error
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -184,8 +194,10 @@ def entries(folder: Path) -> list[Entry]:
         manifest = _read(path)
         if manifest is None:
             continue
-        files = [f.stat() for f in path.parent.glob("*.safetensors")]
-        used = path.stat().st_mtime
+        files = _stats(path.parent.glob("*.safetensors"))
+        if not (own := _stats([path])):  # another run has just removed it
+            continue
+        used = own[0].st_mtime
         newest = max((f.st_mtime for f in files), default=used)
         found.append(
             Entry(
@@ -202,6 +214,15 @@ def entries(folder: Path) -> list[Entry]:
     return sorted(found, key=lambda e: e.age_seconds)
 
 
+def _stats(files: Iterable[Path]) -> list[os.stat_result]:
+    """Of those that are there still."""
+    found = []
+    for file in files:
+        with suppress(FileNotFoundError):
+            found.append(file.stat())
+    return found
+
+
 def kept_file(folder: Path, place: str, key: str) -> Path:
     """Where a file of protected directions or of texts is kept."""
     return folder / place / f"{key}{PLACES[place][1]}"
@@ -215,7 +236,7 @@ def kept(folder: Path, place: str | None = None) -> list[Kept]:
         if place in (None, each)
         for p in (folder / each).glob(f"*{suffix}")
         if _KEY.fullmatch(p.stem)
-        for s in [p.stat()]
+        for s in _stats([p])
     ]
     return sorted(found, key=lambda k: k.age_seconds)
 
@@ -265,8 +286,11 @@ def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
     """Drop what was used longest ago until the rest fits into `limit` gigabytes.
 
     The analysis or file of `kept` called `keep`, and analyses in use, stay whatever they take.
+    What a run was writing when it was killed goes a day later.
+
     Returns the dropped keys.
     """
+    _sweep(folder)
     if limit is None:
         return []
     found: list[Entry | Kept] = [*entries(folder), *kept(folder)]
@@ -288,6 +312,15 @@ def prune(folder: Path, limit: float | None, keep: str) -> list[str]:
                 limit,
             )
     return dropped
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files that were never written to their end, beside those of `kept`."""
+    for place in PLACES:
+        for file in (folder / place).glob("*.tmp"):
+            with suppress(OSError):
+                if _KEY.match(file.name) and time.time() - file.stat().st_mtime > _DAY:
+                    file.unlink()
 
 
 def _remove(folder: Path, what: Entry | Kept) -> bool:

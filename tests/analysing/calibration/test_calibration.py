@@ -267,6 +267,36 @@ def test_a_csv_cell_keeps_its_line_breaks(tmp_path):
     assert records[1].where.endswith("p.csv:6")
 
 
+def test_a_csv_row_with_more_cells_than_columns_is_refused(tmp_path):
+    """What stands behind an unquoted comma would be left out."""
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,target\nsay one,it is\nOne, two, three, four\n")
+    with pytest.raises(ValueError, match=r"p\.csv:3: 4 cells, and the header has 2; put quotes"):
+        load_records(str(path))
+
+
+def test_a_csv_cell_may_be_long(tmp_path):
+    path, text = tmp_path / "p.csv", "say one " * 20_000
+    path.write_text(f"text\n{text}\n")
+    assert load_records(str(path))[0].text.strip() == text.strip()
+
+
+def test_a_question_is_never_an_example_of_itself(tokenizer, tmp_path):
+    """Nor where a file has it twice."""
+    path = tmp_path / "q.jsonl"
+    choices = {"choices": [" a", " b"], "answer": "B", "subject": "s"}
+    asked = ["say one", "say one", "say two", "say three"]
+    path.write_text("".join(json.dumps({"question": q, **choices}) + "\n" for q in asked))
+    for seed in range(6):
+        found = load_prompts(tokenizer, str(path), few_shot=2, seed=seed).prompts
+        assert len(found) == 3
+        for prompt in found:
+            text = tokenizer.decode(prompt.ids)
+            assert [text.count(question) for question in asked[1:]] == [1, 1, 1], text
+    with pytest.raises(ValueError, match="subject 's' has 3"):
+        load_prompts(tokenizer, str(path), few_shot=3)
+
+
 def test_a_csv_with_an_open_quote_is_refused_not_swallowed(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('prompt\nfirst\n"open\nnext\nlast\n')

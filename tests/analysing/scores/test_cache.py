@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from click.testing import CliRunner
 
 from loki_plugin.analysing.calibration.prompts import Calibration, Prompt
+from loki_plugin.analysing.scores import cache
 from loki_plugin.analysing.scores.cache import (
+    cache_folder,
     clear,
     entries,
     find_log,
@@ -229,6 +232,41 @@ def test_a_log_that_was_cleared_before_it_was_locked_is_begun_again(tmp_path):
         assert log.missing() == [0, 1]
         fill(log, make, [0, 1])
     assert find_log(tmp_path).missing() == []
+
+
+def test_the_home_of_the_user_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    """In a .env file or behind `--dir=` no shell expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOKI_CACHE_DIR", "~/kept")
+    assert cache_folder() == tmp_path / "kept" and cache_folder("~/x") == tmp_path / "x"
+    with pytest.raises(ValueError, match="names the home of nobody here"):
+        cache_folder("~nobody-here/x")
+
+
+def test_what_another_run_has_just_removed_is_passed_over(tmp_path, monkeypatch):
+    gone = [analysis(tmp_path, weights=w).folder for w in "ab"][0]
+    read = cache._read
+
+    def removed(path):
+        found = read(path)
+        if path.parent == gone:
+            shutil.rmtree(gone)
+        return found
+
+    monkeypatch.setattr(cache, "_read", removed)
+    assert len(entries(tmp_path)) == 1
+
+
+def test_what_was_being_written_when_a_run_was_killed_goes_a_day_later(tmp_path):
+    names = [f"{c * 20}.safetensors1234.tmp" for c in "ab"] + ["other.tmp"]
+    folder = tmp_path / cache.DIRECTIONS
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    for name in names[1:]:
+        os.utime(folder / name, (time.time() - 90_000,) * 2)
+    prune(tmp_path, None, "")
+    assert sorted(p.name for p in folder.iterdir()) == sorted([names[0], names[2]])
 
 
 def test_beyond_the_limit_what_was_used_longest_ago_goes_first(tmp_path):
