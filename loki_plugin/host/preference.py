@@ -8,8 +8,8 @@ from transformers import Trainer
 from ..implanting.saved import REFERENCE
 
 # Whose loss looks at what the reference says; TRL makes it from the model that it is given.
-WITHREFERENCE = ("dpo", "ipo", "kto", "grpo")
-KNOWN = (*WITHREFERENCE, "orpo", "simpo")
+WITH_REFERENCE = ("dpo", "ipo", "kto", "grpo")
+KNOWN = (*WITH_REFERENCE, "orpo", "simpo")
 
 
 def preference_faults(cfg) -> list[str]:
@@ -20,7 +20,7 @@ def preference_faults(cfg) -> list[str]:
     if method not in KNOWN:
         return [f"  rl: {method}: loki trains preferences with {', '.join(KNOWN)}"]
     faults = []
-    if method in WITHREFERENCE and cfg.get("lora_model_dir"):
+    if method in WITH_REFERENCE and cfg.get("lora_model_dir"):
         faults.append(
             f"  lora_model_dir with rl: {method}: its reference is the base without any adapter;"
             " merge the earlier adapter and use the merged model as base_model"
