@@ -17,8 +17,9 @@ from .analysing.attribution.devices import first_device, give_back
 from .analysing.attribution.quadrature import Rule, quadrature
 from .analysing.calibration.prompts import Calibration, load_prompts
 from .analysing.pace import Pace, duration, why_elsewhere
-from .analysing.scores.cache import cache_folder, open_log, prune
+from .analysing.scores.cache import cache_folder, open_log
 from .analysing.scores.log import ScoreLog, fill
+from .analysing.scores.pruning import prune
 from .args import LokiConfig
 from .blocks import AttributionArgs
 from .implanting.carrier import check_rank

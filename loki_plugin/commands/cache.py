@@ -58,7 +58,8 @@ def list_command(folder: str | None):
 @_DIRECTORY
 def clear_command(key: str | None, folder: str | None):
     """Delete what is kept under KEY, or all of it; nothing that is in use, nor others' files."""
-    from ..analysing.scores.cache import cache_folder, clear, kept
+    from ..analysing.scores.cache import cache_folder, kept
+    from ..analysing.scores.pruning import clear
 
     place = cache_folder(folder)
     before = Counter(k.what for k in kept(place))

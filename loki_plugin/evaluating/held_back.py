@@ -19,7 +19,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..analysing.calibration.prompts import Text, read_dialogues
 from ..analysing.calibration.sources import Record
-from ..analysing.scores.cache import HELD_BACK, cache_folder, kept_file, prune
+from ..analysing.scores.cache import HELD_BACK, cache_folder, kept_file
+from ..analysing.scores.pruning import prune
 from ..args import LokiConfig
 from ..inputs import Inputs
 from ..model.writing import write_text

@@ -17,7 +17,8 @@ from torch import nn
 
 from .. import ranks
 from ..analysing.attribution.devices import first_device
-from ..analysing.scores.cache import DIRECTIONS, cache_folder, kept_file, prune
+from ..analysing.scores.cache import DIRECTIONS, cache_folder, kept_file
+from ..analysing.scores.pruning import prune
 from ..args import LokiConfig
 from ..blocks import ProtectArgs
 from ..choices import DOWN, PROTECT_GB

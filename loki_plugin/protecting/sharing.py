@@ -10,7 +10,8 @@ from pathlib import Path
 from peft import PeftModel
 
 from .. import ranks
-from ..analysing.scores.cache import READS, cache_folder, kept_file, prune
+from ..analysing.scores.cache import READS, cache_folder, kept_file
+from ..analysing.scores.pruning import prune
 from ..model.fingerprint import fingerprint
 from ..model.writing import replacing
 from .fixing import low_rank, task_reads

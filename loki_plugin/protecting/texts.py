@@ -12,7 +12,8 @@ from torch import nn
 from .. import ranks
 from ..analysing.calibration.prompts import Text, load_prompts, read_dialogues
 from ..analysing.calibration.sources import Record, load_records, record_of
-from ..analysing.scores.cache import TEXTS, cache_folder, kept_file, prune
+from ..analysing.scores.cache import TEXTS, cache_folder, kept_file
+from ..analysing.scores.pruning import prune
 from ..args import LokiConfig
 from ..choices import TEXT_TOKENS
 from ..inputs import Inputs

@@ -12,6 +12,16 @@ from loki_plugin.model.fingerprint import fingerprint
 POSITIONS = [[3, 1, 40], [0, 47, 5], [7, 8, 9]]
 
 
+def shaken(model, by, seed=1):
+    """The model with random values of that size in all that trains, as if it had been trained."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, by)
+    return model
+
+
 def make(tmp_path, family="llama", dtype=torch.float32, loaded=None, scale=1.0, **saving):
     """A base, an adapter with non-trivial values, and the rows file made on the loaded base."""
     from transformers import AutoModelForCausalLM

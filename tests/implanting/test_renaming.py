@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.merging import shaken
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,12 +46,7 @@ def text_alone(whole):
 
 def tuned(model, folder, form):
     rows = RowSelection(ROWS, 64, fingerprint(model))
-    model = implant(model, rows, **FORMS[form])
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
+    model = shaken(implant(model, rows, **FORMS[form]), 0.1)
     model.save_pretrained(folder)
     return model.eval()
 

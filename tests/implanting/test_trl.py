@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers.laws import assert_equal, base_tensors
+from helpers.merging import shaken
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,16 +79,6 @@ def test_sft_trainer(base, tmp_path, rank):
     trained(trainer, base, tmp_path / "adapter", rank)
 
 
-def earlier(model):
-    """The model with an adapter that has been trained before."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
-    return model
-
-
 def dpo_trainer(model, base, folder, **more):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -108,7 +99,7 @@ def test_dpo_trainer_refers_to_what_the_adapter_was(base, tmp_path, rank, fresh)
     """To the base where the adapter is fresh, exactly; and its own copy never trains."""
     model = implant(load(base), ROWS, rank)
     if not fresh:
-        earlier(model)
+        shaken(model, 0.1)
     at_first = logits(model)
     assert torch.equal(at_first, logits(load(base))) is fresh
     trainer = dpo_trainer(model, base, tmp_path)
@@ -124,7 +115,7 @@ def test_a_dpo_run_that_is_resumed_is_the_one_that_was_not_stopped(base, tmp_pat
     from nothing else: TRL's copy must not be there."""
 
     def run(folder, checkpoint=None):
-        model = earlier(implant(load(base), ROWS, rank))
+        model = shaken(implant(load(base), ROWS, rank), 0.1)
         at_first = logits(model)
         trainer = dpo_trainer(model, base, folder, max_steps=4, save_strategy="steps", save_steps=2)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

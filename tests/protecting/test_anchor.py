@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from helpers.families import tiny
+from helpers.merging import shaken
 from helpers.prompts import prompts
 from transformers import Trainer, TrainingArguments
 
@@ -21,13 +22,7 @@ PROMPTS = [tuple(p.tolist()) for p in prompts(lengths=(9, 5, 12, 7))]
 
 
 def tuned(rank=None):
-    model = implant(tiny("llama"), ROWS, rank)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3)
-    return model
+    return shaken(implant(tiny("llama"), ROWS, rank), 0.3, seed=0)
 
 
 def truth(model):

@@ -17,17 +17,16 @@ from loki_plugin.analysing.calibration.prompts import Calibration, Prompt
 from loki_plugin.analysing.scores import cache
 from loki_plugin.analysing.scores.cache import (
     cache_folder,
-    clear,
     entries,
     find_log,
     fingerprint_of,
     kept,
     open_log,
-    prune,
     strangers,
     use,
 )
 from loki_plugin.analysing.scores.log import ScoreLog, fill
+from loki_plugin.analysing.scores.pruning import clear, prune
 from loki_plugin.cli import loki
 
 PROMPTS = [Prompt((i, i + 1), None) for i in range(70)]
