@@ -99,13 +99,19 @@ def _nothing_is_measured() -> None:
 
 
 def _base(adapter: Path, name: str | None, revision: str | None, trust: bool) -> Base:
-    """The base that is given, or the one that the adapter names."""
+    """The base that is given, or the one that the adapter names.
+
+    Raises:
+        ValueError: none is.
+    """
     from ..implanting.checkpoint import Base
-    from ..implanting.exporting import base_of
     from ..implanting.fitting import base_named_by
 
     if name is None:
-        name, revision = base_of(adapter), revision or base_named_by(adapter)[1]
+        name, own = base_named_by(adapter)
+        revision = revision or own
+    if not name:
+        raise ValueError(f"the configuration of '{adapter}' names no base; give it with --base")
     return Base(name, revision, trust)
 
 

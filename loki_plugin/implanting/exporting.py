@@ -127,18 +127,6 @@ def export(
     return ExportReport(output, rank, of_rank, lost, lost_share, measured)
 
 
-def base_of(adapter: Path) -> str:
-    """The base that an adapter's configuration names.
-
-    Raises:
-        ValueError: it names none.
-    """
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    if not config.get("base_model_name_or_path"):
-        raise ValueError(f"'{adapter / CONFIG}' names no base; give it with --base")
-    return str(config["base_model_name_or_path"])
-
-
 def truncate(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of the product of rank `rank` that is nearest to b a, each with half of it.
 

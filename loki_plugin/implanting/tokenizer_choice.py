@@ -16,10 +16,9 @@ import torch
 
 from .adapters import Opened
 from .checkpoint import Checkpoint
-from .tokenizer_files import FILES, Change, Seen
+from .tokenizer_files import FILES, Change, Seen, marks_of, seen
 from .vocabulary import check_tokenizer, new_rows
 
-_MARKS = ("tokenizer_config.json", "tokenizer.json", "*.model")  # none: saved without a tokenizer
 _NOTHING = Seen(vocabulary={}, added={}, named={}, extra=[], template=None)
 _SHOWN = 5  # differences in a message
 
@@ -33,8 +32,8 @@ class Wanted:
 
     @classmethod
     def of(cls, folder: Path, base: Seen, trust_remote_code: bool) -> Wanted:
-        new = _load(folder, trust_remote_code)
-        if new is None:
+        new = seen(folder, trust_remote_code, saved_before=True)
+        if isinstance(new, str):
             return cls(folder, {"its files, which cannot be read": _files(folder)})
         change = Change.between(base, new)
         changes: dict[str, Any] = {f"token {i}": token for i, token in change.added.items()}
@@ -93,8 +92,10 @@ def choose_tokenizer(
     """
     if len(adapters) == 1:
         return adapters[0], []
-    told = [a for a in adapters if any(True for mark in _MARKS for _ in a.glob(mark))]
-    old = (_load(base, trust_remote_code, saved_before=False) if told else None) or _NOTHING
+    told = [adapter for adapter in adapters if marks_of(adapter)]
+    old = seen(base, trust_remote_code) if told else _NOTHING
+    if isinstance(old, str):  # `write_tokenizer` says why
+        old = _NOTHING
     wanted = [Wanted.of(folder, old, trust_remote_code) for folder in told]
     changed = [one for one in wanted if one.changes]
     if not changed:
@@ -103,14 +104,6 @@ def choose_tokenizer(
         if all(one.covers(other) for other in changed):
             return one.folder, [_taken(one, changed)]
     raise ValueError(_refusal(changed, growing))
-
-
-def _load(folder: Path, trust_remote_code: bool, saved_before: bool = True) -> Seen | None:
-    """None where transformers cannot read it."""
-    try:
-        return Seen.of(folder, trust_remote_code, saved_before)
-    except Exception:  # of whatever kind; `write_tokenizer` says which
-        return None
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -133,12 +126,12 @@ def _refusal(changed: list[Wanted], growing: Path | None) -> str:
         if not a.covers(b) and not b.covers(a)
     )
     keep, leave = (other, one) if other.folder == growing else (one, other)
-    marks = sorted({file.name for mark in _MARKS for file in leave.folder.glob(mark)})
+    files = ", ".join(marks_of(leave.folder))
     return (
         f"adapters '{one.folder}' and '{other.folder}' changed the base's tokenizer in different"
         f" ways: {_differences(one.changes, other.changes)}. The merged model has one tokenizer,"
         f" so decide whose: to take that of '{keep.folder}', merge a copy of '{leave.folder}' from"
-        f" which {', '.join(marks)} were removed (what it learned is then asked with the other's"
+        f" which {files} were removed (what it learned is then asked with the other's"
         " template, and its texts end with the other's token). Or train one of them again, with"
         " the tokenizer settings of the other or on its merged model"
     )

@@ -19,6 +19,7 @@ from .checkpoint import TEMPLATES, copy_files
 
 _CONFIG, _FAST, _MAP = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
 _ADDED, _JINJA = "added_tokens.json", "chat_template.jinja"
+_MARKS = (_CONFIG, _FAST, "*.model")  # without any of them nothing was saved
 FILES = ("tokenizer*", _MAP, _ADDED, "vocab.*", "merges.txt", _JINJA, "*.model", TEMPLATES)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
           "mask_token")  # fmt: skip
@@ -130,9 +131,9 @@ def write_tokenizer(
 
     Returns lines that say what was done, none where nothing had to be.
     """
-    if not any(True for pattern in (_CONFIG, _FAST, "*.model") for _ in run.glob(pattern)):
+    if not marks_of(run):
         return []  # saved without one
-    old, new = _load(base, trust_remote_code), _load(run, trust_remote_code, saved_before=True)
+    old, new = seen(base, trust_remote_code), seen(run, trust_remote_code, saved_before=True)
     if isinstance(new, str):
         return _take_whole(run, target, f"it cannot be read and compared ({new})")
     if isinstance(old, str):
@@ -141,7 +142,7 @@ def write_tokenizer(
     change = Change.between(old, new)
     same = all(new.vocabulary.get(i) == t or i in new.added for i, t in old.vocabulary.items())
     if same and not change:
-        held = _load(target, trust_remote_code)
+        held = seen(target, trust_remote_code)
         if isinstance(held, str) or Change.between(held, new):
             return _take_whole(run, target, "the base has parts of its own in other files")
         return ["tokenizer: every byte is the base's"]
@@ -150,7 +151,7 @@ def write_tokenizer(
         told = _take_whole(run, target, "it has other chat templates, several of them")
     elif same:
         told = _edit(run, target, change, old, new)
-        written = _load(target, trust_remote_code)
+        written = seen(target, trust_remote_code)
         if isinstance(written, str) or Change.between(written, new):
             told = _take_whole(run, target, "the base's files cannot hold what the run changed")
     else:
@@ -158,8 +159,13 @@ def write_tokenizer(
     return [*told, *_align(target, change.named, new)]
 
 
-def _load(folder: Path, trust_remote_code: bool, saved_before: bool = False) -> Seen | str:
-    """Or why transformers cannot."""
+def marks_of(folder: Path) -> list[str]:
+    """Names of the files by which a folder holds a tokenizer; none where it holds none."""
+    return sorted({file.name for mark in _MARKS for file in folder.glob(mark)})
+
+
+def seen(folder: Path, trust_remote_code: bool, saved_before: bool = False) -> Seen | str:
+    """The tokenizer in a folder, or why transformers cannot load it."""
     try:
         return Seen.of(folder, trust_remote_code, saved_before)
     except Exception as error:  # of whatever kind
