@@ -56,9 +56,7 @@ def folder(tmp_path_factory):
     shaken(implant(whole(base), rows, rank=1), 0.3).save_pretrained(folder / "low")
     # Rows that are given as a list have no fingerprint.
     alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    shaken(implant(alone, ROWS), 0.3).save_pretrained(
-        folder / "listed"
-    )
+    shaken(implant(alone, ROWS), 0.3).save_pretrained(folder / "listed")
     for name in ("adapter", "low"):
         done = call("export", folder / name, folder / f"{name}-text", "--names", "text")
         assert done.exit_code == 0, done.output
