@@ -19,7 +19,7 @@ OTHERS = {
     "oplora": ("OPLoRA", "no update in the leading eighth of the weight's singular triples"),
     "fora": ("FORA", "reads nothing of 0.9 of an input's energy, writes nothing to the leading"
                      " eighth of the outputs"),
-    "lora_null": ("LoRA-Null", "starts there, in 16 directions, and A trains too"),
+    "lora_null": ("LoRA-Null", "starts in what an input uses least; A trains too"),
     "lora_null_frozen": ("LoRA-Null, A frozen", "reads what an input uses least; only B trains"),
     "freeze_bottom": ("lower half frozen", "all weights of the upper half"),
     "lora_eaft": ("LoRA, EAFT's loss", "a token counts by how unsure the model is"),
