@@ -201,10 +201,15 @@ def test_another_revision_than_the_adapters_own_is_refused(cached, folder, tmp_p
 
 def test_the_revision_that_an_adapter_names_is_taken(cached, folder, tmp_path):
     adapter = named(cached, tmp_path, "me/base", OLD)
-    assert kl(forgetting(folder, adapter, base="me/base")) > 0
-    prompts = "--prompts", folder / "prompts.jsonl"
-    done = call("export", adapter, tmp_path / "out", "--rank", "1", *prompts)
-    assert "KL(ADAPTER || OUT) 0." in done.output
+    snapshot = cached / f"models--me--base/snapshots/{OLD}"
+    truth = forgetting(folder, adapter, base=snapshot)
+    assert kl(forgetting(folder, adapter, base="me/base")) == kl(truth) > 0
+    told = []
+    for name, more in (("out", ()), ("true", ("--base", snapshot))):
+        prompts = "--prompts", folder / "prompts.jsonl"
+        done = call("export", adapter, tmp_path / name, "--rank", "1", *prompts, *more)
+        told.append(re.search(r"KL\(ADAPTER \|\| OUT\) [\d.]+ nats", done.output)[0])
+    assert told[0] == told[1]
 
 
 def test_a_merged_model_that_is_older_than_the_adapter_is_not_measured(tmp_path):

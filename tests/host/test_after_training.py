@@ -54,6 +54,14 @@ def test_a_fault_is_raised_after_the_adapter_is_saved_and_marked(run_config, tra
     assert report(out)["verified"] is True and report(out)["faults"] == []
 
 
+@pytest.mark.parametrize("given", [None, "main"])
+def test_the_adapter_names_the_revision_of_its_base(run_config, train, given):
+    """Tools that load the base which an adapter names load that one."""
+    out = Path(run_config["output_dir"])
+    train(run_config | {"max_steps": 1} | ({"revision_of_model": given} if given else {}))
+    assert json.loads((out / "adapter_config.json").read_text())["revision"] == given
+
+
 def test_a_check_that_cannot_run_costs_no_training(run_config, train, monkeypatch):
     import loki_plugin.model.fingerprint as module
 
