@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 
 
@@ -66,9 +68,17 @@ def short_run(base, dataset, questions, folder) -> dict:
 
 def train(config: dict):
     """Axolotl's own load_cfg and do_train in this process."""
+    _import_train()
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.train import do_train
 
     cfg = load(config)
     do_train(cfg, TrainerCliArgs())
     return cfg
+
+
+@functools.cache
+def _import_train() -> None:
+    import axolotl.cli.train  # noqa: F401
+
+    gc.freeze()  # see conftest.py
