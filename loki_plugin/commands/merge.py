@@ -57,7 +57,7 @@ def merge(config, output, adapters, sum_overlaps, onto):
         )
     except NotProven as error:
         raise click.ClickException(str(error)) from error
-    write_merged_card(run["base_model"], adapters or [folder], merged, proof)
+    write_merged_card(run["base_model"], adapters or [folder], merged, proof, onto)
     if merged.advice and merged.advice.ratios:
         advice = _with_losses(merged.advice, run, adapters or (folder,))
         merged = replace(merged, advice=advice)

@@ -128,6 +128,19 @@ class Base:
             ) from error
         return Path(found)
 
+    def read(self, folder: Path) -> Any:
+        """The configuration in a folder."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+
+    def configuration(self, folder: Path) -> Any:
+        """That of a folder under the overrides, set as Axolotl sets them: after it was read."""
+        config = self.read(folder)
+        for key, value in self.overrides.items():
+            setattr(config, key, value)
+        return config
+
 
 def copy_files(folder: Path, target: Path, patterns: Iterable[str]) -> None:
     """Copy the files of a folder that one of the patterns names, to the same places."""
@@ -268,19 +281,15 @@ def open_checkpoint(
     Raises:
         ValueError: a quantised checkpoint, an unsupported family, or keys that do not match.
     """
-    from transformers import AutoConfig
-
     base = Base.of(base)
     folder = base.folder()
     trust = base.trust_remote_code
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    config = base.configuration(folder)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"'{folder}' is a quantised checkpoint; rows can only be merged into and compared in"
             " the 16-bit or 32-bit one that it was made from"
         )
-    for key, value in base.overrides.items():
-        setattr(config, key, value)
     model = build_empty(config, base.kind, trust, made_for)
     anatomy = find_anatomy(model)
     stored = tensors(folder)

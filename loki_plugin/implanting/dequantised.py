@@ -8,7 +8,6 @@ linear layer.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..model.fingerprint import fingerprint
 from ..model.quantised import dequantise, quantised_modules, row_scales
 from ..rows import RowSelection
 from .checkpoint import Base, Checkpoint, Stored, matching_keys, open_checkpoint, tensors
-from .merge import check_output, removing
+from .output import check_output, writing_to
 from .rounded import is_quantised, storage_of
 from .vocabulary import copy_model
 
@@ -52,19 +51,13 @@ def write_dequantised(
     found = open_checkpoint(base, selection.fingerprint)
     model = _quantised_as_before(base, found, selection)
     names = {id(m): n for n, m in model.named_modules()}
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted run
     modules = quantised_modules(model)
-    with removing(partial):
-        partial.mkdir(parents=True)
+    with writing_to(output) as partial:
         copy_model(found, partial, {}, progress)
         stored = tensors(partial)
         for module in tqdm(modules, desc="loki: dequantising", disable=not progress):
             place = _place(f"{names[id(module)]}.weight", stored, found.renamed)
             _overwrite(place, _values(module))
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
     return f"{len(modules)} linear weights of {found.folder} as {storage_of(selection)} holds them"
 
 

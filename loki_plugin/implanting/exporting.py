@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
 from ..rows import FILE_NAME, Made, RowSelection
 from .adapters import CONFIG, Adapter, Opened, opened
 from .checkpoint import copy_files, open_tensors
-from .merge import removing
+from .output import check_output, writing_to
 from .saved import WEIGHTS
 from .tokenizer_files import FILES as TOKENIZER_FILES
 
@@ -85,17 +84,15 @@ def export(
             output folder that is not empty.
     """
     folder, output = Path(adapter), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output '{output}' exists and is not empty; remove it or give another")
+    check_output(output)
     if not (folder / FILE_NAME).is_file():
         raise ValueError(
             f"'{folder}' is no LoKI adapter: it has no {FILE_NAME}; give the output_dir of a run"
         )
     source = Adapter.load(folder)
     selection = source.selection
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted export
-    with opened([source], _down_names(folder, selection)) as (part,), removing(partial):
+    names = _down_names(folder, selection)
+    with opened([source], names) as (part,), writing_to(output) as partial:
         modules = {part.layers[i]: selection.rows[i] for i in sorted(part.layers)}
         modules |= {module: _all_rows(part, module) for module in part.linears}
         of_rank = max(_shape(part, module, "A")[0] for module in modules)
@@ -110,7 +107,6 @@ def export(
             state |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
             name = module.removeprefix(PREFIX)
             updates[name], errors[name] = update, error
-        partial.mkdir(parents=True)
         save_file(state, partial / WEIGHTS, {"format": "pt"})
         _write_config(folder, partial, rank)
         copy_files(folder, partial, (DIRECTIONS_NAME, *TOKENIZER_FILES))
@@ -121,9 +117,6 @@ def export(
         _save_rows(selection, partial, facts)
         measured = measure(partial) if measure else {}
         _save_rows(selection, partial, facts | measured)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
     return ExportReport(output, rank, of_rank, lost, lost_share, measured)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +14,12 @@ from ..rows import FILE_NAME, Made, RowSelection, union
 from .adapters import Adapter, Opened, check_disjoint, opened
 from .checkpoint import Base, Stored, open_checkpoint, tensors
 from .identity import check_base
+from .output import check_output, writing_to
+from .overriding import write_overrides
 from .rounded import Advice
 from .tokenizer_choice import choose_tokenizer, new_tokens
 from .tokenizer_files import write_tokenizer
-from .vocabulary import copy_model, write_overrides
+from .vocabulary import copy_model
 
 _MUCH = 0.1  # of the update
 
@@ -167,17 +167,14 @@ def merge_adapters(
     marks = [a.selection.fingerprint for a in adapters]
     different = [m for i, m in enumerate(marks) if m not in marks[:i]]
     compared = "; ".join(check_base(found, mark, progress) for mark in different)
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted merge
     rounding = Rounding()
-    with opened(adapters, found.anatomy.names) as parts, removing(partial):
+    with opened(adapters, found.anatomy.names) as parts, writing_to(output) as partial:
         grown, growing = new_tokens(found, parts)
         folders, trusted = [part.folder for part in parts], base.trust_remote_code
         source, companions = choose_tokenizer(found.folder, folders, growing, trusted)
-        partial.mkdir(parents=True)
         copy_model(found, partial, grown, progress)
         companions += write_tokenizer(found.folder, source, partial, trusted)
-        companions += write_overrides(partial, base.overrides)
+        companions += write_overrides(partial, base)
         stored = tensors(partial)
         layers = [i for i, rows in enumerate(selection.rows) if len(rows)]
         for i in tqdm(layers, desc="loki: merging layers", disable=not progress):
@@ -209,32 +206,7 @@ def merge_adapters(
             len(selection.linears),
         )
         _with_merge(selection, report, base).save(partial / FILE_NAME)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
     return report
-
-
-def check_output(output: Path, base: Base) -> None:
-    """Check that a model can be written there.
-
-    Raises:
-        ValueError: it is the base, or not empty.
-    """
-    if output.resolve() == Path(base.name).resolve():
-        raise ValueError(f"output '{output}' is the base model itself; give another folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output '{output}' exists and is not empty; remove it or give another")
-
-
-@contextmanager
-def removing(folder: Path) -> Iterator[None]:
-    """Remove `folder` if the block fails; on a full disk it would take the room of others."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _change(parts: list[Opened], layer: int, rows: torch.Tensor, place: Stored) -> torch.Tensor:

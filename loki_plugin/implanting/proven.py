@@ -13,7 +13,8 @@ from ..rows import RowSelection, union
 from .adapters import Adapter
 from .checkpoint import Base
 from .dequantised import write_dequantised
-from .merge import MergeReport, check_output, merge_adapters, removing
+from .merge import MergeReport, merge_adapters
+from .output import check_output, removing
 from .rounded import DEQUANTISED, ORIGINAL, Advice, advise
 from .verify import VerifyReport, verify
 

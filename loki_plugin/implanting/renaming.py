@@ -9,7 +9,6 @@ servers without a word.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +29,8 @@ from .adapters import CONFIG, Adapter, tail
 from .carrier import shortest_targets
 from .checkpoint import Base, copy_files, open_tensors
 from .fitting import changed_modules
-from .merge import check_output, removing
 from .naming import by_parameter, misnamed
+from .output import check_output, writing_to
 from .saved import WEIGHTS
 from .tokenizer_files import FILES as TOKENIZER_FILES
 
@@ -100,10 +99,7 @@ def rename(adapter: str | Path, output: str | Path, to: str, base: Base) -> Rena
             f"the adapter in '{folder}' changes {missing[0]}, of which {fits} has no counterpart;"
             " it is the adapter of another base (--base)"
         )
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # ours, of an interrupted run
-    with removing(partial):
-        partial.mkdir(parents=True)
+    with writing_to(output) as partial:
         copy_files(folder, partial, TOKENIZER_FILES)
         state = {PREFIX + new + key.removeprefix(PREFIX + old): t for key, t in state.items()}
         save_file(state, partial / WEIGHTS, {"format": "pt"})
@@ -113,9 +109,6 @@ def rename(adapter: str | Path, output: str | Path, to: str, base: Base) -> Rena
         facts = {**source.selection.made.get("export", {}), "names": fits}
         made = Made(**{**source.selection.made, "export": facts})
         replace(source.selection, made=made).save(partial / FILE_NAME)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
     return RenameReport(output, fits, type(other).__name__, len(renamed))
 
 

@@ -19,6 +19,8 @@ from .checkpoint import TEMPLATES, copy_files
 
 _CONFIG, _FAST, _MAP = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
 _ADDED, _JINJA = "added_tokens.json", "chat_template.jinja"
+# Where processors of images look for a chat template before they look anywhere else.
+_OF_PROCESSORS = ("chat_template.json", "processor_config.json")
 _MARKS = (_CONFIG, _FAST, "*.model")  # without any of them nothing was saved
 FILES = ("tokenizer*", _MAP, _ADDED, "vocab.*", "merges.txt", _JINJA, "*.model", TEMPLATES)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
@@ -138,6 +140,7 @@ def write_tokenizer(
         return _take_whole(run, target, f"it cannot be read and compared ({new})")
     if isinstance(old, str):
         told = _take_whole(run, target, f"that of the base cannot be read ({old})")
+        told += _tell_processors(target, new)
         return [*told, *_align(target, ["eos_token", "bos_token"], new)]
     change = Change.between(old, new)
     same = all(new.vocabulary.get(i) == t or i in new.added for i, t in old.vocabulary.items())
@@ -156,7 +159,29 @@ def write_tokenizer(
             told = _take_whole(run, target, "the base's files cannot hold what the run changed")
     else:
         told = _take_whole(run, target, "it is another one than the base's")
+    if change.template:
+        told += _tell_processors(target, new)
     return [*told, *_align(target, change.named, new)]
+
+
+def _tell_processors(target: Path, new: Seen) -> list[str]:
+    """A processor's own copy of the chat template must not be the base's where the run's differs;
+    of several templates it has no copy that could be read beside their files."""
+    told = []
+    for name in _OF_PROCESSORS:
+        held = _read(target / name)
+        if held.get("chat_template") in (None, new.template):
+            continue
+        if isinstance(new.template, str):
+            held["chat_template"] = new.template
+        else:
+            del held["chat_template"]
+        if held:
+            _write(target / name, held)
+        else:
+            (target / name).unlink()
+        told.append(f"processor: {name} has changed: chat_template")
+    return told
 
 
 def marks_of(folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..model.fingerprint import stable
 from ..rows import RowSelection
 from .checkpoint import INDEX, SINGLE, Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
+from .overriding import what_counts
 
 _CHUNK = 64 << 20
 
@@ -159,18 +158,10 @@ def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint,
 
     The tuned model says the run's overrides, or, as those merged before 0.10.0, what the base says.
     """
-    from transformers import AutoConfig
-
-    def read(folder: Path) -> Any:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
-
-    plain, new = read(found.folder), stable(read(tuned).to_dict())
-    old = stable(plain.to_dict())
-    if base.overrides and any(
-        w.rpartition(".")[2] != "vocab_size" for w, *_ in _differences(old, new)
-    ):
-        said = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
-        old = stable(type(plain).from_dict(said | base.overrides).to_dict())
+    plain, read = base.read(found.folder), base.read(tuned)
+    old, new = (what_counts(plain, config, base) for config in (plain, read))
+    if any(w.rpartition(".")[2] != "vocab_size" for w, *_ in _differences(old, new)):
+        old = what_counts(plain, base.configuration(found.folder), base)
     sizes = {found.stored[key].shape[0] + count for key, count in report.new_rows.items()}
     if len(sizes) > 1:
         report.faults.append(f"the embeddings have grown to different sizes: {report.new_rows}")
@@ -178,8 +169,8 @@ def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint,
         if where.rpartition(".")[2] == "vocab_size" and {b} == sizes:
             continue
         report.faults.append(f"config.json: {where} is {b!r}, in the base {a!r}")
-    tokens = {v for w, v in _leaves(new) if w.rpartition(".")[2] == "vocab_size"}
-    if sizes and not tokens & sizes:
+    tokens = getattr(read.get_text_config(), "vocab_size", None)
+    if sizes and tokens not in sizes:
         report.faults.append(f"config.json: vocab_size is {tokens}, the embeddings have {sizes}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def copy_model(
     if grown:
         key, rows = next(iter(grown.items()))
         more = sum(new.numel() for new in grown.values())
-        grow_companions(target, base.stored[key].shape[0] + len(rows), more)
+        size = base.stored[key].shape[0]
+        grow_companions(target, size, size + len(rows), more)
 
 
 def write_grown(source: Path, target: Path, grown: dict[str, torch.Tensor]) -> None:
@@ -181,23 +182,17 @@ def _copy_bytes(source, target, count: int) -> None:
         count -= len(data)
 
 
-def write_overrides(folder: Path, overrides: Mapping[str, Any]) -> list[str]:
-    """Let config.json say what a run was trained under; returns a line that tells it."""
-    if not overrides:
-        return []
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | dict(overrides)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return [f"config.json: has the run's overrides_of_model_config ({', '.join(overrides)})"]
-
-
-def grow_companions(folder: Path, size: int, more: int) -> None:
-    """Set `vocab_size` in config.json to `size`; count `more` numbers in the index."""
+def grow_companions(folder: Path, size: int, new: int, more: int) -> None:
+    """Set `vocab_size` in config.json from `size` to `new`, wherever it stands, in that of a text
+    model inside too; count `more` numbers in the index."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    inner = config.get("text_config")
-    owner = inner if "vocab_size" not in config and isinstance(inner, dict) else config
-    owner["vocab_size"] = size
+    owners = [o for o in _blocks(config) if o.get("vocab_size") == size]
+    if not owners:
+        inner = config.get("text_config")
+        owners = [inner if "vocab_size" not in config and isinstance(inner, dict) else config]
+    for owner in owners:
+        owner["vocab_size"] = new
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path = folder / INDEX
     if path.is_file():
@@ -207,3 +202,10 @@ def grow_companions(folder: Path, size: int, more: int) -> None:
         if "total_parameters" in metadata:
             metadata["total_parameters"] += more
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _blocks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield config
+    for inner in config.values():
+        if isinstance(inner, dict):
+            yield from _blocks(inner)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..implanting import card
 from ..implanting.merge import MergeReport
+from ..implanting.rounded import ORIGINAL
 from ..implanting.saved import FAILED_NAME, PICTURE_NAME
 from ..implanting.verify import VerifyReport
 from ..model.writing import write_text
@@ -67,11 +68,18 @@ def write_adapter_card(folder: Path) -> None:
 
 
 def write_merged_card(
-    base: str, adapters: list[Path], merged: MergeReport, proof: VerifyReport
+    base: str,
+    adapters: list[Path],
+    merged: MergeReport,
+    proof: VerifyReport,
+    onto: str = ORIGINAL,
 ) -> None:
     """Write the card of a merged model, from what was merged and the report beside its adapter.
 
     The reports of several adapters are about one adapter each, so that none of them is told.
+
+    Args:
+        onto: the base that it was compared with, as in `merge_run`.
     """
     folder = merged.output
     try:
@@ -90,7 +98,13 @@ def write_merged_card(
         said = f"**Verified:** nothing outside {telling.which_rows(selection)}"
         said += " and the targeted linears" if merged.linears else ""
         said += " and new tokens" if merged.new_tokens else ""
-        text = _section(report, selection, f"{said} has changed.", [section], "merged", folder)
+        said += " has changed"
+        if onto != ORIGINAL:
+            said += (
+                f" of `{plain(merged.output.name)}-base`, the base as the run's quantisation holds"
+                f" it. From {plain(base)} itself every quantised weight differs by that rounding"
+            )
+        text = _section(report, selection, f"{said}.", [section], "merged", folder)
         card.put(folder, text, _fields(base, "transformers"))
     except (OSError, ValueError) as error:
         LOG.warning("loki: the model card in %s could not be written: %s", folder, error)

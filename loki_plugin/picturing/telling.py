@@ -45,7 +45,7 @@ def verdict(report: Report, failed: bool) -> dict[str, Any]:
         }
     if report.get("verified"):
         others = len(report.get("linears") or ())
-        counts = report.get("rows_per_layer") or [1]
+        counts = report.get("rows_per_layer", [1])
         what_moved = _which(counts, report.get("hidden_size")) if any(counts) else ""
         if others:
             what_moved += f"{' and ' if what_moved else ''}{others} targeted linears"

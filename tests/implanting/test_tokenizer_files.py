@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 from helpers.pages import TEXTS as PAGES
-from transformers import AddedToken, AutoTokenizer
+from helpers.wrappers import save_llava
+from transformers import AddedToken, AutoProcessor, AutoTokenizer
 
 from loki_plugin.implanting import checkpoint
 from loki_plugin.implanting.tokenizer_files import write_tokenizer
@@ -294,3 +295,28 @@ def test_several_chat_templates_come_along(tmp_path):
     write_tokenizer(tmp_path / "base", tmp_path / "run", tmp_path / "out")
     held = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert held == {"default": TEMPLATE, "tool_use": TEMPLATE}
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_processors_of_images_get_the_run_s_template_too(tmp_path, several):
+    """The older form of a processor's template, which it takes before any other."""
+    base, run, target = (tmp_path / name for name in ("base", "run", "target"))
+    save_llava(base)
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert AutoProcessor.from_pretrained(base).chat_template == template
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    new = template.replace("<|im_start|>", "[TURN]")
+    tokenizer.chat_template = {"default": new, "tools": new + " "} if several else new
+    tokenizer.save_pretrained(run)
+    shutil.copytree(base, target)
+    told = write_tokenizer(base, run, target)
+    assert "processor: chat_template.json has changed: chat_template" in told
+    found = AutoProcessor.from_pretrained(target).chat_template
+    assert (found["default"] if several else found) == new
+    same = "processor_config.json"  # which has no template
+    assert (target / same).read_bytes() == (base / same).read_bytes()

@@ -12,7 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from loki_plugin import RowSelection, implant
 from loki_plugin.cli import loki
-from loki_plugin.picturing.card import write_adapter_card
+from loki_plugin.implanting.merge import MergeReport, Rounding
+from loki_plugin.implanting.proven import ONTO
+from loki_plugin.implanting.verify import VerifyReport
+from loki_plugin.picturing import telling
+from loki_plugin.picturing.card import write_adapter_card, write_merged_card
 
 LEAST, MOST = (f"rows train that contribute {much} to what the model" for much in ("least", "most"))
 SOME = [[1, 2], [3, 4], [5, 6]]
@@ -145,3 +149,25 @@ def test_the_card_of_a_merge_says_whether_all_rows_may_have_changed(tmp_path, ba
     where = "the rows of the down-projections" if every else "the selected rows"
     assert f"nothing outside {where} has changed." in section
     assert ("all rows train." in section) == every
+
+
+def test_the_card_of_a_merge_onto_the_dequantised_base_names_what_it_was_compared_with(tmp_path):
+    selection = RowSelection(SOME, 64)
+    selection.save(tmp_path / "loki_rows.json")
+    merged = MergeReport(tmp_path, 1, 3, 6, "all", 0, Rounding(), "bfloat16", [])
+    for onto in ONTO:
+        write_merged_card("me/base", [tmp_path], merged, VerifyReport(compared=9), onto)
+        section = parts(tmp_path)[2]
+        said = (
+            f"of `{tmp_path.name}-base`, the base as the run's quantisation holds it. From me/base"
+        )
+        assert (said in section) == (onto != "original")
+        assert ("selected rows has changed.\n" in section) == (onto == "original")
+
+
+def test_the_verdict_names_selected_rows_where_there_are_some():
+    report = {"verified": True, "linears": ["q"] * 8, "hidden_size": 64, "verified_what": {"a": ""}}
+    only = telling.verdict(report | {"rows_per_layer": []}, False)["text"]
+    assert only.startswith("Only 8 targeted linears have changed")
+    both = telling.verdict(report | {"rows_per_layer": [3, 3]}, False)["text"]
+    assert both.startswith("Only the selected rows and 8 targeted linears have changed")
