@@ -13,6 +13,7 @@ from ..args import LokiConfig
 from .preference import preference_faults
 from .sharding import fsdp_faults, is_fsdp2, zero_faults
 
+_KERNEL = "the fused kernel reads lora_A and lora_B past what constrains them"
 _NAME_THEM = "name what trains in `loki.targets`: a list of names, or a regular expression"
 # Keys that would train, move or scale something else than the selected rows, and why.
 REFUSED = {
@@ -44,7 +45,13 @@ REFUSED = {
     "spectrum_top_fraction": "Spectrum trains layers of the base model",
     "lora_exclude_modules": _NAME_THEM,
     "flash_attn_fuse_mlp": "it replaces the MLPs, and with them the down-projections",
+    "dsv4_shared_mlp_lora_kernel": _KERNEL,
+    "dsv4_fp8_lora_kernel": _KERNEL,
+    "use_glm_dsa_kernels": _KERNEL,
+    "nvfp4_merge_aware": _KERNEL,
 }
+# At zero they do not stand for "off": LoRA+ would train lora_B at a rate of nothing.
+_SET_AT_ZERO = {"loraplus_lr_ratio"}
 # What to do about them, where it is not to remove the key.
 _TAKE_16_BIT = "take the 16-bit model that it was made from, with `load_in_4bit: true` if need be"
 DO = {"gptq": _TAKE_16_BIT, "model_quantization_config": _TAKE_16_BIT}
@@ -52,6 +59,8 @@ REMOVE = "remove it"
 REFUSED_PLUGINS = {
     "DiffusionPlugin": "it trains to fill masks by attention in both directions, and rows are"
     " chosen by what follows a causal prompt",
+    "HatcheryPlugin": "it trains on a remote machine, where nothing keeps to the rows",
+    "SpectrumPlugin": "it trains layers of the base model",
 }
 OVERRIDDEN = {
     "lora_target_modules": ["down_proj"],  # until the rows are known
@@ -67,7 +76,6 @@ OVERRIDDEN = {
     # Axolotl freezes and unfreezes by it after the adapter is loaded.
     "unfrozen_parameters": None,
 }
-_KERNEL = "the fused kernel reads lora_A and lora_B past what constrains them"
 WHY = {
     "lora_target_parameters": "routed experts do not train",
     "lora_dropout": "LoKI trains without dropout",
@@ -90,7 +98,9 @@ def refuse(cfg, config: LokiConfig) -> None:
         ValueError: all faults at once, each with what to do.
     """
     faults = [
-        f"  {key}: {why}; {DO.get(key, REMOVE)}" for key, why in REFUSED.items() if cfg.get(key)
+        f"  {key}: {why}; {DO.get(key, REMOVE)}"
+        for key, why in REFUSED.items()
+        if cfg.get(key) or (key in _SET_AT_ZERO and cfg.get(key) is not None)
     ]
     if cfg.get("model_quantization_config") == "Mxfp4Config":  # of gpt-oss alone
         faults[:] = [f for f in faults if "model_quantization_config" not in f]
@@ -130,6 +140,11 @@ def refuse(cfg, config: LokiConfig) -> None:
     if cfg.get("optimizer") == "polora":
         faults.append(
             "  optimizer: polora works on pairs of A and B; take another, such as adamw_torch"
+        )
+    if str(cfg.get("optimizer")).endswith("_layerwise") and config.lr_scale != 1:
+        faults.append(
+            f"  optimizer: {cfg['optimizer']} has an optimizer for each parameter, which"
+            " `loki.lr_scale` does not reach; set `learning_rate`, or take another"
         )
     if cfg.get("lr_groups") and config.lr_scale != 1:
         faults.append("  lr_groups: its rates are absolute; set them or `loki.lr_scale`, not both")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from .. import ranks
 from ..model.linears import PREFIX
 from ..model.loading import whole
+from ..model.writing import write_text
 from ..protecting.directions import FILE_NAME as DIRECTIONS_NAME
 from ..protecting.directions import Directions
 from ..protecting.reading import LEAKAGE, leakage
@@ -23,11 +25,16 @@ from . import card
 from .checkpoint import open_tensors
 from .selected import RowFactor, RowSelector
 
+LOG = logging.getLogger("loki_plugin")
 WEIGHTS = "adapter_model.safetensors"
 FAILED_NAME = "LOKI_FAILED.txt"  # stands beside an adapter that must not be used
 REPORT_NAME = "loki_report.json"
 PAGE_NAME, FIGURES_NAME = "loki_report.html", "loki_figures.json"
 PICTURE_NAME = "loki_forgetting.svg"  # beside the model card, which shows it
+_BEGUN = (
+    "A new run began in this folder and has not saved its adapter yet. The weights here are those"
+    " of an earlier run, and what Axolotl wrote beside them before training is the new run's.\n"
+)
 REFERENCE = "ref"  # what TRL calls the frozen copy of the adapter that it compares with
 
 
@@ -121,6 +128,7 @@ def _save_pretrained(
             self, save_directory, safe_serialization, selected_adapters, *args, **kwargs
         )
         if first:
+            arrived(folder)
             self._loki_selection.save(folder / FILE_NAME)
             if self._loki_directions is not None:
                 self._loki_directions.save(folder / DIRECTIONS_NAME)
@@ -132,6 +140,32 @@ def _save_pretrained(
             " whole. If that disk is full, make room, and resume from the last checkpoint"
         ) from error
     return saved
+
+
+def announce(folder: Path) -> None:
+    """Mark the adapter of an earlier run in `folder`, in which a new run begins.
+
+    Axolotl writes the new run's `adapter_config.json` before training and its weights at the end.
+    Until then the two do not belong together, and no report vouches for them.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    _withdraw_report(folder)
+    if not (folder / FAILED_NAME).exists():
+        write_text(folder / FAILED_NAME, _BEGUN)
+    LOG.warning(
+        "loki: '%s' holds the adapter of an earlier run, which this one overwrites; until it has,"
+        " %s stands there",
+        folder,
+        FAILED_NAME,
+    )
+
+
+def arrived(folder: Path) -> None:
+    """Take the mark of `announce` away: the new run's adapter is there."""
+    mark = folder / FAILED_NAME
+    if mark.is_file() and mark.read_text(encoding="utf-8") == _BEGUN:
+        mark.unlink()
 
 
 def embeddings_grew(model: PeftModel) -> bool:

@@ -17,7 +17,7 @@ from ..model.linears import PREFIX, kind_of
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
 from .checkpoint import open_tensors
-from .saved import WEIGHTS, save_sharded
+from .saved import WEIGHTS, announce, arrived, save_sharded
 from .selected import RowFactor
 
 LOG = logging.getLogger("loki_plugin")
@@ -33,12 +33,14 @@ def prepare_trainer(
     after it, every group's learning rate is multiplied by `lr_scale`. Wraps `create_scheduler`, so
     that every scheduler follows: some take the rate from the groups, some (one-cycle, Rex) from
     the arguments. What a checkpoint brings gets the dtype that it had before. Each checkpoint gets
-    the rows file. Training stops when NaN reaches a weight.
+    the rows file. Training stops when NaN reaches a weight. Of a schedule-free optimizer the
+    averaged weights are saved, which evaluations measure too.
 
     Raises:
         ValueError: `resume_from` is a checkpoint of other rows, other linears, another base or
             another rank.
-        RuntimeError: a parameter that is not ours is trainable.
+        RuntimeError: a parameter that is not ours is trainable; or, when the optimizer is made, it
+            does not hold all that is.
     """
     check_resume(resume_from, selection)
     if resume_from:
@@ -52,6 +54,7 @@ def prepare_trainer(
         adapter.check(trainer.model)
         known = trainer.optimizer is not None
         optimizer = create(*args, **kwargs)
+        check_holds(optimizer, trainer.model)
         if not known:
             accept_whole_states(optimizer, trainer.model)
             for group in optimizer.param_groups:
@@ -69,11 +72,32 @@ def prepare_trainer(
             trainer.args.learning_rate = given
 
     adapter.check(trainer.model)
+    if ranks.is_first():
+        announce(Path(trainer.args.output_dir))
     trainer.create_optimizer = create_optimizer
     trainer.create_scheduler = create_scheduler
     trainer.add_callback(RowsBesideCheckpoints(selection))
     trainer.add_callback(StopAtNaN())
     trainer.add_callback(dtypes)
+    trainer.add_callback(EndAveraged())
+
+
+def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Check that an optimizer holds every parameter that trains.
+
+    Raises:
+        RuntimeError: it was made of others, so that some would stay at zero.
+    """
+    each = [optimizer, *getattr(optimizer, "optimizer_dict", {}).values()]  # layer-wise: one each
+    held = {id(p) for one in each for group in one.param_groups for p in group["params"]}
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    missing = [name for name in trains if id(model.get_parameter(name)) not in held]
+    if missing:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} holds {len(trains) - len(missing)} of the {len(trains)}"
+            f" parameters that train; {missing[0]} would stay as it is. Take another `optimizer`,"
+            " such as adamw_torch"
+        )
 
 
 def accept_whole_states(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -164,6 +188,20 @@ class KeepDtypes(TrainerCallback):
         self.restore(model)
 
 
+class EndAveraged(TrainerCallback):
+    """A schedule-free optimizer trains one set of weights and answers with another, the average.
+
+    Evaluations set the average, and the next step takes it back; so what is saved at the end would
+    be the one or the other, by whether the last step was evaluated.
+    """
+
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        best = args.load_best_model_at_end and state.best_model_checkpoint  # was loaded just now
+        if not best and any("train_mode" in group for group in getattr(inner, "param_groups", [])):
+            inner.eval()
+
+
 class RowsBesideCheckpoints(TrainerCallback):
     """A checkpoint without its rows could be resumed with others."""
 
@@ -174,6 +212,12 @@ class RowsBesideCheckpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if ranks.is_first() and folder.is_dir():
             self.selection.save(folder / FILE_NAME)
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        """The checkpoint's adapter is about to be copied into the output folder and sent off."""
+        if ranks.is_first():
+            arrived(Path(args.output_dir))
+            self.selection.save(Path(args.output_dir) / FILE_NAME)
 
 
 def _check_same_base(checkpoint: str, earlier: dict[str, str], now: dict[str, str]) -> None:

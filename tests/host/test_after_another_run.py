@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from loki_plugin.implanting.proven import merge_run
+from loki_plugin.implanting.saved import FAILED_NAME, WEIGHTS
+
 
 @pytest.fixture
 def patched_attention(base):
@@ -30,6 +33,29 @@ def test_a_run_trains_after_one_with_fused_attention(
     train(run_config)
     report = json.loads((Path(run_config["output_dir"]) / "loki_report.json").read_text())
     assert report["verified"] is True
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_in_the_folder_of_another_leaves_no_report_that_vouches_for_it(
+    run_config, train, monkeypatch, our_log
+):
+    """Axolotl has written the new run's adapter_config.json beside the other's weights by then."""
+    folder = Path(run_config["output_dir"])
+    train(run_config)
+    weights = (folder / WEIGHTS).read_bytes()
+    assert (folder / "loki_report.json").exists() and not (folder / FAILED_NAME).exists()
+    with monkeypatch.context() as dies:
+        dies.setattr("transformers.Trainer.training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run_config | {"adapter": "lora", "lora_r": 2})
+    assert "holds the adapter of an earlier run, which this one overwrites" in our_log.text
+    assert (folder / WEIGHTS).read_bytes() == weights
+    assert not (folder / "loki_report.json").exists()
+    with pytest.raises(ValueError, match="The weights here are those of an earlier run"):
+        merge_run(run_config, [folder], folder / "merged")
+    train(run_config)
+    assert json.loads((folder / "loki_report.json").read_text())["verified"] is True
+    assert not (folder / FAILED_NAME).exists()
 
 
 def test_the_mended_attention_computes_what_it_did(base, request):

@@ -139,6 +139,15 @@ def test_a_refused_configuration_is_left_as_it_was():
         ),
         ({"adapter": "qlora", "lora_r": 8}, "adapter: qlora .*; set `load_in_4bit: true`, or"),
         ({"lr_groups": [1], "loki": {"lr_scale": 2}}, "lr_groups: its rates are absolute"),
+        ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio: use `loki.lr_scale`; remove it"),
+        (
+            {"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]},
+            "SpectrumPlugin: it trains",
+        ),
+        (
+            {"optimizer": "galore_adamw_layerwise", "loki": {"lr_scale": 2}},
+            "optimizer: galore_adamw_layerwise has an optimizer for each parameter",
+        ),
         ({"deepspeed": {"optimizer": {"type": "AdamW"}}}, "deepspeed: .* defines an `optimizer`"),
         (
             {"deepspeed": {"scheduler": {"type": "WarmupLR"}}, "loki": {"lr_scale": 2}},
