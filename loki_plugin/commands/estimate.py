@@ -72,7 +72,8 @@ def _counts(given: dict[str, Any], block, model, anatomy, assumed: list[str]) ->
     file = block.rows or (Path(earlier) / FILE_NAME if earlier else None)
     if file:
         counts = RowSelection.load(file).check_shape(anatomy).counts
-        check_rank(block.rank, max(counts))
+        if counts:  # none of routed experts only
+            check_rank(block.rank, max(counts))
         return counts
     layers, hidden = anatomy.num_layers, anatomy.hidden_size
     if block.strategy.startswith("global"):

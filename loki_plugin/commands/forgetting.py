@@ -99,9 +99,7 @@ def forgetting_command(
         return _held_back(config, base, tuned, output, gate, options)
     if config is not None:
         run = read_run(Path(config))
-        if base is None or tuned is None:
-            of_base, of_tuned = forgetting.of_a_run(run)
-            base, tuned = base or of_base, tuned or of_tuned
+        base, tuned = base or run["base_model"], tuned or forgetting.of_a_run(run)
         options["revision"] = options["revision"] or run.get("revision_of_model")
         options["trust_remote_code"] = bool(run.get("trust_remote_code"))
         options["overrides"] = run.get("overrides_of_model_config")

@@ -34,12 +34,18 @@ class TaskChange:
 
     @property
     def relative_drop(self) -> float | None:
-        """(before - after) / before, negative for a gain; None where before is 0.
+        """(before - after) / |before|, negative for a gain; None where before is 0.
 
-        Of a metric that is to be low, (after - before) / before.
+        Of a metric that is to be low, (after - before) / |before|. The size of `before` counts:
+        some metrics (a correlation, a log-likelihood) are negative.
         """
-        worse = self.before - self.after if self.higher_is_better else self.after - self.before
-        return worse / self.before if self.before else None
+        return self.worse / abs(self.before) if self.before else None
+
+    @property
+    def worse(self) -> float:
+        """How far the metric has got worse; negative for a gain."""
+        change = self.before - self.after
+        return change if self.higher_is_better else -change
 
     @property
     def p_value(self) -> float:

@@ -149,8 +149,8 @@ def measure(
     )
 
 
-def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
-    """(base, tuned) of a run's YAML: its merged model, else its adapter.
+def of_a_run(config: dict[str, Any]) -> str:
+    """What a run's YAML has made: its merged model, else its adapter.
 
     Raises:
         ValueError: neither a merged model nor an adapter in its output_dir, or a merged model that
@@ -165,9 +165,9 @@ def of_a_run(config: dict[str, Any]) -> tuple[str, str]:
                 f"'{merged}' is older than the adapter in '{folder}': remove it and merge again, or"
                 f" say which one is meant, --tuned {merged} or --tuned {folder}"
             )
-        return config["base_model"], str(merged)
+        return str(merged)
     if adapter.is_file():
-        return config["base_model"], str(folder)
+        return str(folder)
     raise ValueError(
         f"'{folder}' holds neither an adapter nor a merged model; train first, or give --tuned"
     )

@@ -45,6 +45,11 @@ class Gate:
         if self.max_drop is not None:
             limit = self.max_drop
             lost = [f"{n} lost {d:.4g} %" for n, d in _drops(report) if not d <= limit + _SLACK]
+            lost += [
+                f"{c.task} went from 0 to {c.after:.4g}, which is no share of anything"
+                for c in report.tasks
+                if c.relative_drop is None and not c.worse <= 0
+            ]
             if lost:
                 found.append(f"{', '.join(lost)}, more than --max-drop {limit:g}")
         return found

@@ -83,10 +83,16 @@ def save_pictures(drawn: list[Picture], folder: Path) -> list[Path]:
 
 
 def learned(numbers: Numbers) -> float | None:
-    """How much of the first logged training loss is gone, in percent; None where not logged."""
+    """How much of the first logged training loss is gone, in percent.
+
+    None where none was logged, or where it is no amount of anything: that of GRPO is about 0 and
+    takes either sign.
+    """
     training = numbers.get("training") or {}
     first, last = training.get("first_loss"), training.get("last_loss")
-    return None if not first or last is None else 100 * (first - last) / first
+    if first is None or last is None or first <= 0 or np.nanmin(array(training["loss"])) < 0:
+        return None
+    return 100 * (first - last) / first
 
 
 def _tradeoff(numbers: Numbers, report: dict[str, Any]) -> Picture | str:
@@ -94,6 +100,8 @@ def _tradeoff(numbers: Numbers, report: dict[str, Any]) -> Picture | str:
     if "same_answer" not in forgetting:
         return f"forgetting was not measured ({forgetting.get('not_measured', 'no report')})"
     gained = learned(numbers)
+    if gained is None and (numbers.get("training") or {}).get("first_loss") is not None:
+        return "the loss of this training does not say how much was learned"
     if gained is None:
         return "no training loss was logged"
     kept = 100 * forgetting["same_answer"]

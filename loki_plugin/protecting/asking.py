@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..analysing.calibration.rendering import plain_ids
+
 _HEAD = "Things that people ask an assistant, one in each line.\n\n"
 _MARK = "- "
 # Of different kinds: the base goes on in that manner.
@@ -36,7 +38,7 @@ def lists(tokenizer: Any, count: int, seed: int) -> list[list[int]]:
     found = []
     for _ in range(count):
         shown = "".join(f"{_MARK}{line}\n" for line in draw.sample(_EXAMPLES, _SHOWN))
-        found.append(list(tokenizer(_HEAD + shown + _MARK.rstrip())["input_ids"]))
+        found.append(plain_ids(tokenizer, _HEAD + shown + _MARK.rstrip(), open_end=True))
     return found
 
 

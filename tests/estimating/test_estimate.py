@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 from helpers.estimates import asked
 from helpers.families import FAMILIES, tiny
+from transformers import MixtralConfig
 
 from benchmarks.floor import flops
 from loki_plugin import RowSelection, implant
@@ -139,6 +140,22 @@ def test_a_base_that_is_not_there_is_named(run_config, tmp_path):
     result = CliRunner().invoke(loki, ["estimate", str(config)])
     assert result.exit_code == 1
     assert "nowhere' cannot be read" in result.output and "config.json" in result.output
+
+
+def test_a_mixture_without_rows_is_estimated_where_it_goes_on_from_an_adapter_too(
+    run_config, tmp_path
+):
+    layer, shape = "model.layers.0.self_attn.q_proj", {"num_hidden_layers": 1}
+    MixtralConfig(hidden_size=64, vocab_size=320, **shape).save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    RowSelection([], 64, linears=[layer]).save(tmp_path / "adapter" / "loki_rows.json")
+    run = run_config | {"base_model": str(tmp_path / "base"), "lora_target_modules": ["q_proj"]}
+    run |= {"adapter": "lora", "lora_r": 8, "loki": {"quota": 100, "protect": "off"}}
+    fresh, further = (
+        asked(run | more, tmp_path, "--json")
+        for more in ({}, {"lora_model_dir": str(tmp_path / "adapter")})
+    )
+    assert fresh["trainable_parameters"] == further["trainable_parameters"] > 0
 
 
 def test_what_does_not_fit_is_told_with_what_to_change(big, tmp_path):

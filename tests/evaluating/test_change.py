@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from loki_plugin.evaluating.change import TaskChange, flips, mcnemar, mean_relative_drop
+from loki_plugin.evaluating.forgetting import ForgettingReport
+from loki_plugin.evaluating.gate import Gate
 from loki_plugin.evaluating.harness import changes
+from loki_plugin.evaluating.quick import Forgetting
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,22 @@ def test_the_mean_is_signed_unless_gains_are_clipped():
     assert nothing.relative_drop is None
     assert mean_relative_drop([nothing]) is None
     assert mean_relative_drop([*changes, nothing]) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "higher", "said"),
+    [
+        (-0.02, -0.3, True, "lost 1400 %"),  # a correlation
+        (-2.0, -9.0, True, "lost 350 %"),  # a log-likelihood
+        (-1.0, 0.5, False, "lost 150 %"),
+        (0.0, 5.0, False, "went from 0 to 5"),
+        (0.0, -0.5, True, "went from 0 to -0.5"),
+        (-0.3, -0.02, True, None),
+        (-1.0, -5.0, False, None),
+        (0.0, 0.2, True, None),
+    ],
+)
+def test_a_metric_below_zero_that_gets_worse_breaks_the_gate(before, after, higher, said):
+    change = TaskChange("cola", "mcc,none", before, after, higher_is_better=higher)
+    broken = Gate(max_drop=1).broken(ForgettingReport(Forgetting(10, 0.0, 1.0), [change]))
+    assert (said in broken[0]) if said else not broken

@@ -219,8 +219,13 @@ def test_a_merged_model_that_is_older_than_the_adapter_is_not_measured(tmp_path)
     for name, time in (("merged/config.json", 100), ("adapter_config.json", 50)):
         (tmp_path / name).write_text("{}")
         os.utime(tmp_path / name, (time, time))
-    assert of_a_run(run) == ("base", str(tmp_path / "merged"))
+    assert of_a_run(run) == str(tmp_path / "merged")
     os.utime(tmp_path / "adapter_config.json", (200, 200))
     (tmp_path / "merged" / "model.gguf").touch()  # the folder is newer than the adapter now
     with pytest.raises(ValueError, match="is older than the adapter"):
         of_a_run(run)
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    done = call("forgetting", tmp_path / "run.yaml")
+    assert "say which one is meant" in done.output
+    done = call("forgetting", tmp_path / "run.yaml", "--tuned", tmp_path / "merged")
+    assert "is older than" not in done.output and "say which one" not in done.output

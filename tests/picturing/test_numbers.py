@@ -12,7 +12,7 @@ from helpers.analyses import analysed
 
 from loki_plugin.picturing import numbers
 from loki_plugin.picturing.numbers import CELLS, POINTS, cells, gather, of_training
-from loki_plugin.picturing.pictures import pictures
+from loki_plugin.picturing.pictures import learned, pictures
 from loki_plugin.rows import RowSelection
 
 
@@ -175,3 +175,17 @@ def test_each_evaluation_stands_beside_the_loss_that_it_had():
     first = 49.0
     way = [(0, 100)] + [(100 * (first - loss) / first, 75) for loss in (30.5, 11.5)]
     assert np.allclose(points, way) and "Dotted: the way there" in drawn.caption
+
+
+@pytest.mark.parametrize(
+    ("losses", "gone"),
+    [([2.0, 1.0], 50.0), ([0.002, -0.4], None), ([0.0, 0.1], None), ([0.1, -0.2, 0.1], None)],
+)
+def test_a_loss_of_either_sign_is_no_share_of_what_was_learned(tmp_path, losses, gone):
+    """GRPO's begins at about 0; a share of that would be any figure."""
+    found = {"training": of_training([{"loss": x, "step": i} for i, x in enumerate(losses, 1)])}
+    assert learned(found) == (None if gone is None else pytest.approx(gone))
+    report = {"forgetting": {"same_answer": 0.9, "prompts": 10}}
+    left_out = pictures(found, report)[1].get("tradeoff", "")
+    assert ("does not say how much was learned" in left_out) == (gone is None)
+    assert "no training loss was logged" in pictures({}, report)[1]["tradeoff"]

@@ -46,7 +46,7 @@ def dialogue(
                     f"{where}: `{key}` of a dialogue is told by a chat template, and the tokenizer"
                     " has none; set `chat_template` in the YAML, or leave the record out"
                 )
-        return list(tokenizer(plain(messages))["input_ids"])
+        return plain_ids(tokenizer, plain(messages), open_end=answer)
 
     def rendered(said: Messages, functions: Any = tools, tokenize: bool = False) -> Any:
         # A model that thinks before it answers would open its thoughts alike behind every question;
@@ -182,3 +182,20 @@ def _left_out(
             if any(same([*before, other, *after]) for other in _others(message)):
                 return f"the content of {said}"
     return None
+
+
+def plain_ids(tokenizer, text: str, open_end: bool) -> list[int]:
+    """Token ids of a text that no chat template tells.
+
+    Args:
+        open_end: the text goes on, so what the tokenizer puts behind every text (the end of it)
+            is left out.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    if not open_end:
+        return ids
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[: start + len(bare)]
+    return ids

@@ -10,6 +10,7 @@ from helpers.tokenizers import CHATML, make_tokenizer
 
 from loki_plugin.analysing.calibration.prompts import load_prompts, load_texts, read_dialogues
 from loki_plugin.analysing.calibration.sources import load_records
+from loki_plugin.protecting.asking import lists
 
 WEATHER = {
     "type": "function",
@@ -355,3 +356,22 @@ def test_a_template_that_tells_the_date_gives_the_same_prompts_on_any_day(tmp_pa
     file.write_text(json.dumps({"messages": [ASKED, ANSWER]}) + "\n")
     [prompt] = load_prompts(tokenizer, str(file)).prompts
     assert tokenizer.decode(prompt.ids).startswith("Today is 01 January 2025.")
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_what_is_to_go_on(tmp_path):
+    """Without a chat template; what follows the end of a text says nothing of a question."""
+    from tokenizers import processors
+
+    plain = make_tokenizer(tmp_path, None)
+    ends = make_tokenizer(tmp_path, None)
+    first, last = (("<s>", plain.bos_token_id), ("<|im_end|>", plain.eos_token_id))
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[first, last]
+    )
+    assert ends("hello")["input_ids"][-1] == plain.eos_token_id
+    wanted = load_prompts(plain, "builtin", target="gold").prompts
+    found = load_prompts(ends, "builtin", target="gold").prompts
+    expected = {(plain.bos_token_id, *p.ids): p.target for p in wanted}
+    assert {p.ids: p.target for p in found} == expected and len(found) == len(expected)
+    open_lists = lists(ends, 3, 0)
+    assert open_lists == [[plain.bos_token_id, *ids] for ids in lists(plain, 3, 0)]
