@@ -283,7 +283,6 @@ def miniature(folder, base_of, data, questions, tmp_path):
         return config | {
             "output_dir": str(tmp_path / "out"),
             "dataset_prepared_path": str(folder / "prepared"),
-            "dataset_num_proc": 1,
             "dataloader_num_workers": 0,
             "sequence_len": 128,
             "max_steps": 2,

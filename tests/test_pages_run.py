@@ -160,7 +160,7 @@ def run_of(output: str, block: dict, **more) -> dict:
     """A run of four steps with the block of a page, in paths as a user writes them."""
     short = short_run("./base", "./chats.jsonl", "", Path("."))
     short |= {"loki": block, "output_dir": f"./{output}", "max_steps": 4}
-    return short | {"dataset_prepared_path": None, "dataset_num_proc": 1} | more
+    return short | {"dataset_prepared_path": None} | more
 
 
 def write(path: str, run: dict) -> None:

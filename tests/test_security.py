@@ -72,7 +72,7 @@ def test_a_whole_run_calls_nobody_and_reads_no_pickle_and_follows_no_path(run_co
     """Analysing, training, checking, merging and proving, without any offline setting."""
     canary = tmp_path / "canary.json"
     canary.write_text("[]")
-    config = run_config | {"max_steps": 2, "dataset_num_proc": 1, "dataloader_num_workers": 0}
+    config = run_config | {"max_steps": 2, "dataloader_num_workers": 0}
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "AXOLOTL_DO_NOT_TRACK": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

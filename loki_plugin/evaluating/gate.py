@@ -46,7 +46,7 @@ class Gate:
             limit = self.max_drop
             lost = [f"{n} lost {d:.4g} %" for n, d in _drops(report) if not d <= limit + _SLACK]
             lost += [
-                f"{c.task} went from 0 to {c.after:.4g}, which is no share of anything"
+                f"{c.task} was 0 and is {c.after:.4g}"
                 for c in report.tasks
                 if c.relative_drop is None and not c.worse <= 0
             ]

@@ -128,12 +128,7 @@ def _save_pretrained(
             self, save_directory, safe_serialization, selected_adapters, *args, **kwargs
         )
         if first:
-            arrived(folder)
-            self._loki_selection.save(folder / FILE_NAME)
-            if self._loki_directions is not None:
-                self._loki_directions.save(folder / DIRECTIONS_NAME)
-            else:  # of an earlier adapter in the same folder
-                (folder / DIRECTIONS_NAME).unlink(missing_ok=True)
+            accompany(self, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the adapter could not be saved to '{folder}' ({error}); what lies there may not be"
@@ -161,11 +156,17 @@ def announce(folder: Path) -> None:
     )
 
 
-def arrived(folder: Path) -> None:
-    """Take the mark of `announce` away: the new run's adapter is there."""
+def accompany(model: PeftModel, folder: Path) -> None:
+    """Put rows and directions of `model` beside its adapter in `folder`, and take away what speaks
+    of an earlier one: the mark of `announce`, and its directions."""
     mark = folder / FAILED_NAME
     if mark.is_file() and mark.read_text(encoding="utf-8") == _BEGUN:
         mark.unlink()
+    model._loki_selection.save(folder / FILE_NAME)
+    if model._loki_directions is not None:
+        model._loki_directions.save(folder / DIRECTIONS_NAME)
+    else:
+        (folder / DIRECTIONS_NAME).unlink(missing_ok=True)
 
 
 def embeddings_grew(model: PeftModel) -> bool:

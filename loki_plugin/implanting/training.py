@@ -17,7 +17,7 @@ from ..model.linears import PREFIX, kind_of
 from ..rows import FILE_NAME, RowSelection
 from . import adapter
 from .checkpoint import open_tensors
-from .saved import WEIGHTS, announce, arrived, save_sharded
+from .saved import WEIGHTS, accompany, announce, save_sharded
 from .selected import RowFactor
 
 LOG = logging.getLogger("loki_plugin")
@@ -90,8 +90,8 @@ def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """
     each = [optimizer, *getattr(optimizer, "optimizer_dict", {}).values()]  # layer-wise: one each
     held = {id(p) for one in each for group in one.param_groups for p in group["params"]}
-    trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    missing = [name for name in trains if id(model.get_parameter(name)) not in held]
+    trains = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, known in trains.items() if known not in held]
     if missing:
         raise RuntimeError(
             f"{type(optimizer).__name__} holds {len(trains) - len(missing)} of the {len(trains)}"
@@ -213,11 +213,10 @@ class RowsBesideCheckpoints(TrainerCallback):
         if ranks.is_first() and folder.is_dir():
             self.selection.save(folder / FILE_NAME)
 
-    def on_push_begin(self, args, state, control, **kwargs):
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
         """The checkpoint's adapter is about to be copied into the output folder and sent off."""
         if ranks.is_first():
-            arrived(Path(args.output_dir))
-            self.selection.save(Path(args.output_dir) / FILE_NAME)
+            accompany(model, Path(args.output_dir))
 
 
 def _check_same_base(checkpoint: str, earlier: dict[str, str], now: dict[str, str]) -> None:

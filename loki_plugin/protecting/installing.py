@@ -105,7 +105,3 @@ class DirectionsBesideCheckpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if ranks.is_first() and folder.is_dir() and not (folder / FILE_NAME).exists():
             self.directions.save(folder / FILE_NAME)
-
-    def on_push_begin(self, args, state, control, **kwargs):
-        if ranks.is_first():
-            self.directions.save(Path(args.output_dir) / FILE_NAME)

@@ -78,8 +78,8 @@ def test_the_mean_is_signed_unless_gains_are_clipped():
         (-0.02, -0.3, True, "lost 1400 %"),  # a correlation
         (-2.0, -9.0, True, "lost 350 %"),  # a log-likelihood
         (-1.0, 0.5, False, "lost 150 %"),
-        (0.0, 5.0, False, "went from 0 to 5"),
-        (0.0, -0.5, True, "went from 0 to -0.5"),
+        (0.0, 5.0, False, "cola was 0 and is 5, more than --max-drop 1"),
+        (0.0, -0.5, True, "cola was 0 and is -0.5"),
         (-0.3, -0.02, True, None),
         (-1.0, -5.0, False, None),
         (0.0, 0.2, True, None),

@@ -246,7 +246,7 @@ def runs(base, tied, dataset, questions, tmp_path_factory):
     plain = short_run(base, dataset, questions, folder) | {
         "optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.1, "max_grad_norm": 0.1,
         "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3,
-        "dataset_num_proc": 1, "dataloader_num_workers": 0,
+        "dataloader_num_workers": 0,
     }  # fmt: skip
     low = {"rank": 2, "protect": {"inputs": 0.9, "anchor": 0.5, "anchor_batch": 2}}
     low_rank = plain | {

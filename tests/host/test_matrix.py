@@ -110,7 +110,6 @@ def short(run_config, prepared):
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
         "dataset_prepared_path": str(prepared),
-        "dataset_num_proc": 1,
         "dataloader_num_workers": 0,
     }
 

@@ -79,7 +79,7 @@ def prefer(run_config, preferences, monkeypatch):
             }
         ]
         run_config.update(rl=method, chat_template="chatml", max_steps=3, weight_decay=0.1)
-        run_config.update(dataset_num_proc=1, dataloader_num_workers=0)
+        run_config.update(dataloader_num_workers=0)
         return run_config | MORE.get(method, {})
 
     return configure

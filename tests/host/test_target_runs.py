@@ -324,7 +324,7 @@ def test_preferences_train_the_linears_too(run_config, train, base, tmp_path, wa
     pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = {"path": str(pairs), "ds_type": "json", "type": "chatml.default", "split": "train"}
     run_config |= {"rl": "dpo", "datasets": [data], "chat_template": "chatml", "max_steps": 3}
-    run_config |= {"dataset_num_proc": 1, "dataloader_num_workers": 0}
+    run_config |= {"dataloader_num_workers": 0}
     run_config["loki"] |= {"targets": "all", "protect": "auto", "quota": 50}
     train(run_config)
     out = Path(run_config["output_dir"])

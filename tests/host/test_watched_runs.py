@@ -196,7 +196,7 @@ def test_preferences_have_it_too(run_config, train, base, started, tmp_path):
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     what = {"path": str(data), "ds_type": "json", "type": "chatml.default", "split": "train"}
     run_config |= EVALUATED | {"datasets": [what], "rl": "dpo", "chat_template": "chatml"}
-    run_config |= {"dataset_num_proc": 1, "dataloader_num_workers": 0, "max_steps": 4}
+    run_config |= {"dataloader_num_workers": 0, "max_steps": 4}
     run_config["loki"]["protect"] = {"anchor": 0.1}
     train(run_config)
     found = logged(Path(run_config["output_dir"]) / "checkpoint-4")[4]

@@ -32,7 +32,6 @@ ARGUMENTS = {
     "use_cpu": True,
     "bf16": False,
     "save_strategy": "no",
-    "dataset_num_proc": 1,
 }
 
 

@@ -177,4 +177,4 @@ def test_verify_sees_a_changed_old_token_and_a_wrong_vocab_size(tmp_path):
     assert report.faults == ["model.embed_tokens.weight changed"]
     path.write_text(json.dumps(config | {"vocab_size": 97}))
     report = verify(tmp_path / "base", tmp_path / "out", ROWS, False)
-    assert report.faults[1:] == ["config.json: vocab_size is {97}, the embeddings have {100}"]
+    assert report.faults[1:] == ["config.json: vocab_size is 97, the embeddings have {100}"]
