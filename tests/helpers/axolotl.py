@@ -68,17 +68,17 @@ def short_run(base, dataset, questions, folder) -> dict:
 
 def train(config: dict):
     """Axolotl's own load_cfg and do_train in this process."""
-    _import_train()
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.train import do_train
 
     cfg = load(config)
     do_train(cfg, TrainerCliArgs())
+    _keep_what_a_run_imports()
     return cfg
 
 
 @functools.cache
-def _import_train() -> None:
-    import axolotl.cli.train  # noqa: F401
-
-    gc.freeze()  # see conftest.py
+def _keep_what_a_run_imports() -> None:
+    """Out of sight of the garbage collector, see conftest.py."""
+    gc.collect()  # the first run itself
+    gc.freeze()
