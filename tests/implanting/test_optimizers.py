@@ -59,8 +59,9 @@ def test_a_schedule_free_run_saves_the_average_whether_its_last_step_was_evaluat
         if best:
             loss = trainer.evaluate()["eval_loss"]  # after it as before: what was loaded
             assert loss == pytest.approx(trainer.state.best_metric, rel=1e-6)
-    if not best:
-        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    if not best:  # the last step's own weights are some percent off; batches come in other orders
+        for name, parameter in found[0].items():
+            torch.testing.assert_close(parameter, found[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_what_goes_to_a_hub_on_the_way_has_its_own_rows_and_no_report_of_another_run(
