@@ -16,7 +16,8 @@ import torch
 
 from .adapters import Opened
 from .checkpoint import Checkpoint
-from .tokenizer_files import FILES, Change, Seen, marks_of, seen
+from .tokenizer_files import FILES
+from .tokenizer_seen import Change, Seen, marks_of, seen
 from .vocabulary import check_tokenizer, new_rows
 
 _NOTHING = Seen(vocabulary={}, added={}, named={}, extra=[], template=None)
