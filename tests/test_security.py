@@ -75,6 +75,7 @@ def test_a_whole_run_calls_nobody_and_reads_no_pickle_and_follows_no_path(run_co
     config = run_config | {"max_steps": 2, "dataloader_num_workers": 0}
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "AXOLOTL_DO_NOT_TRACK": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"AXOLOTL_DATASET_NUM_PROC": "0"}
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(config), str(canary)],
         capture_output=True,

@@ -12,7 +12,7 @@ from .checkpoint import Base
 
 
 def write_overrides(folder: Path, base: Base) -> list[str]:
-    """Let config.json in `folder` say what a run was trained under; returns a line that tells it.
+    """Let config.json in `folder` say what a run was trained under; returns lines that tell it.
 
     Axolotl sets the values on a configuration that was read already. A file that has them beside
     the others may be read as another one: transformers makes `rope_parameters` of `rope_theta`,
@@ -27,13 +27,14 @@ def write_overrides(folder: Path, base: Base) -> list[str]:
     path = folder / "config.json"
     said = json.loads(path.read_text(encoding="utf-8"))
     known, trained = base.read(folder), base.configuration(folder)
-    wanted, idle = what_counts(known, trained, base), idle_overrides(known, base)
+    idle = idle_overrides(known, base)
+    wanted = what_counts(trained, idle)
     names = ", ".join(base.overrides)
     whole = json.loads(trained.to_json_string(use_diff=False))
     some = {key: value for key, value in whole.items() if key not in idle}
     for config in (said | base.overrides, some):
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if what_counts(known, base.read(folder), base) == wanted:
+        if what_counts(base.read(folder), idle) == wanted:
             lines = [f"config.json: has the run's overrides_of_model_config ({names})"]
             if config is some and idle:
                 lost = ", ".join(idle)
@@ -65,7 +66,6 @@ def idle_overrides(known: Any, base: Base) -> list[str]:
     return found
 
 
-def what_counts(known: Any, config: Any, base: Base) -> dict[str, Any]:
-    """A configuration as plain JSON, without overrides that name no setting of the model."""
-    idle = idle_overrides(known, base)
+def what_counts(config: Any, idle: list[str]) -> dict[str, Any]:
+    """A configuration as plain JSON, without the overrides that change nothing."""
     return {key: value for key, value in stable(config.to_dict()).items() if key not in idle}

@@ -68,8 +68,8 @@ def write_tokenizer(
 
 
 def _tell_processors(target: Path, new: Seen) -> list[str]:
-    """A processor's own copy of the chat template must not be the base's where the run's differs;
-    of several templates it has no copy that could be read beside their files."""
+    """Put the run's chat template where a processor keeps a copy of its own, or remove the copy
+    where the run has several templates: transformers does not read both."""
     told = []
     for name in _OF_PROCESSORS:
         held = _read(target / name)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..rows import RowSelection
 from .checkpoint import INDEX, SINGLE, Base, Checkpoint, Stored, open_checkpoint, tensors
 from .identity import check_base
-from .overriding import what_counts
+from .overriding import idle_overrides, what_counts
 
 _CHUNK = 64 << 20
 
@@ -159,9 +159,10 @@ def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint,
     The tuned model says the run's overrides, or, as those merged before 0.10.0, what the base says.
     """
     plain, read = base.read(found.folder), base.read(tuned)
-    old, new = (what_counts(plain, config, base) for config in (plain, read))
+    idle = idle_overrides(plain, base)
+    old, new = what_counts(plain, idle), what_counts(read, idle)
     if any(w.rpartition(".")[2] != "vocab_size" for w, *_ in _differences(old, new)):
-        old = what_counts(plain, base.configuration(found.folder), base)
+        old = what_counts(base.configuration(found.folder), idle)
     sizes = {found.stored[key].shape[0] + count for key, count in report.new_rows.items()}
     if len(sizes) > 1:
         report.faults.append(f"the embeddings have grown to different sizes: {report.new_rows}")

@@ -195,7 +195,7 @@ def plain_ids(tokenizer, text: str, open_end: bool) -> list[int]:
     if not open_end:
         return ids
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    for start in range(len(ids) - len(bare) + 1):
+    for start in reversed(range(len(ids) - len(bare) + 1)):
         if ids[start : start + len(bare)] == bare:
             return ids[: start + len(bare)]
     return ids
