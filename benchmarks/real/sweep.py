@@ -78,7 +78,8 @@ def run_all(
     until: float | None = None,
     steps: int = POINTS[-1],
     to_end: bool = False,
-    precision: str = "bf16",
+    *,
+    precision: str,
     points: Sequence[int] = POINTS,
 ) -> list[Key]:
     """Run what is missing; returns what was not run because it is later than `until`."""
@@ -89,7 +90,7 @@ def run_all(
             return keys[i:]
         if key in done(file):
             continue
-        rows = run(labs[key.base], key, steps, to_end, precision, points)
+        rows = run(labs[key.base], key, steps, to_end, precision=precision, points=points)
         _append(file, rows)
     return []
 
@@ -118,13 +119,15 @@ def run(
     key: Key,
     steps: int = POINTS[-1],
     to_end: bool = False,
-    precision: str = "bf16",
+    *,
+    precision: str,
     points: Sequence[int] = POINTS,
 ) -> list[dict]:
     """Train one arm, measured at `points` up to `steps`; a line per point.
 
     A run ends one point after it has reached the loss, and the score, at which arms are compared,
-    unless `to_end`. The old knowledge is measured in float32 whatever the training's precision.
+    unless `to_end`. The old knowledge is measured in float32 whatever the training's precision:
+    `bf16` is autocast, which takes many times as long on a CPU that does not multiply in it.
     """
     arm, kind = ARMS[key.arm], tasks.TASKS[key.task]
     task = lab.teach(key.task, key.seed, key.seed + 1000 * arm.again)

@@ -69,9 +69,9 @@ def test_on_a_real_base_protection_keeps_what_lora_loses(tmp_path):
         pytest.skip(f"no data in '{data.folder}' (python -m benchmarks.real data)")
     lab, file = Lab(NAME, data, "ci"), tmp_path / "real_ci.csv"
     keys = [sweep.Key(NAME, "snips", a, 0, 1e-3, "ci") for a in ("lora_all_r16", "lora_soft")]
-    sweep.run_all({NAME: lab}, keys, file, steps=15)
+    sweep.run_all({NAME: lab}, keys, file, precision="float32", points=(5, 10))
     lora, soft = (
-        matching.at(c, "task_loss", 1.3) for c in matching.curves(matching.read(tmp_path)).values()
+        matching.at(c, "task_loss", 1.7) for c in matching.curves(matching.read(tmp_path)).values()
     )
     assert lora["arm"] == "lora_all_r16" and soft["arm"] == "lora_soft"
     assert 3 * soft["kl_dialogues"] < lora["kl_dialogues"]

@@ -47,11 +47,17 @@ def test_a_second_draw_is_another_run_of_the_same_arm(lab):
 def test_what_is_in_the_file_is_not_run_again(lab, tmp_path, monkeypatch):
     file, ran = tmp_path / "real_x.csv", []
     whole = sweep.run
-    monkeypatch.setattr(sweep, "run", lambda lab, key, *a: ran.append(key) or whole(lab, key, 3))
+
+    def short(lab, key, *_, precision, points):
+        ran.append(key)
+        return whole(lab, key, 3, precision=precision)
+
+    monkeypatch.setattr(sweep, "run", short)
     keys = [KEY, sweep.Key(NAME, "snips", "full", 0, 1e-3, "ci")]
-    assert sweep.run_all({NAME: lab}, keys[:1], file) == []
-    assert sweep.run_all({NAME: lab}, keys, file, until=0.0) == keys  # no time for any
-    sweep.run_all({NAME: lab}, keys, file)
+    there = {"labs": {NAME: lab}, "file": file, "precision": "float32"}
+    assert sweep.run_all(keys=keys[:1], **there) == []
+    assert sweep.run_all(keys=keys, **there, until=0.0) == keys  # no time for any
+    sweep.run_all(keys=keys, **there)
     assert ran == keys and sweep.done(file) == set(keys)
     with file.open(newline="") as lines:
         assert list(csv.DictReader(lines).fieldnames) == list(sweep.FIELDS)

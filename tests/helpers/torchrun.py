@@ -19,13 +19,18 @@ def two_ranks(script: Path, *arguments, check: bool = True, **environment) -> st
     command += ["--nproc-per-node", "2", str(script), *(str(a) for a in arguments)]
     path = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(
+    launcher = subprocess.Popen(
         command,
         text=True,
-        timeout=600,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
     )
-    assert not check or done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    try:
+        said, _ = launcher.communicate(timeout=600)
+    except subprocess.TimeoutExpired as late:
+        launcher.terminate()  # it ends its ranks, which would hold the pipe open
+        said, _ = launcher.communicate(timeout=60)
+        raise AssertionError(f"two ranks were not through in 600 s:\n{said[-6000:]}") from late
+    assert not check or launcher.returncode == 0, said[-6000:]
+    return said
