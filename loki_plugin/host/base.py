@@ -26,6 +26,8 @@ def check_base(cfg, downloaded: bool = False) -> None:
             found among its tensors.
     """
     look_at(cfg)
+    if not downloaded:
+        _tell_of_overrides(cfg)
     if quantisation_of(read_config(cfg)):
         LOG.warning(
             "loki: '%s' is stored quantised; merging will need the 16-bit model that it was made"
@@ -34,6 +36,23 @@ def check_base(cfg, downloaded: bool = False) -> None:
         )
     elif downloaded or Path(cfg.base_model).is_dir():
         check_stored(cfg)
+
+
+def _tell_of_overrides(cfg) -> None:
+    """Axolotl sets them on a configuration that was read, and most names are looked at in reading
+    alone."""
+    from ..implanting.overriding import idle_overrides
+
+    overrides = cfg.get("overrides_of_model_config") or {}
+    idle = idle_overrides(read_config({**cfg, "overrides_of_model_config": None}), overrides)
+    if idle:
+        LOG.warning(
+            "loki: overrides_of_model_config: %s is no setting of base_model '%s' as this"
+            " transformers reads it, so that it most likely changes nothing. Its configuration"
+            " may have another name for it (rope_theta is part of rope_parameters)",
+            ", ".join(idle),
+            cfg["base_model"],
+        )
 
 
 def check_registered(cfg) -> None:

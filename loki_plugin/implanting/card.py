@@ -32,7 +32,7 @@ def put(folder: Path, section: str, fields: dict[str, Any]) -> Path:
         ValueError: the card begins with something that is no YAML.
     """
     path = folder / FILE_NAME
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     found = _FIELDS.match(text)
     body = _without(text[found.end() :] if found else text)
     try:

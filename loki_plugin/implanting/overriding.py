@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def write_overrides(folder: Path, base: Base) -> list[str]:
     path = folder / "config.json"
     said = json.loads(path.read_text(encoding="utf-8"))
     known, trained = base.read(folder), base.configuration(folder)
-    idle = idle_overrides(known, base)
+    idle = idle_overrides(known, base.overrides)
     wanted = what_counts(trained, idle)
     names = ", ".join(base.overrides)
     whole = json.loads(trained.to_json_string(use_diff=False))
@@ -50,18 +51,19 @@ def write_overrides(folder: Path, base: Base) -> list[str]:
     )
 
 
-def idle_overrides(known: Any, base: Base) -> list[str]:
+def idle_overrides(known: Any, overrides: Mapping[str, Any]) -> list[str]:
     """Overrides that change nothing but that they stand there: they name no setting of the model.
 
     Args:
         known: the base's configuration as it is read.
     """
-    before, found = stable(known.to_dict()), []
-    for key, value in base.overrides.items():
+    settings, found = known.to_dict(), []
+    before = stable(settings)
+    for key, value in overrides.items():
         config = copy.deepcopy(known)
         setattr(config, key, value)
         after = stable(config.to_dict())
-        if key not in before and {k: v for k, v in after.items() if k != key} == before:
+        if key not in settings and {k: v for k, v in after.items() if k != key} == before:
             found.append(key)
     return found
 

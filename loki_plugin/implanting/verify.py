@@ -159,7 +159,7 @@ def _compare_configurations(report: VerifyReport, base: Base, found: Checkpoint,
     The tuned model says the run's overrides, or, as those merged before 0.10.0, what the base says.
     """
     plain, read = base.read(found.folder), base.read(tuned)
-    idle = idle_overrides(plain, base)
+    idle = idle_overrides(plain, base.overrides)
     old, new = what_counts(plain, idle), what_counts(read, idle)
     if any(w.rpartition(".")[2] != "vocab_size" for w, *_ in _differences(old, new)):
         old = what_counts(base.configuration(found.folder), idle)

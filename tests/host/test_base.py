@@ -9,6 +9,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
+    LlamaForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -174,3 +175,18 @@ def test_a_quantised_base_that_could_not_be_trained_anyway_says_both(tmp_path):
     llama.save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="'gptq': rows cannot be merged into it. Train on the 16"):
         check_base(DictDefault({"base_model": str(tmp_path / "llama")}))
+
+
+def test_an_override_that_is_no_setting_of_the_base_is_told(tmp_path, our_log):
+    """It is set after the reading, and `rope_theta` is looked at in reading alone."""
+    from axolotl.utils.dict import DictDefault
+
+    LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path)
+    overrides = {"rope_theta": 1e6, "max_position_embeddings": 64}
+    cfg = DictDefault({"base_model": str(tmp_path), "overrides_of_model_config": overrides})
+    check_base(cfg)
+    assert "overrides_of_model_config: rope_theta is no setting of base_model" in our_log.text
+    our_log.clear()
+    del cfg["overrides_of_model_config"]["rope_theta"]
+    check_base(cfg)
+    assert "overrides" not in our_log.text

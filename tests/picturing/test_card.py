@@ -66,6 +66,9 @@ def test_only_our_section_is_replaced(tmp_path):
     card.withdraw(tmp_path)
     left = (tmp_path / "README.md").read_text()
     assert card.START not in left and "A text." in left and "And more of it." in left
+    (tmp_path / "README.md").write_text(f"\ufeff{theirs}", encoding="utf-8")  # of some editors
+    card.put(tmp_path, "second", fields)
+    assert parts(tmp_path)[0] == found
     with pytest.raises(ValueError, match="are no YAML"):
         (tmp_path / "README.md").write_text("---\na: [\n---\nx")
         card.put(tmp_path, "third", fields)

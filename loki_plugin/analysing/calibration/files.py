@@ -115,8 +115,14 @@ def _csv(text: str, name: str) -> Rows:
     csv.field_size_limit(_CELL)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = reader.fieldnames or ()
+        twice = sorted({n for n in names if n and names.count(n) > 1})
+        if twice:
+            raise ValueError(
+                f"{name}:1: the header has {', '.join(map(repr, twice))} twice; which column"
+                " counts? Rename the other"
+            )
         for row in reader:
-            names = reader.fieldnames or ()
             if None in row:  # what is behind the last column
                 raise ValueError(
                     f"{name}:{reader.line_num}: {len(names) + len(row[None])} cells, and the header"

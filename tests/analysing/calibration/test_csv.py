@@ -34,3 +34,13 @@ def test_a_csv_with_an_open_quote_is_refused_not_swallowed(tmp_path):
     path.write_text('prompt\nfirst\n"open\nnext\nlast\n')
     with pytest.raises(ValueError, match="p.csv:3: not CSV: unexpected end of data"):
         load_records(str(path))
+
+
+def test_a_csv_header_with_a_name_twice_is_refused(tmp_path):
+    """Of two columns `prompt` the first would be left out."""
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,target,prompt,,\nsay one,it is,say two,,\n")
+    with pytest.raises(ValueError, match=r"p\.csv:1: the header has 'prompt' twice"):
+        load_records(str(path))
+    path.write_text("prompt,target,,\nsay one,it is,,\n")  # empty columns of a spreadsheet
+    assert load_records(str(path))[0].prompt == "say one"
