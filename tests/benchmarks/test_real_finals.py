@@ -54,7 +54,9 @@ def test_what_would_change_nothing_is_refused(line, told, capsys, monkeypatch):
 
 def test_the_command_runs_its_part(monkeypatch):
     ran = []
-    monkeypatch.setattr(sweep, "run_all", lambda labs, keys, file, *_: ran.append((keys, file)))
+    monkeypatch.setattr(
+        sweep, "run_all", lambda labs, keys, file, *_, **__: ran.append((keys, file))
+    )
     monkeypatch.setattr(real, "Lab", lambda *_: None)
     monkeypatch.setattr(real, "Data", lambda *_: None)
     line = "run --finals --part 2/3 --amount full --stage final --base smollm2-135m-instruct"
