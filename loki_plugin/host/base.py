@@ -43,7 +43,9 @@ def _tell_of_overrides(cfg) -> None:
     alone."""
     from ..implanting.overriding import idle_overrides
 
-    overrides = cfg.get("overrides_of_model_config") or {}
+    overrides = cfg.get("overrides_of_model_config")
+    if not overrides:
+        return
     idle = idle_overrides(read_config({**cfg, "overrides_of_model_config": None}), overrides)
     if idle:
         LOG.warning(
